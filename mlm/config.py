@@ -1,0 +1,322 @@
+"""Settings: one frozen tree, every field with its meaning; presets; validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mlm.errors import UserError
+
+RULES = ("static", "sgd", "rms", "two_levels", "three_levels")
+PROTOCOLS = ("article", "stream")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text and tokens."""
+
+    vocabulary: Literal["bpe", "unigram", "word"] = "bpe"
+    """SentencePiece BPE or unigram, or whole words."""
+    vocabulary_size: int = 2000
+    """Number of pieces; for `word` the largest number of types, 0 = all."""
+    train_words: int = 0
+    """Use the first so many words of the training split; 0 = all."""
+    held_out: float = 0.1
+    """Share of the training articles kept from stage 1 for meta-training."""
+    data_dir: Path = Path("data/cache")
+    """Where token files are cached."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Short-term memory: the LSTM."""
+
+    embedding: int = 192
+    """Size of the tied embedding and of the last layer."""
+    hidden: int = 192
+    """Size of the other layers."""
+    layers: int = 1
+    """Number of LSTM layers."""
+    adaptive_above: int = 50_000
+    """Vocabularies larger than this get an adaptive softmax."""
+    cutoffs: tuple[int, ...] = (20_000, 60_000)
+    """Ends of the adaptive softmax's head and tails (word ids); those beyond the size drop out."""
+
+
+@dataclass(frozen=True)
+class LMTrainingConfig:
+    """Stage 1: the language model."""
+
+    epochs: float = 4.0
+    """Passes over the training articles."""
+    lanes: int = 32
+    """Articles read side by side."""
+    segment: int = 64
+    """Tokens per step of truncated back-propagation through time."""
+    learning_rate: float = 4e-3
+    """Peak rate of Adam; 2 % warm-up, then cosine to zero."""
+    weight_decay: float = 1.2e-6
+    """Decoupled weight decay (AWD-LSTM's 1.2e-6 by default)."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    dropout_embedding: float = 0.0
+    """Whole words of the input embedding."""
+    dropout_input: float = 0.1
+    """Locked dropout on the input."""
+    dropout_hidden: float = 0.1
+    """Locked dropout between layers."""
+    dropout_output: float = 0.1
+    """Locked dropout before the softmax."""
+    weight_drop: float = 0.0
+    """DropConnect on the recurrent weights."""
+    ar: float = 0.0
+    """Activation regularisation (AWD-LSTM: 2)."""
+    tar: float = 0.0
+    """Temporal activation regularisation (AWD-LSTM: 1)."""
+    validations: int = 10
+    """How often the validation loss is measured, the end included."""
+    validation_words: int = 50_000
+    """Words of the validation split read for it; 0 = all."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 matrix products; auto = where the processor has them."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Medium-term memory: what is rewritten, and how often."""
+
+    dynamic: str = "lstm,softmax.bias"
+    """Weights that adapt: all, lstm, output, bias or name patterns, comma-separated."""
+    segment: int = 20
+    """M: tokens between updates, 5 to 100."""
+    fisher_words: int = 40_000
+    """Training words the Fisher is estimated on."""
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Stage 2: the meta-learner."""
+
+    rules: tuple[Literal["two_levels", "three_levels"], ...] = ("two_levels", "three_levels")
+    """Without FLUSH, with FLUSH."""
+    features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (
+        "fisher",
+        "loss",
+        "age",
+    )
+    """What the gates see besides a constant."""
+    per_tensor: bool = True
+    """Every tensor has its own gates; False = one set for all."""
+    free_copy: bool = False
+    """COPY learned apart; False = COPY is 1 - FLUSH."""
+    start: Literal["rms", "sgd"] = "rms"
+    """The hand-made rule (tuned on validation) the gates start as."""
+    lanes: int = 16
+    """Articles read side by side."""
+    stream_share: float = 0.5
+    """Share of the lanes that are never reset at article borders."""
+    unroll: int = 40
+    """Updates per meta-gradient."""
+    steps: int = 40
+    """Meta-updates."""
+    learning_rate: float = 0.1
+    """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
+    clip: float = 1.0
+    """Largest meta-gradient norm."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scoring and tuning."""
+
+    rules: tuple[str, ...] = RULES
+    """Rules to score."""
+    protocols: tuple[Literal["article", "stream"], ...] = PROTOCOLS
+    """article = weights and state reset at each border; stream = nothing reset."""
+    split: Literal["valid", "test"] = "valid"
+    """Test is read only when asked for."""
+    lanes: int = 16
+    """Articles scored side by side; results do not depend on it."""
+    max_articles: int = 0
+    """Score only the first so many articles; 0 = all."""
+    budget: int = 12
+    """Evaluations on validation each rule may spend on its settings, in each protocol."""
+    tune_words: int = 30_000
+    """Validation words of one such evaluation."""
+    resamples: int = 9999
+    """Bootstrap resamples of the articles."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a language model that learns while it reads, evaluate it, draw it."""
+
+    preset: str = "pydocs"
+    """Sizes: pydocs (minutes), small (one CPU hour or two), awd (AWD-LSTM, a GPU)."""
+    corpus: str = "pydocs"
+    """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a directory or file in WikiText form."""
+    out: Path | None = None
+    """The run folder; default runs/<corpus>."""
+    stages: tuple[Literal["lm", "meta", "evaluate", "draw"], ...] = (
+        "lm",
+        "meta",
+        "evaluate",
+        "draw",
+    )
+    """What to run, in this order; later stages take the earlier ones from the run folder."""
+    resume: bool = False
+    """Continue an interrupted run of the same settings."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = CUDA if there is one."""
+    threads: int = 0
+    """CPU threads; 0 = PyTorch's choice."""
+    seed: int = 0
+    """Seeds initialisation, data order, dropout and bootstrap."""
+    text: TextConfig = field(default_factory=TextConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lm: LMTrainingConfig = field(default_factory=LMTrainingConfig)
+    adapt: AdaptConfig = field(default_factory=AdaptConfig)
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+PRESETS: dict[str, Config] = {
+    "pydocs": Config(),
+    "small": Config(
+        preset="small",
+        text=TextConfig(vocabulary_size=4000),
+        model=ModelConfig(embedding=256, hidden=256),
+        lm=LMTrainingConfig(epochs=1.0, validations=20, dropout_input=0.05, dropout_output=0.05),
+        adapt=AdaptConfig(fisher_words=100_000),
+        meta=MetaConfig(steps=80),
+        evaluation=EvaluationConfig(tune_words=40_000),
+    ),
+    "awd": Config(
+        preset="awd",
+        text=TextConfig(vocabulary="word", vocabulary_size=0),
+        model=ModelConfig(embedding=400, hidden=1150, layers=3),
+        lm=LMTrainingConfig(
+            epochs=40,
+            lanes=80,
+            segment=70,
+            learning_rate=1e-3,
+            clip=0.25,
+            dropout_embedding=0.1,
+            dropout_input=0.65,
+            dropout_hidden=0.2,
+            dropout_output=0.4,
+            weight_drop=0.5,
+            ar=2.0,
+            tar=1.0,
+            validations=40,
+            validation_words=0,
+        ),
+        adapt=AdaptConfig(fisher_words=500_000),
+        meta=MetaConfig(steps=200),
+        evaluation=EvaluationConfig(tune_words=60_000),
+    ),
+}
+
+
+def _problems(c: Config) -> list[str]:
+    """Everything wrong with the values, one line each."""
+    found = []
+
+    def need(ok: bool, flag: str, value: object, rule: str) -> None:
+        if not ok:
+            found.append(f"{flag} is {value}; {rule}")
+
+    at_least_one = {
+        "--model.embedding": c.model.embedding,
+        "--model.hidden": c.model.hidden,
+        "--model.layers": c.model.layers,
+        "--lm.lanes": c.lm.lanes,
+        "--lm.segment": c.lm.segment,
+        "--lm.validations": c.lm.validations,
+        "--adapt.fisher-words": c.adapt.fisher_words,
+        "--meta.lanes": c.meta.lanes,
+        "--evaluation.lanes": c.evaluation.lanes,
+        "--evaluation.budget": c.evaluation.budget,
+        "--evaluation.tune-words": c.evaluation.tune_words,
+        "--evaluation.resamples": c.evaluation.resamples,
+    }
+    for flag, value in at_least_one.items():
+        need(value >= 1, flag, value, "it must be at least 1")
+    for flag, value in {
+        "--lm.epochs": c.lm.epochs,
+        "--lm.learning-rate": c.lm.learning_rate,
+        "--lm.clip": c.lm.clip,
+        "--meta.learning-rate": c.meta.learning_rate,
+        "--meta.clip": c.meta.clip,
+    }.items():
+        need(value > 0, flag, value, "it must be above 0")
+    for name in ("embedding", "input", "hidden", "output"):
+        rate = getattr(c.lm, f"dropout_{name}")
+        need(0 <= rate < 1, f"--lm.dropout-{name}", rate, "it must be in [0, 1)")
+    need(0 <= c.lm.weight_drop < 1, "--lm.weight-drop", c.lm.weight_drop, "it must be in [0, 1)")
+    need(0 < c.text.held_out < 1, "--text.held-out", c.text.held_out, "it must be in (0, 1)")
+    need(5 <= c.adapt.segment <= 100, "--adapt.segment", c.adapt.segment, "M must be 5 to 100")
+    need(
+        c.meta.unroll >= 2, "--meta.unroll", c.meta.unroll, "it must be at least 2; use 40 or more"
+    )
+    need(c.meta.steps >= 0, "--meta.steps", c.meta.steps, "it must not be negative")
+    need(
+        0 <= c.meta.stream_share <= 1,
+        "--meta.stream-share",
+        c.meta.stream_share,
+        "it must be in [0, 1]",
+    )
+    needs_fisher = c.meta.start == "rms" and "fisher" not in c.meta.features
+    need(not needs_fisher, "--meta.features", c.meta.features, "--meta.start rms needs fisher")
+    unknown = [r for r in c.evaluation.rules if r not in RULES]
+    need(not unknown, "--evaluation.rules", " ".join(unknown), f"choose from {', '.join(RULES)}")
+    need(bool(c.stages), "--stages", "empty", "name at least one")
+    return found
+
+
+def validate(config: Config) -> Config:
+    """The config itself if its values make sense.
+
+    Raises:
+        UserError: all problems at once, each with the flag and what it must be.
+    """
+    problems = _problems(config)
+    if problems:
+        raise UserError("; ".join(problems))
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The tree as JSON-ready values (paths as strings, tuples as lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _build(kind: Any, default: Any, values: dict[str, Any], where: str) -> Any:
+    changes: dict[str, Any] = {}
+    names = {f.name: f for f in dataclasses.fields(kind)}
+    for name, value in values.items():
+        if name not in names:
+            raise UserError(
+                f"config.json: unknown setting {where}{name}; was it made by a newer mlm?"
+            )
+        old = getattr(default, name)
+        if dataclasses.is_dataclass(old):
+            value = _build(type(old), old, value, f"{where}{name}.")
+        elif isinstance(value, list):
+            value = tuple(value)
+        elif isinstance(value, str) and (isinstance(old, Path) or name == "out"):
+            value = Path(value)
+        changes[name] = value
+    return dataclasses.replace(default, **changes)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict`.
+
+    Raises:
+        UserError: a setting this version does not know.
+    """
+    return validate(_build(Config, Config(), values, ""))

@@ -1,0 +1,232 @@
+"""Update rules behind one signature: what a segment's gradient does to a lane's weights.
+
+    theta_t = f * theta_{t-1} + i * gradient_t + z * theta_0        (eq. 6, Wolf et al. 2018)
+
+f = COPY, i = UPDATE, z = FLUSH, elementwise. A rule is settings only; its parameters are a plain
+dict of tensors. `formula` is the rule as written in its paper, slow and differentiable; `bind`
+fixes parameters and long-term memory and returns the fast form used while reading.
+Letters: B lanes, N weights of a tensor.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mlm.lm import Weights
+from mlm.memory import LongTerm
+
+Parameters = dict[str, Tensor]
+
+
+class Signal(NamedTuple):
+    """What a lane knows besides its gradient, each (B,)."""
+
+    loss: Tensor
+    """Mean loss of the segment just scored, nats per token."""
+    age: Tensor
+    """Updates since the lane's weights were last theta_0, this one not counted."""
+
+
+class Bound(Protocol):
+    """A rule with its parameters and long-term memory fixed."""
+
+    def update(
+        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
+    ) -> Weights:
+        """theta_t from theta_{t-1} and the segment's gradient, all (B, ...).
+
+        `out` (same structure) receives the result; the inputs are never written.
+        """
+        ...
+
+    def pullback(
+        self, weights: Weights, gradients: Weights, signal: Signal, cotangent: Weights
+    ) -> tuple[Weights, Parameters]:
+        """The transpose of `update`, with gradients and signals as constants (first order).
+
+        Returns d<cotangent, theta_t>/d theta_{t-1} and d<cotangent, theta_t>/d parameters.
+        """
+        ...
+
+
+class UpdateRule(ABC):
+    """The signature every rule shares."""
+
+    name: str
+    """Name in tables and files."""
+    adapts: bool = True
+    """False: weights never change and no gradient is needed."""
+
+    @abstractmethod
+    def formula(
+        self,
+        parameters: Parameters,
+        memory: LongTerm,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+    ) -> Weights:
+        """theta_t as the rule's paper writes it; differentiable in parameters and weights."""
+
+    def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
+        """The fast form; this default evaluates `formula`."""
+        return ByFormula(self, parameters, memory)
+
+
+class ByFormula:
+    """Any rule, slowly: `update` is its formula, `pullback` autograd through one update."""
+
+    def __init__(self, rule: UpdateRule, parameters: Parameters, memory: LongTerm) -> None:
+        self.rule, self.parameters, self.memory = rule, parameters, memory
+
+    def update(
+        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
+    ) -> Weights:
+        """See `Bound.update`."""
+        new = self.rule.formula(self.parameters, self.memory, weights, gradients, signal)
+        if out is None:
+            return new
+        return {name: out[name].copy_(value) for name, value in new.items()}
+
+    def pullback(
+        self, weights: Weights, gradients: Weights, signal: Signal, cotangent: Weights
+    ) -> tuple[Weights, Parameters]:
+        """See `Bound.pullback`."""
+        with torch.enable_grad():
+            phi = {n: p.detach().requires_grad_() for n, p in self.parameters.items()}
+            theta = {n: w.detach().requires_grad_() for n, w in weights.items()}
+            new = self.rule.formula(phi, self.memory, theta, gradients, signal)
+            inputs = [*theta.values(), *phi.values()]
+            found = torch.autograd.grad(
+                [new[n] for n in theta], inputs, [cotangent[n] for n in theta], allow_unused=True
+            )
+        full = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+        n = len(theta)
+        return dict(zip(theta, full[:n], strict=True)), dict(zip(phi, full[n:], strict=True))
+
+
+@dataclass(frozen=True)
+class Static(UpdateRule):
+    """Weights never change: the ordinary language model."""
+
+    name: str = "static"
+    adapts: bool = False
+
+    def formula(self, parameters, memory, weights, gradients, signal):
+        """theta_t = theta_{t-1}."""
+        return weights
+
+
+@dataclass(frozen=True)
+class SGD(UpdateRule):
+    """theta - rate * gradient: dynamic evaluation (Mikolov et al. 2010)."""
+
+    name: str = "sgd"
+
+    def formula(self, parameters, memory, weights, gradients, signal):
+        """Eq. 6 with f = 1, i = -rate, z = 0."""
+        return {n: w - parameters["rate"] * gradients[n] for n, w in weights.items()}
+
+    def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
+        """One fused pass."""
+        rate = parameters["rate"].to(next(iter(memory.rms.values())))
+        return Relaxation(self, parameters, memory, dict.fromkeys(memory.dynamic, (rate, None)))
+
+
+@dataclass(frozen=True)
+class RMS(UpdateRule):
+    """RMS-scaled dynamic evaluation with decay to theta_0 (Krause et al. 2018, eqs. 5 to 8).
+
+    theta - rate * gradient / (RMS + eps) + z (theta_0 - theta), z = decay * RMS / mean(RMS)
+    clipped to 1: eq. 6 with f = 1 - z.
+    """
+
+    name: str = "rms"
+    eps: float = 2e-5
+
+    def _factors(self, parameters: Parameters, memory: LongTerm, name: str):
+        rms = memory.rms[name]
+        step = parameters["rate"] / (rms + self.eps)
+        return step, (parameters["decay"] * rms / memory.mean_rms).clamp(0, 1)
+
+    def formula(self, parameters, memory, weights, gradients, signal):
+        """Krause's rule written as eq. 6."""
+        new = {}
+        for n, w in weights.items():
+            step, z = self._factors(parameters, memory, n)
+            new[n] = (1 - z) * w - step * gradients[n] + z * memory.weights[n]
+        return new
+
+    def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
+        """Two factors per weight, computed once."""
+        factors = {n: self._factors(parameters, memory, n) for n in memory.dynamic}
+        return Relaxation(self, parameters, memory, factors)
+
+
+Factors = dict[str, tuple[Tensor, Tensor | None]]
+"""(step, z or None) of every tensor."""
+
+
+class Relaxation(ByFormula):
+    """Fast `update` of the hand-made rules, whose gates are constants."""
+
+    def __init__(
+        self, rule: UpdateRule, parameters: Parameters, memory: LongTerm, factors: Factors
+    ) -> None:
+        super().__init__(rule, parameters, memory)
+        self.factors = factors
+
+    def update(
+        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
+    ) -> Weights:
+        """See `Bound.update`."""
+        out = out or {n: torch.empty_like(w) for n, w in weights.items()}
+        for n, w in weights.items():
+            step, z = self.factors[n]
+            relax(w, gradients[n], self.memory.weights[n], step, z, None, None, out[n])
+        return out
+
+
+def relax(
+    theta: Tensor,
+    gradient: Tensor,
+    start: Tensor,
+    step: Tensor,
+    z: Tensor | None,
+    step_B: Tensor | None,
+    z_B: Tensor | None,
+    out: Tensor,
+) -> Tensor:
+    """out = theta - (step_B step) gradient + (z_B z) (start - theta), three passes.
+
+    Args:
+        theta, gradient, out: (B, ...); start, step, z: the tensor's own shape (step may be one
+            number); z = None: no flush.
+        step_B, z_B: factors per lane (B,), None = 1.
+
+    On a CPU one lane's tensor stays in the cache over the passes; on a GPU one call does all
+    lanes.
+    """
+    lanes = theta.shape[0]
+    if theta.device.type == "cpu":
+        a = [1.0] * lanes if step_B is None else step_B.tolist()
+        b = [1.0] * lanes if z_B is None else z_B.tolist()
+        for k in range(lanes):
+            if z is None:
+                torch.addcmul(theta[k], gradient[k], step, value=-a[k], out=out[k])
+                continue
+            torch.sub(start, theta[k], out=out[k])
+            torch.addcmul(theta[k], out[k], z, value=b[k], out=out[k])
+            out[k].addcmul_(gradient[k], step, value=-a[k])
+        return out
+    view = (lanes, *[1] * (theta.dim() - 1))
+    move = gradient * step if step_B is None else gradient * (step * step_B.view(view))
+    torch.sub(theta, move, out=out)
+    if z is not None:
+        out.addcmul_(z if z_B is None else z * z_B.view(view), start - theta)
+    return out

@@ -1,0 +1,375 @@
+"""Stage 1: the language model, trained once on the whole corpus (becomes theta_0).
+
+Letters: B lanes, T tokens per segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm.checkpoint import RunFolder, load_tensors, save_lm, save_tensors
+from mlm.config import Config, LMTrainingConfig
+from mlm.errors import UserError
+from mlm.lm import (
+    Dropout,
+    LMShape,
+    LMState,
+    Weights,
+    initial_state,
+    initial_weights,
+    run_lstm,
+    score,
+    token_nll,
+)
+from mlm.streams import LaneStream, Segment
+
+WARM_UP = 0.02
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a stage reads: token arrays of articles and how many words they hold."""
+
+    articles: Sequence[np.ndarray]
+    words: int
+    eos: int
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return sum(len(a) for a in self.articles)
+
+    @property
+    def tokens_per_word(self) -> float:
+        """Turns nats per token into nats per word."""
+        return self.tokens / self.words
+
+
+def shape_of(config: Config, vocabulary_size: int) -> LMShape:
+    """Sizes of the model for this vocabulary."""
+    cutoffs: tuple[int, ...] = ()
+    if vocabulary_size > config.model.adaptive_above:
+        cutoffs = tuple(c for c in config.model.cutoffs if 0 < c < vocabulary_size)
+    model = config.model
+    return LMShape(vocabulary_size, model.embedding, model.hidden, model.layers, cutoffs)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where asked for, or where the processor multiplies it natively."""
+    if wanted == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported()
+        else:
+            able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+            native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def cosine(step: int, steps: int, warm_up: float = 0.0) -> float:
+    """Factor on the learning rate: linear warm-up, then half a cosine to zero."""
+    rise = max(1, round(warm_up * steps))
+    if warm_up and step < rise:
+        return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps))))
+
+
+@torch.no_grad()
+def static_loss(
+    weights: Weights,
+    shape: LMShape,
+    text: Text,
+    lanes: int,
+    segment: int,
+    precision: torch.dtype = torch.float32,
+) -> float:
+    """Mean loss in nats per token of `text` under fixed weights, state reset at borders."""
+    device = weights["embedding"].device
+    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
+    state = initial_state(shape, stream.lanes, device)
+    total, tokens = 0.0, 0
+    for raw in stream:
+        piece = raw.to(device)
+        state = state.keep(~piece.new)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            nll, state = score(weights, shape, piece.inputs, piece.targets, state)
+        total += float((nll * piece.mask).sum())
+        tokens += int(piece.mask.sum())
+    return total / tokens
+
+
+class LMTrainer:
+    """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit."""
+
+    def __init__(self, config: Config, shape: LMShape, text: Text, device: torch.device) -> None:
+        self.settings: LMTrainingConfig = config.lm
+        self.shape, self.text, self.device = shape, text, device
+        self.precision = resolve_precision(config.lm.precision, device)
+        seed = torch.Generator().manual_seed(config.seed)
+        self.weights = {
+            n: w.to(device).requires_grad_() for n, w in initial_weights(shape, seed).items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            list(self.weights.values()),
+            lr=config.lm.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.lm.weight_decay,
+            fused=True,
+        )
+        lanes = min(config.lm.lanes, len(text.articles))
+        self.stream = LaneStream(text.articles, lanes, config.lm.segment, text.eos, config.seed)
+        self.dropout_generator = torch.Generator(device).manual_seed(config.seed + 1)
+        self.state = initial_state(shape, lanes, device)
+        self.steps = max(1, math.ceil(config.lm.epochs * text.tokens / (lanes * config.lm.segment)))
+        self.step = 0
+        self.best = math.inf
+        s = config.lm
+        self.dropout = Dropout(
+            s.dropout_embedding, s.dropout_input, s.dropout_hidden, s.dropout_output, s.weight_drop
+        )
+
+    def loss(self, segment: Segment) -> tuple[Tensor, Tensor, LMState]:
+        """(objective, nats per token, state): cross-entropy plus AR and TAR."""
+        use = self.precision == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
+            hidden = run_lstm(
+                self.weights,
+                self.shape,
+                segment.inputs,
+                self.state,
+                self.dropout,
+                self.dropout_generator,
+            )
+            nll = token_nll(self.weights, self.shape, hidden.output, segment.targets)
+        count = segment.mask.sum()
+        loss = (nll.float() * segment.mask).sum() / count
+        objective = loss
+        mask = segment.mask.unsqueeze(-1)
+        if self.settings.ar:
+            squares = (hidden.output.float().square() * mask).sum()
+            objective = objective + self.settings.ar * squares / (count * mask.shape[-1]) / (
+                self.shape.embedding
+            )
+        if self.settings.tar and segment.mask.shape[1] > 1:
+            change = (hidden.raw[:, 1:] - hidden.raw[:, :-1]).float().square() * mask[:, 1:]
+            objective = objective + self.settings.tar * change.sum() / (
+                segment.mask[:, 1:].sum().clamp(min=1) * self.shape.embedding
+            )
+        state = LMState(
+            tuple(h.detach().float() for h in hidden.state.h),
+            tuple(c.detach().float() for c in hidden.state.c),
+        )
+        return objective, loss.detach(), state
+
+    def train_step(self) -> tuple[float, int]:
+        """One update of the weights; returns (nats per token, tokens).
+
+        Raises:
+            UserError: the loss is not finite; the weights are untouched by it.
+        """
+        segment = next(self.stream).to(self.device)
+        self.state = self.state.keep(~segment.new)
+        objective, loss, state = self.loss(segment)
+        value = float(loss)
+        if not math.isfinite(value):
+            raise UserError(
+                f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
+                f"lower --lm.learning-rate (now {self.settings.learning_rate}) or use "
+                "--lm.precision float32, then --resume"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * cosine(self.step, self.steps, WARM_UP)
+        self.optimizer.step()
+        self.state = state
+        self.step += 1
+        return value, int(segment.mask.sum())
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def save(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """Write everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        for k, (name, weight) in enumerate(self.weights.items()):
+            tensors[f"weights/{name}"] = weight
+            for key, value in self.optimizer.state_dict()["state"].get(k, {}).items():
+                tensors[f"adam/{key}/{name}"] = value
+        for kind, parts in (("h", self.state.h), ("c", self.state.c)):
+            tensors |= {f"state/{kind}/{k}": t for k, t in enumerate(parts)}
+        tensors["dropout"] = self.dropout_generator.get_state()
+        about = {
+            "vocabulary": vocabulary_hash,
+            "step": self.step,
+            "steps": self.steps,
+            "best": self.best if math.isfinite(self.best) else None,
+            "cursor": self.stream.state_dict(),
+        }
+        save_tensors(run.checkpoint("lm_last"), tensors, about)
+
+    def load(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """Continue from `save`.
+
+        Raises:
+            UserError: the checkpoint belongs to other settings or another vocabulary.
+        """
+        path = run.checkpoint("lm_last")
+        tensors, about = load_tensors(path, "nothing to resume")
+        sizes = {n: tuple(w.shape) for n, w in self.weights.items()}
+        found = {
+            n.removeprefix("weights/"): tuple(t.shape)
+            for n, t in tensors.items()
+            if n.startswith("weights/")
+        }
+        if about["vocabulary"] != vocabulary_hash or sizes != found or about["steps"] != self.steps:
+            raise UserError(
+                f"{path} was made with other settings (vocabulary, model, text or length of "
+                "training). Resume with the same flags, or choose another --out"
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        for k, (name, weight) in enumerate(self.weights.items()):
+            weight.data.copy_(tensors[f"weights/{name}"])
+            keys = [
+                n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
+            ]
+            state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        layers = range(self.shape.layers)
+        self.state = LMState(
+            tuple(tensors[f"state/h/{k}"].to(self.device) for k in layers),
+            tuple(tensors[f"state/c/{k}"].to(self.device) for k in layers),
+        )
+        self.dropout_generator.set_state(tensors["dropout"])
+        self.stream.load_state_dict(about["cursor"])
+        self.step = about["step"]
+        self.best = math.inf if about["best"] is None else about["best"]
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, done: int, quiet: bool) -> Iterator[tqdm]:
+    with tqdm(
+        total=total, initial=done, desc=title, unit="step", disable=quiet, dynamic_ncols=True
+    ) as bar:
+        yield bar
+
+
+def train_lm(
+    config: Config,
+    shape: LMShape,
+    text: Text,
+    valid: Text,
+    run: RunFolder,
+    vocabulary_hash: str,
+    device: torch.device,
+    quiet: bool = False,
+) -> Weights:
+    """Stage 1: train the language model, keep the weights that do best on validation.
+
+    Writes `checkpoints/lm.safetensors` (best) and `lm_last.safetensors` (for `--resume`), and rows
+    of metrics.jsonl. On Ctrl-C the state of training is saved first.
+
+    Returns:
+        the best weights, on `device`.
+    """
+    trainer = LMTrainer(config, shape, text, device)
+    last = run.checkpoint("lm_last")
+    if config.resume and last.exists():
+        trainer.load(run, vocabulary_hash)
+        run.keep_rows(lambda row: row.get("stage") != "lm" or row["step"] <= trainer.step)
+    else:
+        run.keep_rows(lambda row: row.get("stage") != "lm")
+        static_loss(trainer.weights, shape, _few_segments(valid, config), 1, config.lm.segment)
+    try:
+        _train(trainer, config, valid, run, vocabulary_hash, quiet)
+    except KeyboardInterrupt:
+        trainer.save(run, vocabulary_hash)
+        raise
+    from mlm.checkpoint import load_lm
+
+    weights, _, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
+    return {n: w.to(device) for n, w in weights.items()}
+
+
+def _few_segments(text: Text, config: Config) -> Text:
+    """The first two segments: evaluation must work before training begins."""
+    return Text([text.articles[0][: 2 * config.lm.segment]], 1, text.eos)
+
+
+def _train(
+    trainer: LMTrainer,
+    config: Config,
+    valid: Text,
+    run: RunFolder,
+    vocabulary_hash: str,
+    quiet: bool,
+) -> None:
+    per_word = trainer.text.tokens_per_word
+    every = math.ceil(trainer.steps / config.lm.validations)
+    window: list[tuple[float, int]] = []
+    clock = time.perf_counter()
+    with _progress("language model", trainer.steps, trainer.step, quiet) as bar:
+        while trainer.step < trainer.steps:
+            window.append(trainer.train_step())
+            bar.update()
+            if trainer.step % 20 == 0:
+                tokens = sum(n for _, n in window)
+                loss = sum(v * n for v, n in window) / tokens
+                speed = tokens / per_word / (time.perf_counter() - clock)
+                ppl = math.exp(min(50.0, loss * per_word))
+                bar.set_postfix_str(f"loss {loss:.3f}, ppl {ppl:.0f}, {speed:,.0f} words/s")
+            if trainer.step % every and trainer.step < trainer.steps:
+                continue
+            seconds = time.perf_counter() - clock
+            _validate(trainer, valid, run, vocabulary_hash, window, seconds)
+            window, clock = [], time.perf_counter()
+
+
+def _validate(
+    trainer: LMTrainer,
+    valid: Text,
+    run: RunFolder,
+    vocabulary_hash: str,
+    window: list[tuple[float, int]],
+    seconds: float,
+) -> None:
+    weights = {n: w.detach() for n, w in trainer.weights.items()}
+    s = trainer.settings
+    loss = static_loss(weights, trainer.shape, valid, s.lanes, s.segment, trainer.precision)
+    tokens = sum(n for _, n in window)
+    row: dict[str, Any] = {
+        "stage": "lm",
+        "step": trainer.step,
+        "tokens": trainer.step * trainer.stream.lanes * s.segment,
+        "train_loss": sum(v * n for v, n in window) / tokens,
+        "valid_loss": loss,
+        "valid_word_perplexity": math.exp(min(50.0, loss * valid.tokens_per_word)),
+        "words_per_second": tokens / trainer.text.tokens_per_word / seconds,
+        "precision": str(trainer.precision).removeprefix("torch."),
+    }
+    run.log(**row)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"stage 1, step {trainer.step}: the validation loss is {loss}; lower --lm.learning-rate"
+        )
+    if loss < trainer.best:
+        trainer.best = loss
+        save_lm(
+            run.checkpoint("lm"),
+            weights,
+            trainer.shape,
+            vocabulary_hash,
+            step=trainer.step,
+            valid_loss=loss,
+        )
+    trainer.save(run, vocabulary_hash)
