@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ class Options:
     """How many successive articles figure 2 shows."""
     first: int = 0
     """The place of figure 2's first article in the split, counted from 0."""
+    protocol: Literal["article", "stream"] | None = None
+    """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
     passage: tuple[int, int] | None = None
     """An article's index and a word's position: draw the text from there, for papers."""
 
@@ -38,6 +40,7 @@ def main() -> None:
         options.split,
         options.articles,
         first=options.first,
+        protocol=options.protocol,
         passage=options.passage,
     )
     for path in paths:

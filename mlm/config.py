@@ -169,6 +169,8 @@ class Config:
     """What to run, in this order; later stages take the earlier ones from the run folder."""
     resume: bool = False
     """Continue an interrupted run of the same settings."""
+    overwrite: bool = False
+    """Replace the run that the folder holds already."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     threads: int = 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from mlm.drawing import new_figure, project_style, rule_style, save_figure, short_title
 from mlm.errors import UserError
@@ -115,7 +116,13 @@ def figure2(
     article borders as in the paper; in `article`, where the weights start anew, it stops at each
     border. `protocol` None takes `stream` where measured. Writes figure2{suffix}.png, .svg, .csv.
     """
-    protocol = protocol or table.compared_protocols()[-1]
+    present = table.compared_protocols()
+    protocol = protocol or present[-1]
+    if protocol not in present:
+        raise UserError(
+            f"{table.source}: protocol {protocol!r} was not measured on split {table.split!r}; "
+            f"present: {', '.join(present)}"
+        )
     chosen = table.articles[first : first + articles]
     if not chosen or first < 0:
         raise UserError(
@@ -184,13 +191,14 @@ def _draw_borders(panels: Sequence[Axes], table: LossTable, chosen: Sequence[int
     borders = np.cumsum([0, *lengths])
     for panel in panels:
         panel.set_xlim(0, borders[-1])
+        panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         panel.xaxis.set_major_formatter("{x:,.0f}")
         for border in borders[1:-1]:
             panel.axvline(border, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
     for panel in panels[:-1]:
         panel.tick_params(labelbottom=False)
     for place, (start, stop) in enumerate(itertools.pairwise(borders)):
-        if stop - start > 0.012 * borders[-1]:
+        if stop - start > 0.012 * len(letter(place)) * borders[-1]:
             panels[0].annotate(
                 letter(place),
                 ((start + stop) / 2, 1),
@@ -225,7 +233,12 @@ def _draw_key(
         gains = half_gains(against_N[rows], rule_N[rows])
         halves = " → ".join("–" if gain is None else f"{gain:.1f}" for gain in gains)
         panel.text(column, row, letter(place), fontweight="bold", **text)
-        panel.text(column + 0.035, row, short_title(table.title(article), 44), **text)
+        panel.text(
+            column + (0.035 if len(chosen) <= 26 else 0.05),
+            row,
+            short_title(table.title(article), 36),
+            **text,
+        )
         panel.text(column + 0.62, row, f"{rows.stop - rows.start:,}", ha="right", **text)
         panel.text(column + 0.93, row, halves.replace("-", "−"), ha="right", **text)
 

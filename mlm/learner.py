@@ -54,6 +54,11 @@ class Bound(Protocol):
         ...
 
 
+def per_lane(value: Tensor, weights_B: Tensor) -> Tensor:
+    """A number, or one number per lane (B,), shaped to multiply weights (B, ...)."""
+    return value if value.dim() == 0 else value.view(-1, *[1] * (weights_B.dim() - 1))
+
+
 class UpdateRule(ABC):
     """The signature every rule shares."""
 
@@ -130,12 +135,14 @@ class SGD(UpdateRule):
 
     def formula(self, parameters, memory, weights, gradients, signal):
         """Eq. 6 with f = 1, i = -rate, z = 0."""
-        return {n: w - parameters["rate"] * gradients[n] for n, w in weights.items()}
+        rate = parameters["rate"]
+        return {n: w - per_lane(rate, w) * gradients[n] for n, w in weights.items()}
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """One fused pass."""
-        rate = parameters["rate"].to(next(iter(memory.rms.values())))
-        return Relaxation(self, parameters, memory, dict.fromkeys(memory.dynamic, (rate, None)))
+        one = torch.ones_like(next(iter(memory.rms.values())).flatten()[0])
+        factors: Factors = dict.fromkeys(memory.dynamic, (one, None))
+        return Relaxation(self, parameters, memory, factors)
 
 
 @dataclass(frozen=True)
@@ -149,22 +156,24 @@ class RMS(UpdateRule):
     name: str = "rms"
     eps: float = 2e-5
 
-    def _factors(self, parameters: Parameters, memory: LongTerm, name: str):
+    def _factors(self, memory: LongTerm, name: str) -> tuple[Tensor, Tensor]:
+        """(1 / (RMS + eps), RMS / mean RMS): what rate and decay multiply."""
         rms = memory.rms[name]
-        step = parameters["rate"] / (rms + self.eps)
-        return step, (parameters["decay"] * rms / memory.mean_rms).clamp(0, 1)
+        return 1 / (rms + self.eps), rms / memory.mean_rms
 
     def formula(self, parameters, memory, weights, gradients, signal):
         """Krause's rule written as eq. 6."""
         new = {}
         for n, w in weights.items():
-            step, z = self._factors(parameters, memory, n)
-            new[n] = (1 - z) * w - step * gradients[n] + z * memory.weights[n]
+            scale, relative = self._factors(memory, n)
+            i = -per_lane(parameters["rate"], w) * scale
+            z = (per_lane(parameters["decay"], w) * relative).clamp(0, 1)
+            new[n] = (1 - z) * w + i * gradients[n] + z * memory.weights[n]
         return new
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """Two factors per weight, computed once."""
-        factors = {n: self._factors(parameters, memory, n) for n in memory.dynamic}
+        factors: Factors = {n: self._factors(memory, n) for n in memory.dynamic}
         return Relaxation(self, parameters, memory, factors)
 
 
@@ -173,22 +182,35 @@ Factors = dict[str, tuple[Tensor, Tensor | None]]
 
 
 class Relaxation(ByFormula):
-    """Fast `update` of the hand-made rules, whose gates are constants."""
+    """Fast `update` of the hand-made rules, whose gates are constants.
+
+    `rate` and `decay` may be (B,): as many settings are then read side by side, a lane each.
+    """
 
     def __init__(
         self, rule: UpdateRule, parameters: Parameters, memory: LongTerm, factors: Factors
     ) -> None:
         super().__init__(rule, parameters, memory)
         self.factors = factors
+        decay = float(parameters["decay"].max()) if "decay" in parameters else 0.0
+        self.clipped = [
+            n for n, (_, z) in factors.items() if z is not None and decay * float(z.max()) > 1
+        ]
 
     def update(
         self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
     ) -> Weights:
         """See `Bound.update`."""
         out = out or {n: torch.empty_like(w) for n, w in weights.items()}
+        lanes = len(next(iter(weights.values())))
+        rate = self.parameters["rate"].expand(lanes)
         for n, w in weights.items():
             step, z = self.factors[n]
-            relax(w, gradients[n], self.memory.weights[n], step, z, None, None, out[n])
+            if n in self.clipped:
+                super().update({n: w}, {n: gradients[n]}, signal, {n: out[n]})
+                continue
+            decay = None if z is None else self.parameters["decay"].expand(lanes)
+            relax(w, gradients[n], self.memory.weights[n], step, z, rate, decay, out[n])
         return out
 
 

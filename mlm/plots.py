@@ -28,6 +28,7 @@ def draw_all(
     articles: int = 8,
     *,
     first: int = 0,
+    protocol: str | None = None,
     passage: tuple[int, int] | None = None,
 ) -> list[Path]:
     """Draw every picture of a run from its folder; return the paths written.
@@ -35,6 +36,7 @@ def draw_all(
     Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
     words_middle (of the longest of them), gain_by_position and, if the run has `metrics.jsonl`,
     training; and `words.html` beside it. `passage` (article, position) draws those words too.
+    `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured.
     `split` None takes `valid`, else the first in the file; another split's files get its name as a
     suffix. Raises `UserError` if the folder lacks what a picture needs.
     """
@@ -46,10 +48,10 @@ def draw_all(
     table = LossTable.load(path, split)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
-    paths = figure2(table, folder, articles=articles, first=first, suffix=suffix)
+    paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)
     paths += gain_by_position(table, folder, suffix=suffix)
     among = table.articles[first : first + articles]
-    paths += word_pictures(table, folder, among, passage=passage, suffix=suffix)
+    paths += word_pictures(table, folder, among, protocol=protocol, passage=passage, suffix=suffix)
     paths += training_curves(run_dir)
     paths.append(write_page(table, run_dir / f"words{suffix}.html"))
     return paths
@@ -60,13 +62,14 @@ def word_pictures(
     folder: Path,
     among: Sequence[int],
     *,
+    protocol: str | None = None,
     passage: tuple[int, int] | None = None,
     words: int = 160,
     suffix: str = "",
 ) -> list[Path]:
     """Draw the start and the middle of the longest article in `among` (before and after the
     weights have learned from it) and a `passage` (article, position); return the paths."""
-    protocol = table.compared_protocols()[0]
+    protocol = protocol or table.compared_protocols()[0]
     pair = panels_of(table.rules(protocol))[0]
     article = max(among, key=lambda index: table.rows(index).stop - table.rows(index).start)
     length = table.rows(article).stop - table.rows(article).start

@@ -264,7 +264,6 @@ def _fit_pieces(counts: Counter[str], kind: str, size: int) -> bytes:
             byte_fallback=True,
             character_coverage=0.9995,
             normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
             unk_id=0,
             unk_piece=UNK,
             unk_surface=UNK,

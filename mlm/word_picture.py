@@ -174,7 +174,7 @@ def _draw_word(page: Axes, word: _Placed, colour: tuple[float, float, float]) ->
 
 def _draw_legend(page: Axes, top: float, limit: float) -> None:
     """A bar from better to worse, with the differences in nats."""
-    left, width, steps = 60.0, 240.0, 240
+    left, width, steps = 60.0, 240.0, 120
     for step in range(steps):
         value = limit * (2 * (step + 0.5) / steps - 1)
         x = left + width * step / steps

@@ -230,14 +230,21 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
 def test_drawing_twice_gives_the_same_bytes(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
     for kind in (figure2, gain_by_position):
-        for one, two in zip(kind(table, tmp_path / "1"), kind(table, tmp_path / "2"), strict=True):
+        first, second = (kind(table, tmp_path / folder) for folder in "12")
+        for one, two in zip(first, second, strict=True):
             assert one.read_bytes() == two.read_bytes(), one.name
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 1, 301)])
-def test_few_and_tiny_articles_are_drawn(tmp_path: Path, lengths: tuple[int, ...]):
-    make_run(tmp_path, lengths=lengths, rules=("static", "rms"), protocols=("article",))
+def test_a_run_of_one_word_is_drawn(tmp_path: Path):
+    make_run(tmp_path, lengths=(1,), rules=("static", "rms"), protocols=("article",))
     assert (tmp_path / "words.html") in draw_all(tmp_path)
+
+
+def test_a_protocol_that_was_not_measured_is_refused(tmp_path: Path):
+    table = made_up_losses([["a", "b", "<eos>"]], protocols=("article",))
+    assert figure2(table, tmp_path)  # without a wish, the one there is
+    with pytest.raises(UserError, match=r"'stream' was not measured .* present: article"):
+        figure2(table, tmp_path, protocol="stream")
 
 
 def test_static_alone_is_refused(tmp_path: Path):

@@ -373,6 +373,7 @@ def test_hub_out_of_reach_is_one_message(hub_home: Path) -> None:
 
 def test_hub_probe_fails_fast(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network but not told so: one attempt, then the cache."""
+    import datasets
     import huggingface_hub
     from datasets import config
 
@@ -382,7 +383,13 @@ def test_hub_probe_fails_fast(hub_home: Path, monkeypatch: pytest.MonkeyPatch) -
         calls.append((repo, timeout))
         raise OSError("no route to host")
 
+    def load(*_: object) -> None:
+        assert config.HF_HUB_OFFLINE
+        assert huggingface_hub.constants.HF_HUB_OFFLINE
+        raise ConnectionError("offline")
+
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", refuse)
+    monkeypatch.setattr(datasets, "load_dataset", load)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(config, "HF_HUB_OFFLINE", False)
     message = error_of(lambda: open_corpus("wikitext-103-raw").fingerprint("train"))

@@ -193,6 +193,14 @@ def test_size_the_text_does_not_support(kind: str) -> None:
     assert fit_vocabulary(articles, kind, smallest).size == smallest
 
 
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_unknown_words_teach_no_pieces(kind: str) -> None:
+    text = text_of("Night", 1)
+    without = text.replace("<unk>", "")
+    fitted = [fit_vocabulary([Article("Night", t)], kind, 290).hash for t in (text, without)]
+    assert fitted[0] == fitted[1]
+
+
 def test_unknown_kind() -> None:
     assert "'letters'" in error_of(lambda: fit_vocabulary(articles_of(1), "letters", 300))
 
@@ -340,11 +348,11 @@ print(prepare(corpus, "word", 0, Path(sys.argv[2]), progress=False).splits["trai
 """
 
 
-def script(tmp_path: Path, mode: str) -> subprocess.Popen[str]:
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
+def script(tmp_path: Path, mode: str, *how: str) -> subprocess.Popen[str]:
+    (tmp_path / "script.py").write_text(SCRIPT)
     return subprocess.Popen(
-        [sys.executable, path, corpus_at(tmp_path / "lamp"), tmp_path / "cache", mode],
+        [sys.executable, *how, corpus_at(tmp_path / "lamp"), tmp_path / "cache", mode],
+        cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -353,8 +361,9 @@ def script(tmp_path: Path, mode: str) -> subprocess.Popen[str]:
     )
 
 
-def test_processes_leave_the_script_alone(tmp_path: Path) -> None:
-    with script(tmp_path, "whole") as process:
+@pytest.mark.parametrize("how", [("script.py",), ("-m", "script")])
+def test_processes_leave_the_script_alone(tmp_path: Path, how: tuple[str, ...]) -> None:
+    with script(tmp_path, "whole", *how) as process:
         out, err = process.communicate(timeout=60)
     words = sum(count_words(a.text) for a in articles_of(30))
     assert (out, err) == (f"started\n{words}\n", "")
@@ -371,7 +380,7 @@ def group_members(group: int) -> int:
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
 def test_stopping_leaves_no_process_and_no_half_file(tmp_path: Path, stop: signal.Signals) -> None:
     """Ctrl-C reaches the whole group; a kill only the parent."""
-    with script(tmp_path, "endless") as process:
+    with script(tmp_path, "endless", "script.py") as process:
         assert process.stdout is not None
         for _ in range(200):  # by then both processes work
             process.stdout.readline()
@@ -442,6 +451,8 @@ def test_only_some_of_the_training_text(corpus: Corpus, tmp_path: Path) -> None:
     assert len(some.splits["valid"]) == 5
     assert some.vocabulary.encode_line(articles[1].title)[-1] != some.vocabulary.unk_id
     assert some.vocabulary.encode_line(articles[2].title)[-1] == some.vocabulary.unk_id
+    every = prepare(corpus, "word", 0, tmp_path / "cache", ["valid"], progress=False)
+    assert every.vocabulary.encode_line(articles[2].title)[-1] != every.vocabulary.unk_id
 
 
 def test_changed_source_is_rebuilt(

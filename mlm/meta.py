@@ -1,0 +1,328 @@
+"""Stage 2: estimate the Fisher, then train the meta-learner by its first-order gradient.
+
+Letters: B lanes, M tokens per segment, A articles.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm.checkpoint import RunFolder, load_tensors, save_tensors
+from mlm.config import MetaConfig
+from mlm.errors import UserError
+from mlm.gates import LinearGates
+from mlm.learner import Parameters
+from mlm.lm import LMShape, Weights
+from mlm.memory import LongTerm
+from mlm.rollout import Reader, begin, meta_gradient, open_articles, score_segment
+from mlm.scoring import score_articles
+from mlm.streams import LaneStream, Segment
+from mlm.training import Text, cosine
+from mlm.tuning import TuneText
+
+
+@torch.no_grad()
+def estimate_fisher(
+    weights: Weights,
+    shape: LMShape,
+    dynamic: tuple[str, ...],
+    text: Text,
+    segment: int,
+    words: int,
+    lanes: int = 16,
+    quiet: bool = True,
+) -> LongTerm:
+    """Long-term memory: theta_0 with the diagonal empirical Fisher of its dynamic weights.
+
+    The mean over segments of the squared per-segment gradient (Krause et al. 2018, eq. 5), read
+    statically on the first `words` words of `text`.
+    """
+    memory = LongTerm(shape, weights, dynamic, {}, 0.0, segment)
+    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
+    reader = begin(memory, stream.lanes)
+    squares = {n: torch.zeros_like(weights[n]) for n in dynamic}
+    segments, tokens, total = 0, 0, 0.0
+    wanted = min(text.tokens, int(words * text.tokens_per_word))
+    device = weights[dynamic[0]].device
+    with tqdm(total=wanted, desc="Fisher", unit="tok", unit_scale=True, disable=quiet) as bar:
+        for raw in stream:
+            piece = raw.to(device)
+            reader = open_articles(memory, reader, piece.new)
+            scored = score_segment(memory, reader, piece)
+            reader = Reader(reader.weights, scored.state, reader.age)
+            full = piece.mask.all(1)
+            for n, gradient in scored.gradients.items():
+                squares[n] += gradient[full].square().sum(0)
+            segments += int(full.sum())
+            count = int(piece.mask.sum())
+            total += float(scored.nll.sum())
+            tokens += count
+            bar.update(count)
+            if tokens >= wanted and segments:
+                break
+    if not segments:
+        raise UserError(
+            f"no held-out article is as long as one segment (--adapt.segment {segment}); use a "
+            "smaller M or more text"
+        )
+    rms = {n: (s / segments).sqrt() for n, s in squares.items()}
+    if not all(bool(r.isfinite().all()) for r in rms.values()):
+        raise UserError(
+            "the Fisher is not finite: the language model's loss is NaN; train it again"
+        )
+    return LongTerm(shape, weights, dynamic, rms, total / tokens, segment)
+
+
+class MixedLanes:
+    """Held-out articles in lanes: some reset at every border, some one long text each."""
+
+    def __init__(
+        self, text: Text, lanes: int, stream_share: float, segment: int, seed: int
+    ) -> None:
+        self.long = round(lanes * stream_share)
+        self.parts: list[LaneStream] = []
+        if self.long < lanes:
+            self.parts.append(LaneStream(text.articles, lanes - self.long, segment, text.eos, seed))
+        if self.long:
+            filled = [np.asarray(a) for a in text.articles if len(a)]
+            order = np.random.default_rng([seed, 1]).permutation(len(filled))
+            # With fewer articles than lanes every lane still gets a text of its own.
+            need = max(len(order), self.long)
+            order = np.resize(order, need)
+            texts = [
+                np.concatenate([filled[a] for a in order[k :: self.long]]) for k in range(self.long)
+            ]
+            self.parts.append(LaneStream(texts, self.long, segment, text.eos, seed))
+
+    def __iter__(self) -> Iterator[Segment]:
+        while True:
+            yield self.next()
+
+    def next(self) -> Segment:
+        """The next segment of every lane."""
+        pieces = [next(part) for part in self.parts]
+        if len(pieces) == 1:
+            return pieces[0]
+        columns = list(zip(*pieces, strict=True))
+        tensors = [torch.cat(column) for column in columns[:4]]
+        return Segment(*tensors, *(np.concatenate(column) for column in columns[4:]))
+
+    def state_dict(self) -> list[dict[str, list[int]]]:
+        """The cursors as plain integers."""
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, cursors: list[dict[str, list[int]]]) -> None:
+        """Continue where `state_dict` was taken."""
+        for part, cursor in zip(self.parts, cursors, strict=True):
+            part.load_state_dict(cursor)
+
+
+def validation_gain(
+    memory: LongTerm,
+    rule: LinearGates,
+    parameters: Parameters,
+    text: TuneText,
+    static: dict[str, float],
+) -> float:
+    """Nats per token gained over static, averaged over the protocols in `static`.
+
+    The stream is read as a few parallel texts here (only to choose a step; scores are not).
+    """
+    bound = rule.bind(parameters, memory)
+    tokens = sum(len(a) for a in text.articles)
+    gains = []
+    for protocol, base in static.items():
+        articles = list(text.articles)
+        if protocol == "stream":
+            articles = _joined(articles, 4)
+        nll = score_articles(memory, bound, articles, text.eos, text.lanes).total
+        gains.append((base - nll) / tokens)
+    return float(np.mean(gains))
+
+
+def _joined(articles: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
+    """Successive articles joined to at most `number` texts of about equal length."""
+    total, texts, part, size = sum(len(a) for a in articles), [], [], 0
+    for article in articles:
+        part.append(article)
+        size += len(article)
+        if size >= total / number:
+            texts.append(np.concatenate(part))
+            part, size = [], 0
+    return [*texts, np.concatenate(part)] if part else texts
+
+
+def static_of(memory: LongTerm, text: TuneText, protocols: Sequence[str]) -> dict[str, float]:
+    """Static losses in nats of the texts `validation_gain` reads, by protocol."""
+    found = {}
+    for protocol in protocols:
+        articles = list(text.articles)
+        if protocol == "stream":
+            articles = _joined(articles, 4)
+        found[protocol] = score_articles(memory, None, articles, text.eos, text.lanes).total
+    return found
+
+
+class MetaTrainer:
+    """State of stage 2 for one rule: parameters, Adam, readers, cursor."""
+
+    def __init__(
+        self,
+        memory: LongTerm,
+        rule: LinearGates,
+        start: Parameters,
+        text: Text,
+        settings: MetaConfig,
+        seed: int,
+    ) -> None:
+        self.memory, self.rule, self.settings = memory, rule, settings
+        self.parameters = {n: p.clone() for n, p in start.items()}
+        self.optimizer = torch.optim.Adam(
+            list(self.parameters.values()), lr=settings.learning_rate, betas=(0.9, 0.99)
+        )
+        self.lanes = MixedLanes(
+            text, settings.lanes, settings.stream_share, memory.segment, seed + 2
+        )
+        self.reader = begin(memory, settings.lanes)
+        self.step = 0
+
+    def train_step(self) -> tuple[float, int]:
+        """One meta-update; returns (meta-loss in nats per token, tokens read).
+
+        Raises:
+            UserError: loss or gradient is not finite; the parameters are untouched by it.
+        """
+        device = self.reader.age.device
+        unroll = [self.lanes.next().to(device) for _ in range(self.settings.unroll)]
+        bound = self.rule.bind(self.parameters, self.memory)
+        found = meta_gradient(self.memory, bound, self.parameters, self.reader, unroll)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in found.gradients.values()))
+        if not (math.isfinite(found.loss) and math.isfinite(norm)):
+            raise UserError(
+                f"stage 2, rule {self.rule.name}, step {self.step}: loss {found.loss}, gradient "
+                f"norm {norm}. The best parameters so far are kept; lower --meta.learning-rate "
+                f"(now {self.settings.learning_rate})"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * cosine(self.step, self.settings.steps)
+        shrink = min(1.0, self.settings.clip / max(norm, 1e-12))
+        for name, parameter in self.parameters.items():
+            parameter.grad = found.gradients[name] * shrink
+        self.optimizer.step()
+        self.rule.project(self.parameters)
+        self.reader = found.reader
+        self.step += 1
+        return found.loss, sum(int(s.mask.sum()) for s in unroll)
+
+    def save(self, run: RunFolder, best: Parameters, about: dict[str, Any]) -> None:
+        """Write everything the next step depends on, and the best parameters so far."""
+        tensors: dict[str, Tensor] = {"reader/age": self.reader.age}
+        tensors |= {f"best/{n}": p for n, p in best.items()}
+        for k, (name, parameter) in enumerate(self.parameters.items()):
+            tensors[f"parameters/{name}"] = parameter
+            for key, value in self.optimizer.state_dict()["state"].get(k, {}).items():
+                tensors[f"adam/{key}/{name}"] = value
+        tensors |= {f"reader/weights/{n}": w for n, w in self.reader.weights.items()}
+        for kind in ("h", "c"):
+            layers = getattr(self.reader.state, kind)
+            tensors |= {f"reader/{kind}/{k}": t for k, t in enumerate(layers)}
+        more = {"step": self.step, "cursor": self.lanes.state_dict(), **about}
+        save_tensors(run.checkpoint(f"{self.rule.name}_last"), tensors, more)
+
+    def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Continue from `save`."""
+        device = self.reader.age.device
+        state = {}
+        for k, (name, parameter) in enumerate(self.parameters.items()):
+            parameter.copy_(tensors[f"parameters/{name}"])
+            keys = [
+                n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
+            ]
+            state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+
+        def layers(kind: str) -> tuple[Tensor, ...]:
+            return tuple(
+                tensors[f"reader/{kind}/{k}"].to(device) for k in range(self.memory.shape.layers)
+            )
+
+        self.reader = Reader(
+            {n: tensors[f"reader/weights/{n}"].to(device) for n in self.reader.weights},
+            type(self.reader.state)(layers("h"), layers("c")),
+            tensors["reader/age"].to(device),
+        )
+        self.lanes.load_state_dict(about["cursor"])
+        self.step = about["step"]
+
+
+def train_meta(
+    trainer: MetaTrainer,
+    judge: Callable[[Parameters], float],
+    run: RunFolder,
+    budget: int,
+    tokens_per_word: float,
+    identity: str,
+    resume: bool = False,
+    quiet: bool = False,
+) -> tuple[Parameters, float]:
+    """Train one rule; keep the step at which `judge` (validation gain, nats per token) is best.
+
+    `judge` is called exactly `budget` times, the start included. Writes rows of metrics.jsonl and
+    `checkpoints/<rule>_last.safetensors`; `identity` names what the run depends on.
+
+    Returns:
+        the best parameters and their gain.
+    """
+    name, steps = trainer.rule.name, trainer.settings.steps
+    marks = sorted({round(k * steps / max(1, budget - 1)) for k in range(budget)})
+    best: tuple[float, Parameters] = (-math.inf, {})
+    last = run.checkpoint(f"{name}_last")
+    if resume and last.exists():
+        tensors, about = load_tensors(last, "nothing to resume")
+        if about.get("identity") == identity:
+            trainer.load(tensors, about)
+            best = (about["best"], {n: tensors[f"best/{n}"] for n in trainer.parameters})
+    run.keep_rows(
+        lambda row: (
+            (row.get("stage"), row.get("rule")) != ("meta", name)
+            or (resume and row["step"] <= trainer.step)
+        )
+    )
+    done = trainer.step if best[1] else -1
+    with tqdm(total=steps, initial=trainer.step, desc=name, unit="step", disable=quiet) as bar:
+        while True:
+            if trainer.step in marks and trainer.step > done:
+                gain = judge(trainer.parameters)
+                run.log(
+                    stage="meta",
+                    rule=name,
+                    step=trainer.step,
+                    gain=gain,
+                    gain_per_word=gain * tokens_per_word,
+                )
+                if gain > best[0]:
+                    best = (gain, {n: p.clone() for n, p in trainer.parameters.items()})
+                trainer.save(run, best[1], {"identity": identity, "best": best[0]})
+            if trainer.step >= steps:
+                break
+            clock = time.perf_counter()
+            loss, tokens = trainer.train_step()
+            speed = tokens / tokens_per_word / (time.perf_counter() - clock)
+            run.log(
+                stage="meta", rule=name, step=trainer.step, train_loss=loss, words_per_second=speed
+            )
+            ppl = math.exp(min(50.0, loss * tokens_per_word))
+            bar.set_postfix_str(
+                f"loss {loss:.3f}, ppl {ppl:.0f}, gain {best[0]:.3f} nats/token, "
+                f"{speed:,.0f} words/s"
+            )
+            bar.update()
+    return best[1], best[0]

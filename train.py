@@ -1,0 +1,51 @@
+"""Train a language model that learns while it reads: python train.py [--corpus ...] [--help]"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import tyro
+
+from mlm.config import PRESETS, Config, validate
+from mlm.errors import UserError, run_cli
+
+
+def _value(flag: str) -> str | None:
+    """The value of a flag on the command line, before it is parsed properly."""
+    for word, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _defaults() -> Config:
+    """The preset, or the run folder's own settings when an existing run goes on."""
+    from mlm.checkpoint import RunFolder
+    from mlm.pipeline import run_path
+
+    preset = _value("--preset") or "pydocs"
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
+    out, corpus = _value("--out"), _value("--corpus") or "pydocs"
+    path = Path(out) if out else run_path(Config(corpus=corpus))
+    goes_on = "--resume" in sys.argv or (_value("--stages") or "lm") != "lm"
+    if goes_on and (path / "config.json").exists():
+        return RunFolder(path).load_config()
+    return PRESETS[preset]
+
+
+def main() -> None:
+    """Parse the command line, then run the stages."""
+    if {"-h", "--help"} & set(sys.argv):
+        config = tyro.cli(Config, description=__doc__)
+    config = validate(tyro.cli(Config, default=_defaults(), description=__doc__))
+    from mlm.pipeline import run_stages
+
+    run_stages(config)
+
+
+if __name__ == "__main__":
+    run_cli(main)
