@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -40,15 +39,11 @@ def main() -> None:
     """Parse the command line, score, print the table."""
     from mlm.checkpoint import RunFolder
 
-    named = [Path(word) for word in sys.argv[1:2] if not word.startswith("-")]
-    default = EvaluationConfig()
-    if named:
-        default = RunFolder(named[0]).load_config().evaluation
-    options = tyro.cli(
-        Options,
-        default=Options(Path("runs/pydocs") if not named else named[0], evaluation=default),
-    )
-    config = RunFolder(options.run).load_config()
+    named = tyro.cli(Options, default=Options(Path("runs/pydocs"))).run
+    config = RunFolder(named).load_config()
+    # The run's own settings, but test is read only when this command asks for it.
+    evaluation = dataclasses.replace(config.evaluation, split="valid")
+    options = tyro.cli(Options, default=Options(named, evaluation=evaluation))
     config = validate(
         dataclasses.replace(
             config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -32,9 +33,15 @@ def _defaults() -> Config:
     out, corpus = _value("--out"), _value("--corpus") or "pydocs"
     path = Path(out) if out else run_path(Config(corpus=corpus))
     goes_on = "--resume" in sys.argv or (_value("--stages") or "lm") != "lm"
-    if goes_on and (path / "config.json").exists():
-        return RunFolder(path).load_config()
-    return PRESETS[preset]
+    if not (goes_on and (path / "config.json").exists()):
+        return PRESETS[preset]
+    found = dataclasses.replace(RunFolder(path).load_config(), resume=False, overwrite=False)
+    if "--resume" in sys.argv:
+        return found
+    # Test is read when this command asks for it, not because an earlier one did.
+    return dataclasses.replace(
+        found, evaluation=dataclasses.replace(found.evaluation, split="valid")
+    )
 
 
 def main() -> None:

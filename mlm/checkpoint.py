@@ -21,6 +21,19 @@ from mlm.files import atomic_path, write_text
 from mlm.lm import LMShape
 from mlm.memory import LongTerm
 
+RESULTS = (
+    "checkpoints/*.safetensors",
+    "evaluation.json",
+    "evaluation.md",
+    "losses.parquet",
+    "tuning.json",
+    "words*.html",
+    "figures/*.png",
+    "figures/*.svg",
+    "figures/*.csv",
+)
+"""What the stages leave in a run folder (and in its `on-*` folders) that belongs to one model."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -46,6 +59,11 @@ class RunFolder:
     def checkpoint(self, name: str) -> Path:
         """A safetensors file: `lm`, `lm_last`, `memory`, `two_levels`, ..."""
         return self.path / "checkpoints" / f"{name}.safetensors"
+
+    def results(self) -> list[Path]:
+        """The files of an earlier run in this folder."""
+        folders = (self.path, *self.path.glob("on-*"))
+        return [file for f in folders for pattern in RESULTS for file in sorted(f.glob(pattern))]
 
     def log(self, **row: Any) -> None:
         """Append one row to metrics.jsonl."""
@@ -95,7 +113,7 @@ class RunFolder:
             )
         try:
             return from_dict(json.loads(self.config_file.read_text(encoding="utf-8"))["config"])
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.config_file} is damaged ({error}). Restore it, or train again with another "
                 "--out"
@@ -156,7 +174,9 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["mlm"])
-            return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118
+            # Cloned: a tensor in the mapped file lies unaligned, and kernels then round otherwise.
+            names = list(file.keys())
+            return {name: file.get_tensor(name).clone() for name in names}, about
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mlm.errors import UserError
 
-RULES = ("static", "sgd", "rms", "two_levels", "three_levels")
+LEARNED = ("two_levels", "three_levels")
+RULES = ("static", "sgd", "rms", *LEARNED)
 PROTOCOLS = ("article", "stream")
 
 
@@ -248,13 +250,23 @@ def _problems(c: Config) -> list[str]:
     for flag, value in at_least_one.items():
         need(value >= 1, flag, value, "it must be at least 1")
     for flag, value in {
+        "--threads": c.threads,
+        "--seed": c.seed,
+        "--text.train-words": c.text.train_words,
+        "--text.vocabulary-size": c.text.vocabulary_size,
+        "--lm.validation-words": c.lm.validation_words,
+        "--meta.steps": c.meta.steps,
+        "--evaluation.max-articles": c.evaluation.max_articles,
+    }.items():
+        need(value >= 0, flag, value, "it must not be negative")
+    for flag, value in {
         "--lm.epochs": c.lm.epochs,
         "--lm.learning-rate": c.lm.learning_rate,
         "--lm.clip": c.lm.clip,
         "--meta.learning-rate": c.meta.learning_rate,
         "--meta.clip": c.meta.clip,
     }.items():
-        need(value > 0, flag, value, "it must be above 0")
+        need(0 < value < math.inf, flag, value, "it must be above 0 and finite")
     for name in ("embedding", "input", "hidden", "output"):
         rate = getattr(c.lm, f"dropout_{name}")
         need(0 <= rate < 1, f"--lm.dropout-{name}", rate, "it must be in [0, 1)")
@@ -264,7 +276,6 @@ def _problems(c: Config) -> list[str]:
     need(
         c.meta.unroll >= 2, "--meta.unroll", c.meta.unroll, "it must be at least 2; use 40 or more"
     )
-    need(c.meta.steps >= 0, "--meta.steps", c.meta.steps, "it must not be negative")
     need(
         0 <= c.meta.stream_share <= 1,
         "--meta.stream-share",
@@ -276,6 +287,10 @@ def _problems(c: Config) -> list[str]:
     unknown = [r for r in c.evaluation.rules if r not in RULES]
     need(not unknown, "--evaluation.rules", " ".join(unknown), f"choose from {', '.join(RULES)}")
     need(bool(c.stages), "--stages", "empty", "name at least one")
+    need(bool(c.evaluation.protocols), "--evaluation.protocols", "empty", "name at least one")
+    cutoffs = list(c.model.cutoffs)
+    rising = cutoffs == sorted(set(cutoffs)) and all(k > 0 for k in cutoffs)
+    need(rising, "--model.cutoffs", cutoffs, "they must rise and be above 0")
     return found
 
 

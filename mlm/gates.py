@@ -42,8 +42,8 @@ class LinearGates(UpdateRule):
         z = clip(s exp(v . x), 0, 1)  FLUSH towards theta_0
         f = 1 - z + k . x             COPY; k . x is absent unless `free_copy`
 
-    x holds a constant and `features`: `fisher` (log RMS of the weight), `loss` (segment loss minus
-    the corpus mean), `age` (1/sqrt(1 + updates since theta_0)), `gradient` (over its RMS) and
+    x holds a constant and `features`: `fisher` (log RMS of the weight), `loss` (tanh of segment
+    loss minus corpus mean), `age` (1/sqrt(1 + updates since theta_0)), `gradient` (over its RMS) and
     `distance` theta - theta_0, both preprocessed as in Andrychowicz et al. 2016. With
     `per_tensor` every tensor has its own w, s, v, k. The rule starts exactly at SGD or at
     Krause's rule (`start_at_sgd`, `start_at_rms`) and is trained from there.
@@ -113,7 +113,7 @@ class LinearGates(UpdateRule):
 
     def lane_features(self, memory: LongTerm, signal: Signal) -> dict[str, Tensor]:
         """Features that are one number per lane, (B,) each."""
-        values = {"loss": signal.loss - memory.loss, "age": torch.rsqrt(1.0 + signal.age)}
+        values = {"loss": (signal.loss - memory.loss).tanh(), "age": torch.rsqrt(1.0 + signal.age)}
         return {name: values[name] for name in LANE if name in self.features}
 
     def fisher(self, memory: LongTerm, name: str, gate: str) -> Tensor:
@@ -278,8 +278,9 @@ class SeparableGates(ByFormula):
         found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         back = {}
         for name in outside:
-            part = ({name: w[name]} for w in (weights, gradients))
-            one, more = super().pullback(*part, signal, {name: cotangent[name]})
+            one, more = super().pullback(
+                {name: weights[name]}, {name: gradients[name]}, signal, {name: cotangent[name]}
+            )
             back.update(one)
             for key, value in more.items():
                 found[key] += value

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mlm.checkpoint import RunFolder, load_tensors, save_tensors
 from mlm.config import MetaConfig
-from mlm.errors import UserError
+from mlm.errors import UserError, uninterrupted
 from mlm.gates import LinearGates
 from mlm.learner import Parameters
 from mlm.lm import LMShape, Weights
@@ -112,8 +112,9 @@ class MixedLanes:
         if len(pieces) == 1:
             return pieces[0]
         columns = list(zip(*pieces, strict=True))
-        tensors = [torch.cat(column) for column in columns[:4]]
-        return Segment(*tensors, *(np.concatenate(column) for column in columns[4:]))
+        inputs, targets, mask, new = (torch.cat(column) for column in columns[:4])
+        article, start = (np.concatenate(column) for column in columns[4:])
+        return Segment(inputs, targets, mask, new, article, start)
 
     def state_dict(self) -> list[dict[str, list[int]]]:
         """The cursors as plain integers."""
@@ -172,7 +173,7 @@ def static_of(memory: LongTerm, text: TuneText, protocols: Sequence[str]) -> dic
 
 
 class MetaTrainer:
-    """State of stage 2 for one rule: parameters, Adam, readers, cursor."""
+    """State of stage 2 for one rule: parameters, Adam, readers, cursor; saved and resumed."""
 
     def __init__(
         self,
@@ -193,6 +194,10 @@ class MetaTrainer:
         )
         self.reader = begin(memory, settings.lanes)
         self.step = 0
+        self.judged = -1
+        """The step at which the validation gain was last measured."""
+        self.best: tuple[float, Parameters] = (-math.inf, {})
+        """(gain, parameters) of the best step so far."""
 
     def train_step(self) -> tuple[float, int]:
         """One meta-update; returns (meta-loss in nats per token, tokens read).
@@ -222,10 +227,10 @@ class MetaTrainer:
         self.step += 1
         return found.loss, sum(int(s.mask.sum()) for s in unroll)
 
-    def save(self, run: RunFolder, best: Parameters, about: dict[str, Any]) -> None:
+    def save(self, run: RunFolder, identity: str) -> None:
         """Write everything the next step depends on, and the best parameters so far."""
         tensors: dict[str, Tensor] = {"reader/age": self.reader.age}
-        tensors |= {f"best/{n}": p for n, p in best.items()}
+        tensors |= {f"best/{n}": p for n, p in self.best[1].items()}
         for k, (name, parameter) in enumerate(self.parameters.items()):
             tensors[f"parameters/{name}"] = parameter
             for key, value in self.optimizer.state_dict()["state"].get(k, {}).items():
@@ -234,11 +239,23 @@ class MetaTrainer:
         for kind in ("h", "c"):
             layers = getattr(self.reader.state, kind)
             tensors |= {f"reader/{kind}/{k}": t for k, t in enumerate(layers)}
-        more = {"step": self.step, "cursor": self.lanes.state_dict(), **about}
-        save_tensors(run.checkpoint(f"{self.rule.name}_last"), tensors, more)
+        about = {
+            "identity": identity,
+            "step": self.step,
+            "judged": self.judged,
+            "gain": self.best[0] if self.best[1] else None,
+            "cursor": self.lanes.state_dict(),
+        }
+        save_tensors(run.checkpoint(f"{self.rule.name}_last"), tensors, about)
 
-    def load(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Continue from `save`."""
+    def load(self, run: RunFolder, identity: str) -> None:
+        """Continue from `save`, if there is one and it was made under the same `identity`."""
+        path = run.checkpoint(f"{self.rule.name}_last")
+        if not path.exists():
+            return
+        tensors, about = load_tensors(path, "nothing to resume")
+        if about.get("identity") != identity:
+            return
         device = self.reader.age.device
         state = {}
         for k, (name, parameter) in enumerate(self.parameters.items()):
@@ -260,7 +277,10 @@ class MetaTrainer:
             tensors["reader/age"].to(device),
         )
         self.lanes.load_state_dict(about["cursor"])
-        self.step = about["step"]
+        self.step, self.judged = about["step"], about["judged"]
+        if about["gain"] is not None:
+            best = {n: tensors[f"best/{n}"].to(device) for n in self.parameters}
+            self.best = (about["gain"], best)
 
 
 def train_meta(
@@ -283,46 +303,72 @@ def train_meta(
     """
     name, steps = trainer.rule.name, trainer.settings.steps
     marks = sorted({round(k * steps / max(1, budget - 1)) for k in range(budget)})
-    best: tuple[float, Parameters] = (-math.inf, {})
-    last = run.checkpoint(f"{name}_last")
-    if resume and last.exists():
-        tensors, about = load_tensors(last, "nothing to resume")
-        if about.get("identity") == identity:
-            trainer.load(tensors, about)
-            best = (about["best"], {n: tensors[f"best/{n}"] for n in trainer.parameters})
-    run.keep_rows(
-        lambda row: (
-            (row.get("stage"), row.get("rule")) != ("meta", name)
-            or (resume and row["step"] <= trainer.step)
-        )
-    )
-    done = trainer.step if best[1] else -1
+    if resume:
+        trainer.load(run, identity)
+    run.keep_rows(lambda row: not _ahead(row, trainer))
     with tqdm(total=steps, initial=trainer.step, desc=name, unit="step", disable=quiet) as bar:
-        while True:
-            if trainer.step in marks and trainer.step > done:
-                gain = judge(trainer.parameters)
-                run.log(
-                    stage="meta",
-                    rule=name,
-                    step=trainer.step,
-                    gain=gain,
-                    gain_per_word=gain * tokens_per_word,
+        try:
+            while True:
+                if trainer.step in marks and trainer.step > trainer.judged:
+                    _judge(trainer, judge, run, tokens_per_word, identity)
+                if trainer.step >= steps:
+                    break
+                clock = time.perf_counter()
+                with uninterrupted():
+                    loss, tokens = trainer.train_step()
+                    speed = tokens / tokens_per_word / (time.perf_counter() - clock)
+                    run.log(
+                        stage="meta",
+                        rule=name,
+                        step=trainer.step,
+                        train_loss=loss,
+                        words_per_second=speed,
+                    )
+                ppl = math.exp(min(50.0, loss * tokens_per_word))
+                bar.set_postfix_str(
+                    f"loss {loss:.3f}, ppl {ppl:.0f}, gain {trainer.best[0]:.3f} nats/token, "
+                    f"{speed:,.0f} words/s"
                 )
-                if gain > best[0]:
-                    best = (gain, {n: p.clone() for n, p in trainer.parameters.items()})
-                trainer.save(run, best[1], {"identity": identity, "best": best[0]})
-            if trainer.step >= steps:
-                break
-            clock = time.perf_counter()
-            loss, tokens = trainer.train_step()
-            speed = tokens / tokens_per_word / (time.perf_counter() - clock)
-            run.log(
-                stage="meta", rule=name, step=trainer.step, train_loss=loss, words_per_second=speed
-            )
-            ppl = math.exp(min(50.0, loss * tokens_per_word))
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, ppl {ppl:.0f}, gain {best[0]:.3f} nats/token, "
-                f"{speed:,.0f} words/s"
-            )
-            bar.update()
-    return best[1], best[0]
+                bar.update()
+        except KeyboardInterrupt:
+            trainer.save(run, identity)
+            raise
+    gain, best = trainer.best
+    return best, gain
+
+
+def _ahead(row: dict[str, Any], trainer: MetaTrainer) -> bool:
+    """Whether a row of metrics.jsonl is of this rule and lies beyond where `trainer` stands."""
+    if (row.get("stage"), row.get("rule")) != ("meta", trainer.rule.name):
+        return False
+    reached = trainer.judged if "gain" in row else trainer.step
+    return trainer.judged < 0 or row["step"] > reached
+
+
+def _judge(
+    trainer: MetaTrainer,
+    judge: Callable[[Parameters], float],
+    run: RunFolder,
+    tokens_per_word: float,
+    identity: str,
+) -> None:
+    """Measure the gain on validation, keep the parameters if it is the best, save."""
+    gain = judge(trainer.parameters)
+    finite = math.isfinite(gain)
+    if not finite and not trainer.best[1]:
+        raise UserError(
+            f"stage 2, rule {trainer.rule.name}, step {trainer.step}: the validation loss is not "
+            "finite. Tune again with a larger --evaluation.budget, or choose another --meta.start"
+        )
+    with uninterrupted():
+        run.log(
+            stage="meta",
+            rule=trainer.rule.name,
+            step=trainer.step,
+            gain=gain if finite else None,
+            gain_per_word=gain * tokens_per_word if finite else None,
+        )
+        trainer.judged = trainer.step
+        if gain > trainer.best[0]:
+            trainer.best = (gain, {n: p.clone() for n, p in trainer.parameters.items()})
+        trainer.save(run, identity)

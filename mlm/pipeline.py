@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +26,12 @@ from mlm.checkpoint import (
     save_memory,
     save_tensors,
 )
-from mlm.config import Config, to_dict
+from mlm.config import LEARNED, Config, to_dict
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound, Parameters
+from mlm.lm import LMShape, initial_weights
 from mlm.memory import LongTerm, choose_dynamic
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
 from mlm.scoring import Scores, check_finite, score_protocol, word_losses
@@ -153,9 +154,21 @@ class Run:
 
     @cached_property
     def memory(self) -> LongTerm:
-        """theta_0 and Fisher from the run folder."""
-        path = self.folder.checkpoint("memory")
-        return load_memory(path, self.vocabulary.hash).to(self.device)
+        """theta_0 and Fisher from the run folder.
+
+        Raises:
+            UserError: made for other dynamic weights or another M than the settings say.
+        """
+        path, adapt = self.folder.checkpoint("memory"), self.config.adapt
+        memory = load_memory(path, self.vocabulary.hash).to(self.device)
+        wanted = choose_dynamic(memory.weights, adapt.dynamic)
+        if (memory.segment, memory.dynamic) != (adapt.segment, wanted):
+            raise UserError(
+                f"{path} was made for M = {memory.segment} and the weights "
+                f"{', '.join(memory.dynamic)}, but the settings say M = {adapt.segment} and "
+                f"{', '.join(wanted)}; run `--stages meta` again"
+            )
+        return memory
 
 
 # -- stages ---------------------------------------------------------------------------------
@@ -167,7 +180,8 @@ def stage_lm(run: Run) -> None:
     shape = shape_of(run.config, vocabulary.size)
     text = run.training_text(0)
     valid = run.validation_text(run.config.lm.validation_words)
-    vocabulary.save(run.folder.vocabulary)
+    if not (run.config.resume and run.folder.checkpoint("lm_last").exists()):
+        vocabulary.save(run.folder.vocabulary)
     say(
         f"stage 1: {text.words:,} words ({text.tokens:,} tokens) in {len(text.articles)} articles, "
         f"vocabulary {vocabulary.size:,}"
@@ -207,7 +221,10 @@ def build_memory(run: Run) -> LongTerm:
 def tuned_settings(run: Run, memory: LongTerm, rule: SGD | RMS, protocol: str) -> dict[str, float]:
     """The best settings of a hand-made rule on validation; remembered in tuning.json."""
     path = run.folder.path / "tuning.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not tuned yet, or damaged: tune again
+        known = {}
     key, mark = f"{rule.name}/{protocol}", identity(run)
     if known.get(key, {}).get("identity") == mark:
         return known[key]["setting"]
@@ -289,6 +306,17 @@ def load_gates(run: Run, name: str, memory: LongTerm) -> tuple[LinearGates, Para
     return LinearGates(name, **settings), parameters
 
 
+def _load_learned(run: Run) -> None:
+    """Load the memory and every meta-learner to score: what is amiss shows now, not hours later.
+
+    Raises:
+        UserError: see `Run.memory` and `load_gates`.
+    """
+    memory = run.memory
+    for name in set(run.config.evaluation.rules) & set(LEARNED):
+        load_gates(run, name, memory)
+
+
 def bound_rule(
     run: Run, memory: LongTerm, name: str, protocol: str
 ) -> tuple[Bound | None, dict[str, Any]]:
@@ -302,7 +330,10 @@ def bound_rule(
         return rule.bind({k: like.new_tensor(v) for k, v in setting.items()}, memory), setting
     rule, parameters = load_gates(run, name, memory)
     count = sum(p.numel() for p in parameters.values())
-    return rule.bind(parameters, memory), {"parameters": count, "features": list(rule.features)}
+    return rule.bind(parameters, memory), {
+        "parameters": count,
+        "features": ", ".join(rule.features),
+    }
 
 
 def _evaluation_file(run: Run, corpus: str) -> TokenFile:
@@ -328,8 +359,11 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     if corpus and corpus != run.config.corpus:
         folder = folder / f"on-{open_corpus(corpus).name}"
     corpus = corpus or run.config.corpus
+    existing = read_evaluation(folder)
     file = _evaluation_file(run, corpus)
     memory, vocabulary = run.memory, run.vocabulary
+    _load_learned(run)
+    rules = ("static", *(name for name in evaluation.rules if name != "static"))
     number = min(len(file), evaluation.max_articles or len(file))
     chosen = [a for a in range(number) if file.words[a] > 0]
     if not chosen:
@@ -340,7 +374,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     columns: dict[str, np.ndarray] = {}
     speed, settings = {}, {}
     for protocol in evaluation.protocols:
-        for name in evaluation.rules:
+        for name in rules:
             rule, setting = bound_rule(run, memory, name, protocol)
             title = None if run.quiet else f"{evaluation.split}, {protocol}, {name}"
             scores: Scores = score_protocol(
@@ -372,7 +406,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
         resamples=evaluation.resamples,
         seed=run.config.seed,
     )
-    rows = merge_evaluation(read_evaluation(folder), rows)
+    rows = merge_evaluation(existing, rows)
     write_evaluation(folder, rows)
     return folder, rows
 
@@ -411,7 +445,15 @@ def open_run(config: Config, quiet: bool = False) -> Run:
 def run_stages(config: Config, quiet: bool = False) -> Run:
     """Run the chosen stages in order; print the table and the paths of the pictures."""
     run = open_run(config, quiet)
-    _open_folder(run)
+    _check_folder(run)
+    if {"lm", "meta"} & set(config.stages):
+        _check_text(run)
+    if "lm" not in config.stages:
+        _check_models(run)
+    elif not config.resume:
+        _clear(run)
+    if not (config.resume and run.folder.checkpoint("lm_last").exists()):
+        run.folder.save_config(config)
     if "lm" in config.stages:
         stage_lm(run)
     if "meta" in config.stages:
@@ -419,27 +461,93 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
     if "evaluate" in config.stages:
         show(*stage_evaluate(run))
     if "draw" in config.stages:
-        draw(run.folder.path)
+        draw(run.folder.path, config.evaluation.split if "evaluate" in config.stages else None)
     return run
 
 
-def _open_folder(run: Run) -> None:
-    """Create the run folder, and never write over another run unasked.
+def _check_folder(run: Run) -> None:
+    """Nothing is written over another run unasked, and no stage starts without what it needs.
 
     Raises:
-        UserError: the folder is a file or holds a run already.
+        UserError: the folder is a file, holds a run already, or lacks one to go on with.
     """
     folder, config = run.folder, run.config
-    if folder.path.exists() and not folder.path.is_dir():
-        raise UserError(f"--out {folder.path} is a file; name a folder")
-    if "lm" in config.stages and not config.resume:
-        if (folder.path / "checkpoints").exists() and not config.overwrite:
+    path = folder.path
+    above = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        problem = "cannot be written" if above.is_dir() else "is no folder"
+        raise UserError(f"--out {path}: {above} {problem}; choose another folder")
+    if config.resume and not folder.config_file.exists():
+        raise UserError(
+            f"--resume: {path} holds no run to continue. Leave --resume out to start one, or name "
+            "its folder with --out"
+        )
+    if "lm" in config.stages and not (config.resume or config.overwrite) and folder.results():
+        raise UserError(
+            f"{path} already holds a run. Continue it with --resume, replace it with "
+            "--overwrite, or choose another folder with --out"
+        )
+    fresh = "lm" in config.stages and not config.resume
+    trained = set(config.meta.rules) if "meta" in config.stages else set()
+    needs = {
+        "meta": (folder.checkpoint("lm"), {"lm"}),
+        "evaluate": (folder.checkpoint("memory"), {"meta"}),
+        "draw": (path / "losses.parquet", {"evaluate"}),
+    }
+    for stage in config.stages:
+        file, makers = needs.get(stage, (path, {stage}))
+        if not makers & set(config.stages) and (fresh or not file.exists()):
             raise UserError(
-                f"{folder.path} already holds a run. Continue it with --resume, replace it with "
-                "--overwrite, or choose another folder with --out"
+                f"--stages {stage}: {file} is missing; run --stages {' '.join(makers)} first"
             )
-        shutil.rmtree(folder.path / "checkpoints", ignore_errors=True)
-        for stale in ("evaluation.json", "evaluation.md", "losses.parquet", "tuning.json"):
-            (folder.path / stale).unlink(missing_ok=True)
-        write_text(folder.metrics_file, "")
-    folder.save_config(config)
+    for name in config.evaluation.rules if "evaluate" in config.stages else ():
+        known = name in trained or (not fresh and folder.checkpoint(name).exists())
+        if name in LEARNED and not known:
+            raise UserError(
+                f"--evaluation.rules: {name} is not trained in this run; add it to --meta.rules "
+                "(with --stages meta), or leave it out"
+            )
+
+
+def _check_text(run: Run) -> None:
+    """Text and settings that a later stage would refuse are refused before the first.
+
+    Raises:
+        UserError: too few articles, none as long as M, or no weight of the name that adapts.
+    """
+    config = run.config
+    run.training_text(0)
+    run.validation_text(config.lm.validation_words)
+    if "meta" not in config.stages:
+        return
+    longest = max(len(article) for article in run.training_text(1).articles)
+    if longest < config.adapt.segment:
+        raise UserError(
+            f"--adapt.segment {config.adapt.segment}: no held-out article is as long; the longest "
+            f"has {longest} tokens. Use a smaller M, more text, or a larger --text.held-out"
+        )
+    shape = shape_of(config, run.data.vocabulary.size)
+    small = LMShape(
+        len(shape.cutoffs) + 1, 1, 1, shape.layers, tuple(range(1, len(shape.cutoffs) + 1))
+    )
+    choose_dynamic(initial_weights(small, torch.Generator()), config.adapt.dynamic)
+
+
+def _check_models(run: Run) -> None:
+    """Load what the first stage needs: settings are recorded only once they are known to fit.
+
+    Raises:
+        UserError: missing or damaged weights, or made with other settings.
+    """
+    stages = run.config.stages
+    if "meta" in stages:
+        load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
+    elif "evaluate" in stages:
+        _load_learned(run)
+
+
+def _clear(run: Run) -> None:
+    """Remove what an earlier run left, so that no file of one model stands beside another's."""
+    for file in run.folder.results():
+        file.unlink()
+    write_text(run.folder.metrics_file, "")

@@ -34,8 +34,12 @@ class Segment(NamedTuple):
 
     def to(self, device: torch.device) -> Segment:
         """The same segment with its tensors on `device`."""
-        moved = (t.to(device) for t in (self.inputs, self.targets, self.mask, self.new))
-        return Segment(*moved, self.article, self.start)
+        return self._replace(
+            inputs=self.inputs.to(device),
+            targets=self.targets.to(device),
+            mask=self.mask.to(device),
+            new=self.new.to(device),
+        )
 
 
 @dataclass
@@ -119,8 +123,14 @@ class LaneStream:
             self.position[lane] = at + size
         if not mask.any():
             raise StopIteration
-        tensors = (torch.from_numpy(a) for a in (inputs, targets, mask, new))
-        return Segment(*tensors, self.current.copy(), start)
+        return Segment(
+            torch.from_numpy(inputs),
+            torch.from_numpy(targets),
+            torch.from_numpy(mask),
+            torch.from_numpy(new),
+            self.current.copy(),
+            start,
+        )
 
     def state_dict(self) -> dict[str, list[int]]:
         """The cursor as plain integers."""

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mlm.checkpoint import RunFolder, load_tensors, save_lm, save_tensors
 from mlm.config import Config, LMTrainingConfig
-from mlm.errors import UserError
+from mlm.errors import UserError, uninterrupted
 from mlm.lm import (
     Dropout,
     LMShape,
@@ -132,6 +132,10 @@ class LMTrainer:
         self.state = initial_state(shape, lanes, device)
         self.steps = max(1, math.ceil(config.lm.epochs * text.tokens / (lanes * config.lm.segment)))
         self.step = 0
+        self.validated = 0
+        """The step after which the validation loss was last measured."""
+        self.window = (0.0, 0)
+        """(nats, tokens) trained on since then."""
         self.best = math.inf
         s = config.lm
         self.dropout = Dropout(
@@ -213,6 +217,8 @@ class LMTrainer:
             "vocabulary": vocabulary_hash,
             "step": self.step,
             "steps": self.steps,
+            "validated": self.validated,
+            "window": list(self.window),
             "best": self.best if math.isfinite(self.best) else None,
             "cursor": self.stream.state_dict(),
         }
@@ -253,6 +259,8 @@ class LMTrainer:
         self.dropout_generator.set_state(tensors["dropout"])
         self.stream.load_state_dict(about["cursor"])
         self.step = about["step"]
+        self.validated = about.get("validated", self.step)
+        self.window = tuple(about.get("window", (0.0, 0)))
         self.best = math.inf if about["best"] is None else about["best"]
 
 
@@ -286,7 +294,8 @@ def train_lm(
     last = run.checkpoint("lm_last")
     if config.resume and last.exists():
         trainer.load(run, vocabulary_hash)
-        run.keep_rows(lambda row: row.get("stage") != "lm" or row["step"] <= trainer.step)
+        run.save_config(config)  # not before: a refused --resume changes nothing
+        run.keep_rows(lambda row: row.get("stage") != "lm" or row["step"] <= trainer.validated)
     else:
         run.keep_rows(lambda row: row.get("stage") != "lm")
         static_loss(trainer.weights, shape, _few_segments(valid, config), 1, config.lm.segment)
@@ -316,60 +325,62 @@ def _train(
 ) -> None:
     per_word = trainer.text.tokens_per_word
     every = math.ceil(trainer.steps / config.lm.validations)
-    window: list[tuple[float, int]] = []
-    clock = time.perf_counter()
+    read, clock = 0, time.perf_counter()
     with _progress("language model", trainer.steps, trainer.step, quiet) as bar:
-        while trainer.step < trainer.steps:
-            window.append(trainer.train_step())
+        while True:
+            due = trainer.step % every == 0 or trainer.step == trainer.steps
+            if due and trainer.step > trainer.validated:
+                speed = read / per_word / (time.perf_counter() - clock)
+                _validate(trainer, valid, run, vocabulary_hash, speed)
+                read, clock = 0, time.perf_counter()
+            if trainer.step == trainer.steps:
+                return
+            with uninterrupted():
+                loss, count = trainer.train_step()
+                nats, tokens = trainer.window
+                trainer.window = (nats + loss * count, tokens + count)
+            read += count
             bar.update()
             if trainer.step % 20 == 0:
-                tokens = sum(n for _, n in window)
-                loss = sum(v * n for v, n in window) / tokens
-                speed = tokens / per_word / (time.perf_counter() - clock)
-                ppl = math.exp(min(50.0, loss * per_word))
-                bar.set_postfix_str(f"loss {loss:.3f}, ppl {ppl:.0f}, {speed:,.0f} words/s")
-            if trainer.step % every and trainer.step < trainer.steps:
-                continue
-            seconds = time.perf_counter() - clock
-            _validate(trainer, valid, run, vocabulary_hash, window, seconds)
-            window, clock = [], time.perf_counter()
+                mean = trainer.window[0] / trainer.window[1]
+                speed = read / per_word / (time.perf_counter() - clock)
+                ppl = math.exp(min(50.0, mean * per_word))
+                bar.set_postfix_str(f"loss {mean:.3f}, ppl {ppl:.0f}, {speed:,.0f} words/s")
 
 
 def _validate(
-    trainer: LMTrainer,
-    valid: Text,
-    run: RunFolder,
-    vocabulary_hash: str,
-    window: list[tuple[float, int]],
-    seconds: float,
+    trainer: LMTrainer, valid: Text, run: RunFolder, vocabulary_hash: str, speed: float
 ) -> None:
     weights = {n: w.detach() for n, w in trainer.weights.items()}
     s = trainer.settings
     loss = static_loss(weights, trainer.shape, valid, s.lanes, s.segment, trainer.precision)
-    tokens = sum(n for _, n in window)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"stage 1, step {trainer.step}: the validation loss is {loss}. The last checkpoint is "
+            f"kept; lower --lm.learning-rate (now {s.learning_rate}), then --resume"
+        )
+    nats, tokens = trainer.window
     row: dict[str, Any] = {
         "stage": "lm",
         "step": trainer.step,
         "tokens": trainer.step * trainer.stream.lanes * s.segment,
-        "train_loss": sum(v * n for v, n in window) / tokens,
+        "train_loss": nats / tokens,
         "valid_loss": loss,
         "valid_word_perplexity": math.exp(min(50.0, loss * valid.tokens_per_word)),
-        "words_per_second": tokens / trainer.text.tokens_per_word / seconds,
+        "words_per_second": speed or None,  # None: the validation was all that was left to do
         "precision": str(trainer.precision).removeprefix("torch."),
     }
-    run.log(**row)
-    if not math.isfinite(loss):
-        raise UserError(
-            f"stage 1, step {trainer.step}: the validation loss is {loss}; lower --lm.learning-rate"
-        )
-    if loss < trainer.best:
-        trainer.best = loss
-        save_lm(
-            run.checkpoint("lm"),
-            weights,
-            trainer.shape,
-            vocabulary_hash,
-            step=trainer.step,
-            valid_loss=loss,
-        )
-    trainer.save(run, vocabulary_hash)
+    with uninterrupted():
+        run.log(**row)
+        trainer.validated, trainer.window = trainer.step, (0.0, 0)
+        if loss < trainer.best:
+            trainer.best = loss
+            save_lm(
+                run.checkpoint("lm"),
+                weights,
+                trainer.shape,
+                vocabulary_hash,
+                step=trainer.step,
+                valid_loss=loss,
+            )
+        trainer.save(run, vocabulary_hash)

@@ -82,6 +82,10 @@ def unroll(
     finals = []
     for lane in range(lanes):
         sizes = [size for _, size in shape.layer_sizes()]
+        theta: Weights = {}
+        h: list[Tensor] = []
+        c: list[Tensor] = []
+        age = 0
         for t, segment in enumerate(segments):
             if t == 0 or bool(segment.new[lane]):
                 theta = {n: memory.weights[n] for n in memory.dynamic}

@@ -40,7 +40,7 @@ def _formula(memory, rule: LinearGates):
         log = torch.where(big, torch.where(big, x, torch.ones_like(x)).abs().log() / 10, -1.0)
         return [log, torch.where(big, x.sign(), x / tiny)]
 
-    def update(phi, name, theta, gradient, theta_0, loss, age):
+    def update(phi, name, theta, gradient, theta_0, loss, age) -> torch.Tensor:
         k = memory.dynamic.index(name)
         rms = memory.rms[name]
 
@@ -49,12 +49,12 @@ def _formula(memory, rule: LinearGates):
             for feature in rule.features:
                 x += {
                     "fisher": lambda: [fisher],
-                    "loss": lambda: [torch.full_like(theta, loss - memory.loss)],
+                    "loss": lambda: [torch.full_like(theta, math.tanh(loss - memory.loss))],
                     "age": lambda: [torch.full_like(theta, 1 / math.sqrt(1 + age))],
                     "gradient": lambda: pair(gradient / (rms + 2e-5)),
                     "distance": lambda: pair(theta - theta_0),
                 }[feature]()
-            return sum(w * v for w, v in zip(row, x, strict=True))
+            return torch.stack([w * v for w, v in zip(row, x, strict=True)]).sum(0)
 
         with_eps = ((rms + 2e-5) / mean).log()
         i = -torch.exp(dot(phi["update"][k], with_eps))

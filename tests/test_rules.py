@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from mlm.learner import RMS, SGD, ByFormula, Signal
 from mlm.memory import choose_dynamic, lanes_of, reset_lanes
 
 DYNAMIC = ("lstm.0.recurrent", "lstm.0.bias", "softmax.bias")
-ROUNDING = {"rtol": 1e-12, "atol": 1e-14}
+ROUNDING: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
 """exp(log x) and re-association cost a few units in the last place of float64."""
 FEATURES = [
     (),
@@ -54,7 +55,7 @@ def _random_parameters(rule: LinearGates, memory, flush: float = 2.0):
     return phi
 
 
-def _close(a, b, **tolerance) -> None:
+def _close(a, b, **tolerance: Any) -> None:
     assert list(a) == list(b)
     for name in a:
         torch.testing.assert_close(
@@ -162,7 +163,7 @@ def test_eq6_by_hand() -> None:
 
     def features(fisher: float) -> list[float]:
         return [
-            1.0, fisher, 3.1 - memory.loss, 1 / math.sqrt(1 + 4.0),
+            1.0, fisher, math.tanh(3.1 - memory.loss), 1 / math.sqrt(1 + 4.0),
             *pair(grad / (rms + 2e-5)), *pair(t - t0),
         ]  # fmt: skip
 

@@ -91,3 +91,26 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
     for section, values in parts.items():
         top[section] = dataclasses.replace(getattr(config, section), **values)
     return validate(dataclasses.replace(config, **top))
+
+
+def as_flags(config: Config) -> list[str]:
+    """The command line of `train.py` that means `config`."""
+    flags: list[str] = []
+    for section, usual in ((f.name, getattr(Config(), f.name)) for f in dataclasses.fields(Config)):
+        chosen = getattr(config, section)
+        if not dataclasses.is_dataclass(usual):
+            flags += _flag(section, chosen, usual)
+            continue
+        for field in dataclasses.fields(usual):
+            name = field.name
+            flags += _flag(f"{section}.{name}", getattr(chosen, name), getattr(usual, name))
+    return flags
+
+
+def _flag(name: str, value: Any, usual: Any) -> list[str]:
+    if value == usual:
+        return []
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else f"--no-{flag[2:]}"]
+    return [flag, *map(str, value if isinstance(value, tuple) else (value,))]

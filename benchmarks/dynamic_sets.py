@@ -1,0 +1,113 @@
+"""Which weights should adapt? Gain and speed of each choice on one and the same language model.
+
+    python -m benchmarks.dynamic_sets runs/pydocs
+
+For every set: RMS dynamic evaluation tuned on validation, then the three-level meta-learner
+trained from there; both judged on the validation articles that tuning reads. Prints a table and
+writes it, with machine and settings, to benchmarks/dynamic_sets.json in the run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mlm.errors import run_cli
+
+SETS = ("bias", "softmax.bias", "lstm", "lstm,softmax.bias", "embedding,softmax.bias", "all")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare choices of dynamic weights on a trained run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    sets: tuple[str, ...] = SETS
+    """Choices to compare, as for --adapt.dynamic."""
+    budget: int = 8
+    """Settings tried for RMS."""
+    steps: int = 16
+    """Meta-updates."""
+    words: int = 12_000
+    """Validation words each evaluation reads."""
+
+
+def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
+    """One row of the table."""
+    from mlm.checkpoint import RunFolder, load_lm
+    from mlm.gates import LinearGates
+    from mlm.learner import RMS
+    from mlm.memory import choose_dynamic
+    from mlm.meta import MetaTrainer, estimate_fisher
+    from mlm.pipeline import open_run
+    from mlm.scoring import score_articles
+    from mlm.tuning import tune
+
+    config = RunFolder(options.run).load_config()
+    evaluation = dataclasses.replace(
+        config.evaluation, tune_words=options.words, budget=options.budget
+    )
+    config = dataclasses.replace(config, out=options.run, stages=("meta",), evaluation=evaluation)
+    run = open_run(config, quiet=True)
+    weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
+    held, text = run.training_text(1), run.tune_text
+    names = choose_dynamic(weights, dynamic)
+    adapt, meta = config.adapt, dataclasses.replace(config.meta, steps=options.steps)
+    memory = estimate_fisher(weights, shape, names, held, adapt.segment, adapt.fisher_words)
+    tokens = sum(len(a) for a in text.articles)
+    words = tokens / run.validation_text(options.words).tokens_per_word
+    static = score_articles(memory, None, text.articles, text.eos, text.lanes)
+    best = tune(memory, RMS(), text, "article", options.budget)[0]
+    rule = LinearGates(features=meta.features, per_tensor=meta.per_tensor)
+    start = rule.start_at_rms(memory, best.setting["rate"], best.setting["decay"])
+    trainer = MetaTrainer(memory, rule, start, held, meta, config.seed)
+    clock = time.perf_counter()
+    read = sum(trainer.train_step()[1] for _ in range(meta.steps))
+    seconds = time.perf_counter() - clock
+    learned = score_articles(
+        memory, rule.bind(trainer.parameters, memory), text.articles, text.eos, text.lanes
+    )
+    return {
+        "dynamic": dynamic,
+        "weights_per_lane": sum(weights[n].numel() for n in names),
+        "rms_nats_per_word": (static.total - best.nll) / words,
+        "learned_nats_per_word": (static.total - learned.total) / words,
+        "scoring_words_per_second": words / learned.seconds,
+        "scoring_time_over_static": learned.seconds / static.seconds,
+        "meta_training_tokens_per_second": read / seconds,
+    }
+
+
+def main() -> None:
+    """Measure every set, print and write the table."""
+    options = tyro.cli(Options, description=__doc__)
+    from mlm.checkpoint import machine
+    from mlm.files import write_text
+
+    rows = []
+    print(f"{'dynamic':<24}{'weights':>10}{'RMS':>8}{'learned':>9}{'words/s':>9}{'x static':>9}")
+    for dynamic in options.sets:
+        row = measure(options, dynamic)
+        rows.append(row)
+        print(
+            f"{dynamic:<24}{row['weights_per_lane']:>10,}{row['rms_nats_per_word']:>8.3f}"
+            f"{row['learned_nats_per_word']:>9.3f}{row['scoring_words_per_second']:>9,.0f}"
+            f"{row['scoring_time_over_static']:>9.1f}",
+            flush=True,
+        )
+    path = options.run / "benchmarks" / "dynamic_sets.json"
+    settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
+    record = {"machine": machine(), "settings": settings, "rows": rows}
+    write_text(path, json.dumps(record, indent=1) + "\n")
+    print(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

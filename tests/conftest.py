@@ -1,0 +1,100 @@
+"""One tiny run, trained once for the whole session, and the scripts as functions."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import pytest
+from tiny import tiny_config, write_corpus
+
+from mlm.config import Config
+from mlm.errors import run_cli
+from mlm.pipeline import run_stages
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one message of a command that failed as it should.
+
+        Asserts a non-zero exit code, no traceback, and exactly one line `error: ...`, the last.
+        """
+        assert self.code not in (0, None), f"it succeeded:\n{self.out}\n{self.err}"
+        assert "Traceback" not in self.err, self.err
+        lines = [line for line in self.err.replace("\r", "\n").splitlines() if line.strip()]
+        found = [line for line in lines if line.startswith("error: ")]
+        assert len(found) == 1, self.err
+        assert lines[-1] == found[0], self.err
+        return found[0]
+
+
+class Command(Protocol):
+    """`command("train", "--out", folder)` runs `python train.py --out FOLDER` in this process."""
+
+    def __call__(self, script: str, *words: object) -> Outcome: ...
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a script's `main` as its last lines do (`run_cli`), without a new process."""
+
+    def run(script: str, *words: object) -> Outcome:
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run_cli(module.main)
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        out, err = capsys.readouterr()
+        return Outcome(code, out, err)
+
+    return run
+
+
+class Finished(NamedTuple):
+    """A run of all stages, for reading only; `copy` one to change it."""
+
+    config: Config
+    folder: Path
+    corpus: Path
+    cached: list[str]
+    """Names of the token files that the run needed."""
+
+    def copy(self, target: Path) -> Path:
+        """A copy of the run folder."""
+        return Path(shutil.copytree(self.folder, target))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The tiny run: all four stages on the tiny corpus."""
+    home = tmp_path_factory.mktemp("finished")
+    corpus = write_corpus(home / "toy")
+    config = tiny_config(corpus, home / "run")
+    run_stages(config, quiet=True)
+    cached = sorted(file.name for file in (home / "cache").rglob("*.tokens"))
+    return Finished(config, home / "run", corpus, cached)
+
+
+@pytest.fixture
+def contents() -> Callable[[Path], dict[str, bytes]]:
+    """All files below a folder with their bytes, to see what a command changed."""
+
+    def read(folder: Path) -> dict[str, bytes]:
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    return read
