@@ -43,8 +43,8 @@ class LinearGates(UpdateRule):
         f = 1 - z + k . x             COPY; k . x is absent unless `free_copy`
 
     x holds a constant and `features`: `fisher` (log RMS of the weight), `loss` (tanh of segment
-    loss minus corpus mean), `age` (1/sqrt(1 + updates since theta_0)), `gradient` (over its RMS) and
-    `distance` theta - theta_0, both preprocessed as in Andrychowicz et al. 2016. With
+    loss minus corpus mean), `age` (1/sqrt(1 + updates since theta_0)), `gradient` (over its RMS)
+    and `distance` theta - theta_0, both preprocessed as in Andrychowicz et al. 2016. With
     `per_tensor` every tensor has its own w, s, v, k. The rule starts exactly at SGD or at
     Krause's rule (`start_at_sgd`, `start_at_rms`) and is trained from there.
     """
@@ -213,17 +213,23 @@ class SeparableGates(ByFormula):
     def __init__(self, rule: LinearGates, parameters: Parameters, memory: LongTerm) -> None:
         super().__init__(rule, parameters, memory)
         self._step: Weights = {}
+        self._step_x: Weights = {}
         self._flush: Weights = {}
+        self._flush_x: Weights = {}
+        self._z: dict[str, Tensor | None] = dict.fromkeys(memory.dynamic)
         self._highest: dict[str, float] = {}
         for name in memory.dynamic:
             group = rule.group(memory, name)
             row = parameters["update"][group]
             self._step[name] = rule.weight_part(row, memory, name, "update").exp()
+            self._step_x[name] = self._step[name] * rule.fisher(memory, name, "update")
             if rule.flush:
                 row = parameters["flush"][group]
                 unit = FLUSH_UNIT * rule.weight_part(row, memory, name, "flush").exp()
                 self._flush[name] = unit
-                self._highest[name] = float(unit.max() * parameters["flush_scale"][group])
+                self._flush_x[name] = unit * rule.fisher(memory, name, "flush")
+                z = self._z[name] = unit * parameters["flush_scale"][group]
+                self._highest[name] = float(z.max())
 
     def _lane(self, kind: str, name: str, signal: Signal) -> Tensor | None:
         row = self.parameters[kind][self.rule.group(self.memory, name)]
@@ -250,16 +256,12 @@ class SeparableGates(ByFormula):
         out = out or {n: torch.empty_like(w) for n, w in weights.items()}
         inside, outside, factors = self._split(signal)
         for name in inside:
-            z = None
-            if self.rule.flush:
-                group = self.rule.group(self.memory, name)
-                z = self._flush[name] * self.parameters["flush_scale"][group]
             relax(
                 weights[name],
                 gradients[name],
                 self.memory.weights[name],
                 self._step[name],
-                z,
+                self._z[name],
                 self._lane("update", name, signal),
                 factors.get(name),
                 out[name],
@@ -302,8 +304,7 @@ class SeparableGates(ByFormula):
         """lam (1 - z) for one tensor; adds the parameters' gradients to `found`."""
         rule, memory = self.rule, self.memory
         group, lanes = rule.group(memory, name), theta.shape[0]
-        step = self._step[name].flatten()
-        step_x = step * rule.fisher(memory, name, "update").flatten()
+        step, step_x = self._step[name].flatten(), self._step_x[name].flatten()
         sums_2B = theta.new_empty(2, lanes)
         product = torch.empty_like(theta[0])
         for k in range(lanes):
@@ -311,17 +312,16 @@ class SeparableGates(ByFormula):
             sums_2B[0, k], sums_2B[1, k] = flat @ step, flat @ step_x
         a_B = self._lane("update", name, signal)
         self._spread(found["update"][group], -sums_2B if a_B is None else -sums_2B * a_B, signal)
-        if not rule.flush:
+        z, start = self._z[name], memory.weights[name]
+        if z is None:
             return lam
-        unit = self._flush[name]
-        unit_x = (unit * rule.fisher(memory, name, "flush")).flatten()
+        unit, unit_x = self._flush[name].flatten(), self._flush_x[name].flatten()
         scale = self.parameters["flush_scale"][group]
-        z, start = unit * scale, memory.weights[name]
         b = [1.0] * lanes if z_B is None else z_B.tolist()
         back = torch.empty_like(theta)
         for k in range(lanes):
             flat = torch.sub(start, theta[k], out=product).mul_(lam[k]).view(-1)
-            sums_2B[0, k], sums_2B[1, k] = flat @ unit.flatten(), flat @ unit_x
+            sums_2B[0, k], sums_2B[1, k] = flat @ unit, flat @ unit_x
             torch.addcmul(lam[k], lam[k], z, value=-b[k], out=back[k])
         if z_B is not None:
             sums_2B = sums_2B * z_B

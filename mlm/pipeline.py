@@ -26,7 +26,7 @@ from mlm.checkpoint import (
     save_memory,
     save_tensors,
 )
-from mlm.config import LEARNED, Config, to_dict
+from mlm.config import LEARNED, RULES, Config, to_dict
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.gates import LinearGates
@@ -371,6 +371,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     articles = [np.asarray(file.article(a), dtype=np.int64) for a in chosen]
     titles = [file.titles[a] for a in chosen]
     words = int(sum(file.words[a] for a in chosen))
+    rules = [r for r in RULES if r in {"static", *evaluation.rules}]
     columns: dict[str, np.ndarray] = {}
     speed, settings = {}, {}
     for protocol in evaluation.protocols:

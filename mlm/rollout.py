@@ -174,7 +174,7 @@ def _step_back(lam: Weights | None, later: _Past, scale: float) -> Weights:
         if lam is None:
             out[name] = gradient * scale
         else:
-            out[name] = torch.add(lam[name], gradient, alpha=scale)
+            out[name] = lam[name].add_(gradient, alpha=scale)  # lam is ours: made right here
         if bool(later.new.any()):  # theta_t was dropped for theta_0 there
             out[name][later.new] = 0
     return out

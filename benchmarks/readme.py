@@ -1,0 +1,106 @@
+"""Fill the tables of README.md and results/README.md from run files, so that no number is typed.
+
+    python -m benchmarks.readme
+
+Between `<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
+FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
+`<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+from mlm.errors import UserError, run_cli
+from mlm.files import write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "results/README.md")
+LABELS: dict[str, str] = {
+    "static": "static LSTM",
+    "sgd": "SGD dynamic evaluation",
+    "rms": "RMS dynamic evaluation",
+    "two_levels": "meta-learner, 2 levels",
+    "three_levels": "**meta-learner, 3 levels**",
+}
+_BLOCK = re.compile(r"<!-- (table|pairs|stages): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+def _rows(folder: str, kind: str, split: str, protocol: str) -> list[dict]:
+    path = ROOT / folder / "evaluation.json"
+    if not path.exists():
+        raise UserError(f"{path} is missing; publish the run first")
+    wanted = {"kind": kind, "split": split, "protocol": protocol}
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+
+
+def _signed(interval: list[float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+def totals(folder: str, split: str, protocol: str) -> list[str]:
+    """The table of totals."""
+    lines = [
+        "| rule | word perplexity | bits per byte | nats gained per word | words/s |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for row in _rows(folder, "total", split, protocol):
+        gain = "" if row["rule"] == "static" else f"{row['nats_per_word_gained']:.3f}"
+        gain += "" if row["rule"] == "static" else _signed(row["interval"])
+        lines.append(
+            f"| {LABELS.get(row['rule'], row['rule'])} | {row['word_perplexity']:.1f} | "
+            f"{row['bits_per_byte']:.3f} | {gain} | {row['words_per_second']:,.0f} |"
+        )
+    return lines
+
+
+def pairs(folder: str, split: str, protocol: str) -> list[str]:
+    """The table of rule against rule."""
+    lines = ["| pair | more nats per word | ratio of the gains |", "| :-- | --: | --: |"]
+    for row in _rows(folder, "comparison", split, protocol):
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}{_signed(row['interval'])}"
+        first, second = (LABELS.get(row[k], str(row[k])) for k in ("rule", "against"))
+        names = f"{first} against {second}".replace("*", "")
+        difference = f"{row['difference']:.3f}{_signed(row['difference_interval'])}"
+        lines.append(f"| {names} | {difference} | {ratio} |")
+    return lines
+
+
+def stages(folder: str) -> list[str]:
+    """Median words per second of each stage."""
+    path = ROOT / folder / "metrics.jsonl"
+    speeds: dict[str, list[float]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if "words_per_second" in row:
+            name = "stage 1, static LSTM" if row["stage"] == "lm" else f"stage 2, {row['rule']}"
+            speeds.setdefault(name, []).append(row["words_per_second"])
+    lines = ["| stage | words/s, median |", "| :-- | --: |"]
+    return lines + [f"| {n} | {statistics.median(v):,.0f} |" for n, v in speeds.items()]
+
+
+def fill(text: str) -> str:
+    """The page with every block made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        kind, words = match[1], match[2].split()
+        made = {"table": totals, "pairs": pairs, "stages": stages}[kind](*words)
+        return "\n".join([f"<!-- {kind}: {match[2]} -->", *made, "<!-- end -->"])
+
+    return _BLOCK.sub(block, text)
+
+
+def main() -> None:
+    """Rewrite the pages."""
+    for page in PAGES:
+        path = ROOT / page
+        write_text(path, fill(path.read_text(encoding="utf-8")))
+        print(path)
+
+
+if __name__ == "__main__":
+    run_cli(main)

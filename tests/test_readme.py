@@ -1,0 +1,203 @@
+"""README's commands work: each is run as written, only smaller; the setup is what .ci/run does."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from tiny import as_flags, tiny_config, write_corpus
+
+from mlm.config import PRESETS
+from mlm.hub import HUB_CONFIGS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+CI = ROOT / ".ci" / "run"
+SCRIPTS = ("train", "evaluate", "visualize")
+#: Steps that prepare or check the whole project: .ci/run must have a line that does each.
+CI_STEPS = {
+    "python3 -m venv .venv": r'^"?\S*python3\S* -m venv ',
+    ". .venv/bin/activate": r"^source \S*/bin/activate",
+    "pip install -r requirements.txt": r"pip install .*-r requirements\.txt$",
+    "pytest": r"^python -m pytest$",
+}
+#: Text that stands for the reader's own.
+PLACE = "path/to/text"
+BENCHMARK_FLAGS = {
+    "benchmarks.dynamic_sets": "--sets softmax.bias --budget 1 --steps 1 --words 100"
+}
+
+
+def commands_in(text: str) -> list[str]:
+    """Every different command of a Markdown text, in order.
+
+    Lines of ```bash blocks (comments and line continuations resolved, `&&` divided), and inline
+    code that begins with `python`, `pytest` or `pip`.
+    """
+    found: dict[str, None] = {}
+    blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines += re.findall(r"`((?:python3?|pytest|pip)\b[^`\n]*)`", prose)
+    for line in lines:
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            if words:
+                found[shlex.join(words)] = None
+    return list(found)
+
+
+def scaled(command: str, folder: Path) -> tuple[str, list[str]] | None:
+    """(module, its words) that run `command` in `folder` on little text; None: .ci/run does it.
+
+    Fails for a command that no test knows how to run.
+    """
+    if command in CI_STEPS:
+        return None
+    python, *words = shlex.split(command)
+    assert python in ("python", "python3"), f"README: no test runs `{command}`"
+    if words[0] == "-m":
+        assert words[1] in BENCHMARK_FLAGS, f"README: no test runs `{command}`"
+        return words[1], [*words[2:], *BENCHMARK_FLAGS[words[1]].split()]
+    script = words.pop(0).removesuffix(".py")
+    assert script in SCRIPTS, f"README: no test runs `{command}`"
+    for place, word in enumerate(words):
+        if word in HUB_CONFIGS or word == PLACE:
+            words[place] = PLACE
+        elif place and words[place - 1] == "--corpus":
+            assert word == "pydocs", f"README: no text for `{command}`"
+            words[place] = PLACE
+        elif place and words[place - 1] == "--device":
+            words[place] = "cpu"
+    if script == "train" and "--help" not in words:
+        words += _small(words, folder)
+    return script, words
+
+
+def _small(words: list[str], folder: Path) -> list[str]:
+    """Flags that make a new run a matter of a second or two; none for a run that goes on."""
+    preset = words[words.index("--preset") + 1] if "--preset" in words else "pydocs"
+    corpus = [] if "--corpus" in words or "--out" in words else ["--corpus", PLACE]
+    out = Path(words[words.index("--out") + 1] if "--out" in words else "runs/pydocs")
+    if (folder / out / "config.json").exists():
+        return []
+    assert "--resume" not in words, f"README continues {out}, which no command before began"
+    config = tiny_config(
+        Path("text"),
+        out,
+        corpus="pydocs",
+        lm__epochs=0.3,
+        lm__validations=1,
+        adapt__fisher_words=100,
+        meta__unroll=2,
+        meta__steps=1,
+        evaluation__budget=1,
+        evaluation__tune_words=100,
+        evaluation__resamples=9,
+    )
+    flags = as_flags(config)
+    if "--out" in words:
+        place = flags.index("--out")
+        del flags[place : place + 2]
+    if PRESETS[preset].text.vocabulary == "word":  # the tiny text has few words
+        place = flags.index("--text.vocabulary-size")
+        del flags[place : place + 2]
+    return [*corpus, *flags]
+
+
+def test_commands_are_found() -> None:
+    """The parser itself: blocks, comments, continuations, `&&`, tables; other blocks ignored."""
+    text = (
+        "Run `python train.py --help` or `mlm/rollout.py`.\n\n```bash\n# first\n"
+        "python3 -m venv .venv && python train.py \\\n  --out x  # a run\n```\n"
+        "| `pytest` | tests |\n```python\npython evaluate.py\n```\n"
+    )
+    assert commands_in(text) == [
+        "python3 -m venv .venv",
+        "python train.py --out x",
+        "python train.py --help",
+        "pytest",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["make all", "python other.py", "python -m mlm", "python train.py --corpus mine", "pip list"],
+)
+def test_an_unknown_command_fails(line: str, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="README"):
+        scaled(line, tmp_path)
+
+
+def test_setup_is_what_ci_does() -> None:
+    lines = CI.read_text(encoding="utf-8").splitlines()
+    shown = commands_in(README.read_text(encoding="utf-8"))
+    for step, pattern in CI_STEPS.items():
+        assert step in shown, f"README does not show `{step}`"
+        assert any(re.search(pattern, line) for line in lines), f".ci/run lacks `{step}`"
+    assert CI.stat().st_mode & 0o111, ".ci/run cannot be executed"
+
+
+def test_every_command_runs(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In README's order, in an empty folder, on a tiny corpus and with tiny settings."""
+    write_corpus(tmp_path / PLACE, train=6, valid=3, test=3)
+    monkeypatch.chdir(tmp_path)
+    ran = []
+    for line in commands_in(README.read_text(encoding="utf-8")):
+        step = scaled(line, tmp_path)
+        if step is None:
+            continue
+        module, words = step
+        outcome = command(module, *words)
+        assert outcome.code == 0, f"README: `{line}`, run as {module} {words}:\n{outcome.err}"
+        ran.append(line)
+    assert "python train.py" in ran
+    assert {line.split()[1] for line in ran} >= {f"{script}.py" for script in SCRIPTS}
+
+
+def test_files_named_exist() -> None:
+    """Relative links and pictures of README lead somewhere."""
+    text = README.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#\s]+)\)", text)
+    broken = [link for link in links if "://" not in link and not (ROOT / link).exists()]
+    assert not broken
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_train_without_arguments(tmp_path: Path) -> None:
+    """The promise of README: at most six minutes on two cores, the table, the pictures, the gain.
+
+    Twice the time is allowed, because other work may share the cores.
+    """
+    clock = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    seconds = time.perf_counter() - clock
+    assert done.returncode == 0, done.stderr
+    assert seconds < 720
+    run = tmp_path / "runs" / "pydocs"
+    import json
+
+    rows = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    totals = {(r["rule"], r["protocol"]): r for r in rows if r["kind"] == "total"}
+    for protocol in ("article", "stream"):
+        assert totals["three_levels", protocol]["interval"][0] > 0.05, "it must win clearly"
+        learned, rms = totals["three_levels", protocol], totals["rms", protocol]
+        assert learned["nll"] <= rms["nll"], "it must not lose to the hand-made rule"
+    pictures = done.stdout.partition("pictures:")[2].split()
+    assert pictures
+    assert all((tmp_path / picture).is_file() for picture in pictures)
