@@ -59,6 +59,10 @@ class LMState(NamedTuple):
         mask = keep_B.to(self.h[0].dtype).unsqueeze(1)
         return LMState(tuple(h * mask for h in self.h), tuple(c * mask for c in self.c))
 
+    def select(self, lanes: Tensor) -> LMState:
+        """The state of some lanes (their indices)."""
+        return LMState(tuple(h[lanes] for h in self.h), tuple(c[lanes] for c in self.c))
+
     def detach(self) -> LMState:
         """The same state without its autograd history."""
         return LMState(tuple(h.detach() for h in self.h), tuple(c.detach() for c in self.c))

@@ -29,6 +29,11 @@ class Reader(NamedTuple):
     age: Tensor
     """(B,) updates since the lane's weights were last theta_0."""
 
+    def select(self, lanes: Tensor) -> Reader:
+        """Some of the readers (their indices)."""
+        weights = {n: w[lanes] for n, w in self.weights.items()}
+        return Reader(weights, self.state.select(lanes), self.age[lanes])
+
 
 def begin(memory: LongTerm, lanes: int) -> Reader:
     """`lanes` readers that know nothing but the long-term memory."""

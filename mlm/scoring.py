@@ -60,7 +60,16 @@ def score_articles(
     clock = time.perf_counter()
     tokens = sum(len(a) for a in articles)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:
-        for step, raw in enumerate(stream):
+        lanes_left = np.arange(stream.lanes)
+        for step, full in enumerate(stream):
+            busy = full.article[lanes_left] >= 0
+            if not busy.all():  # lanes without a next article: nothing to compute there any more
+                keep = torch.from_numpy(np.flatnonzero(busy)).to(device)
+                lanes_left = lanes_left[busy]
+                state = state.select(keep)
+                reader = reader.select(keep) if rule else reader
+                spare = [{n: w[: len(keep)] for n, w in some.items()} for some in spare]
+            raw = full.select(lanes_left)
             segment = raw.to(device)
             if rule is None:
                 nll, state = score_static(memory, state.keep(~segment.new), segment)

@@ -32,6 +32,15 @@ class Segment(NamedTuple):
     start: np.ndarray
     """(B,) position of the segment's first target in its article, in tokens."""
 
+    def select(self, lanes: np.ndarray) -> Segment:
+        """The segment of some lanes (their indices)."""
+        if len(lanes) == len(self.article):
+            return self
+        index = torch.from_numpy(lanes)
+        inputs, targets = self.inputs[index], self.targets[index]
+        mask, new = self.mask[index], self.new[index]
+        return Segment(inputs, targets, mask, new, self.article[lanes], self.start[lanes])
+
     def to(self, device: torch.device) -> Segment:
         """The same segment with its tensors on `device`."""
         return self._replace(

@@ -413,7 +413,7 @@ def test_meta_learner_of_other_weights(
 ) -> None:
     folder = finished.copy(tmp_path / "run")
     words = ("train", "--out", folder, "--stages", "evaluate")
-    assert "was made for M = 10" in command(*words, "--adapt.segment", 20).error
+    assert "was made for M = 20" in command(*words, "--adapt.segment", 10).error
     assert "run `--stages meta` again" in command(*words, "--adapt.dynamic", "all").error
     assert contents(folder) == contents(finished.folder), "refused settings were recorded"
 
