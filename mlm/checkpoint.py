@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mlm.config import Config, from_dict, to_dict
 from mlm.errors import UserError
-from mlm.files import atomic_path, write_text
+from mlm.files import atomic_path, naming, write_text
 from mlm.lm import LMShape
 from mlm.memory import LongTerm
 
@@ -69,7 +69,7 @@ class RunFolder:
         """Append one row to metrics.jsonl."""
         self.path.mkdir(parents=True, exist_ok=True)
         line = json.dumps({k: v for k, v in row.items() if v is not None}, allow_nan=False)
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
+        with naming(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def rows(self) -> list[dict[str, Any]]:

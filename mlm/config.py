@@ -36,9 +36,9 @@ class TextConfig:
 class ModelConfig:
     """Short-term memory: the LSTM."""
 
-    embedding: int = 192
+    embedding: int = 128
     """Size of the tied embedding and of the last layer."""
-    hidden: int = 192
+    hidden: int = 128
     """Size of the other layers."""
     layers: int = 1
     """Number of LSTM layers."""
@@ -94,7 +94,7 @@ class AdaptConfig:
     """Weights that adapt: all, lstm, output, bias or name patterns, comma-separated."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
-    fisher_words: int = 40_000
+    fisher_words: int = 20_000
     """Training words the Fisher is estimated on."""
 
 
@@ -116,13 +116,13 @@ class MetaConfig:
     """COPY learned apart; False = COPY is 1 - FLUSH."""
     start: Literal["rms", "sgd"] = "rms"
     """The hand-made rule (tuned on validation) the gates start as."""
-    lanes: int = 16
+    lanes: int = 8
     """Articles read side by side."""
     stream_share: float = 0.5
     """Share of the lanes that are never reset at article borders."""
     unroll: int = 40
     """Updates per meta-gradient."""
-    steps: int = 40
+    steps: int = 16
     """Meta-updates."""
     learning_rate: float = 0.1
     """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
@@ -144,9 +144,9 @@ class EvaluationConfig:
     """Articles scored side by side; results do not depend on it."""
     max_articles: int = 0
     """Score only the first so many articles; 0 = all."""
-    budget: int = 12
+    budget: int = 8
     """Evaluations on validation each rule may spend on its settings, in each protocol."""
-    tune_words: int = 30_000
+    tune_words: int = 6_000
     """Validation words of one such evaluation."""
     resamples: int = 9999
     """Bootstrap resamples of the articles."""
@@ -193,10 +193,17 @@ PRESETS: dict[str, Config] = {
         preset="small",
         text=TextConfig(vocabulary_size=4000),
         model=ModelConfig(embedding=256, hidden=256),
-        lm=LMTrainingConfig(epochs=1.0, validations=20, dropout_input=0.05, dropout_output=0.05),
+        lm=LMTrainingConfig(
+            epochs=1.0,
+            validations=40,
+            learning_rate=3e-3,
+            dropout_input=0.0,
+            dropout_hidden=0.0,
+            dropout_output=0.0,
+        ),
         adapt=AdaptConfig(fisher_words=100_000),
-        meta=MetaConfig(steps=80),
-        evaluation=EvaluationConfig(tune_words=40_000),
+        meta=MetaConfig(lanes=16, steps=30, learning_rate=0.07),
+        evaluation=EvaluationConfig(budget=10, tune_words=20_000),
     ),
     "awd": Config(
         preset="awd",
@@ -219,8 +226,8 @@ PRESETS: dict[str, Config] = {
             validation_words=0,
         ),
         adapt=AdaptConfig(fisher_words=500_000),
-        meta=MetaConfig(steps=200),
-        evaluation=EvaluationConfig(tune_words=60_000),
+        meta=MetaConfig(lanes=16, steps=100, learning_rate=0.07),
+        evaluation=EvaluationConfig(budget=12, tune_words=60_000),
     ),
 }
 

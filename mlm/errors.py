@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import signal
 import sys
@@ -50,6 +51,9 @@ def run_cli(main: Callable[[], None]) -> None:
     Exit codes: 1 for a `UserError` or what the system refuses (a full disk, a folder that must not
     be written), 130 for Ctrl-C. Unforeseen errors keep their traceback, because they are bugs.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks "−" shows "?" instead
+            stream.reconfigure(errors="replace")
     try:
         main()
     except UserError as error:

@@ -158,17 +158,15 @@ class LMTrainer:
         count = segment.mask.sum()
         loss = (nll.float() * segment.mask).sum() / count
         objective = loss
-        mask = segment.mask.unsqueeze(-1)
+        width = self.shape.embedding
         if self.settings.ar:
-            squares = (hidden.output.float().square() * mask).sum()
-            objective = objective + self.settings.ar * squares / (count * mask.shape[-1]) / (
-                self.shape.embedding
-            )
+            squares = (hidden.output.float().square().sum(-1) * segment.mask).sum()
+            objective = objective + self.settings.ar * squares / (count * width)
         if self.settings.tar and segment.mask.shape[1] > 1:
-            change = (hidden.raw[:, 1:] - hidden.raw[:, :-1]).float().square() * mask[:, 1:]
-            objective = objective + self.settings.tar * change.sum() / (
-                segment.mask[:, 1:].sum().clamp(min=1) * self.shape.embedding
-            )
+            both = segment.mask[:, 1:]
+            change = (hidden.raw[:, 1:] - hidden.raw[:, :-1]).float().square().sum(-1) * both
+            change_mean = change.sum() / (both.sum().clamp(min=1) * width)
+            objective = objective + self.settings.tar * change_mean
         state = LMState(
             tuple(h.detach().float() for h in hidden.state.h),
             tuple(c.detach().float() for c in hidden.state.c),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import importlib
+import io
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from tiny import article, as_flags, corpus_text, tiny_config, write_corpus
 
 from mlm.checkpoint import RunFolder, load_tensors, save_tensors
 from mlm.config import Config
+from mlm.errors import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -562,7 +564,7 @@ def no_file_beyond(size: int) -> Iterator[None]:
 
 
 def assert_disk_full(error: str) -> None:
-    assert "cannot write" in error
+    assert "cannot write /" in error, "the file is not named"
     assert "Free some space" in error
 
 
@@ -813,6 +815,14 @@ def test_messages_of_real_processes(
     assert "Traceback" not in err
     assert text == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_terminal_without_the_minus_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is written already must not end in a traceback for want of a character."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    run_cli(lambda: print("−0.5", flush=True))
+    assert terminal.buffer.getvalue() == b"?0.5\n"  # type: ignore[attr-defined]
 
 
 def test_config_survives_json(finished: Finished) -> None:

@@ -62,6 +62,12 @@ def metrics_of(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "words_per_second"} for row in rows]
 
 
+def spoken(corpus: Path, split: str) -> str:
+    """The words of a split as losses.parquet has them, taken straight from the text."""
+    text = "".join(article.text for article in open_corpus(str(corpus)).articles(split))
+    return " ".join(text.replace("\n", " <eos> ").split())
+
+
 # ---------------------------------------------------------------- the run folder
 
 
@@ -125,11 +131,7 @@ def test_word_losses_add_up_to_the_totals(finished: Finished) -> None:
         (rule, p): rule if p == "article" else f"{rule}_stream" for rule in RULES for p in PROTOCOLS
     }
     assert set(columns) == {"split", "article", "title", "position", "word", *names.values()}
-    text = "".join(a.text for a in open_corpus(str(finished.corpus)).articles("valid"))
-    spoken = " ".join(
-        "<eos>" if w == "\n" else w for w in text.replace("\n", " \n ").split(" ") if w
-    )
-    assert " ".join(columns["word"]) == spoken
+    assert " ".join(columns["word"]) == spoken(finished.corpus, "valid")
     static = columns["static"].astype(np.float64)
     for row in rows_of(finished.folder, "total"):
         losses = columns[names[row["rule"], row["protocol"]]].astype(np.float64)
@@ -303,7 +305,10 @@ def test_test_split_is_read_when_asked_for(
     assert outcome.code == 0, outcome.err
     splits = {row["split"] for row in rows_of(folder, "total")}
     assert splits == {"valid", "test"}
-    assert set(losses_of(folder)["split"]) == {"valid", "test"}
+    columns = losses_of(folder)
+    assert set(columns["split"]) == {"valid", "test"}
+    read = columns["word"][columns["split"] == "test"]
+    assert " ".join(read) == spoken(finished.corpus, "test")
     valid = [row for row in rows_of(folder) if row["split"] == "valid"]
     assert valid == rows_of(finished.folder), "scores on validation changed"
 

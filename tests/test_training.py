@@ -1,0 +1,146 @@
+"""Stage 1's objective and schedule; the Fisher; lanes of stage 2; tuning spends what it may."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from worlds import EOS, articles, tiny_memory
+
+from mlm.config import Config, LMTrainingConfig, ModelConfig
+from mlm.errors import UserError
+from mlm.learner import RMS, SGD
+from mlm.lm import initial_state, run_lstm, token_nll
+from mlm.meta import MixedLanes, estimate_fisher
+from mlm.scoring import score_protocol
+from mlm.training import LMTrainer, Text, cosine, shape_of
+from mlm.tuning import RATES, TuneText, losses_of, tune
+
+
+def _text(lengths: tuple[int, ...]) -> Text:
+    return Text(articles(lengths), sum(lengths), EOS)
+
+
+def test_objective_adds_ar_and_tar_over_real_tokens_only() -> None:
+    """Merity et al. 2018, section 4.3: 2 mean(h^2) + 1 mean((h_t+1 - h_t)^2), no padding."""
+    lm = dataclasses.replace(
+        LMTrainingConfig(), lanes=2, segment=6, ar=2.0, tar=1.0, precision="float32",
+        dropout_input=0.0, dropout_hidden=0.0, dropout_output=0.0,
+    )  # fmt: skip
+    config = Config(model=ModelConfig(embedding=4, hidden=6, layers=2), lm=lm)
+    trainer = LMTrainer(config, shape_of(config, 12), _text((6, 3)), torch.device("cpu"))
+    segment = next(trainer.stream)
+    objective, loss, _ = trainer.loss(segment)
+    zero = initial_state(trainer.shape, 2)
+    hidden = run_lstm(trainer.weights, trainer.shape, segment.inputs, zero)
+    nll = token_nll(trainer.weights, trainer.shape, hidden.output, segment.targets)
+    rows = [(lane, t) for lane in range(2) for t in range(int(segment.mask[lane].sum()))]
+    assert len(rows) == 9
+    h = torch.stack([hidden.raw[r] for r in rows])
+    steps = torch.stack([hidden.raw[b, t] - hidden.raw[b, t - 1] for b, t in rows if t])
+    mean = torch.stack([nll[r] for r in rows]).mean()
+    torch.testing.assert_close(loss, mean.detach())
+    want = mean + 2 * h.square().mean() + steps.square().mean()
+    torch.testing.assert_close(objective, want)
+
+
+def test_cosine_warms_up_and_ends_at_zero() -> None:
+    factors = [cosine(k, 100, 0.1) for k in range(101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == pytest.approx(1.0)
+    assert factors[55] < factors[20]
+    assert factors[-1] == pytest.approx(0.0, abs=1e-12)
+    assert cosine(0, 10) == 1.0
+
+
+def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
+    """One lane, written out: the gradient of every whole segment, ragged ends left out."""
+    memory = tiny_memory(("softmax.bias", "lstm.1.recurrent"))
+    text = _text((13,))  # two whole segments of 5 and an end of 3
+    found = estimate_fisher(memory.weights, memory.shape, memory.dynamic, text, 5, 13)
+    state = initial_state(memory.shape, 1, dtype=torch.float64)
+    leaves = {n: w.clone().requires_grad_() for n, w in memory.start().items()}
+    tokens = torch.tensor(text.articles[0])
+    squares = {n: torch.zeros_like(w) for n, w in leaves.items()}
+    before = torch.cat([torch.tensor([EOS]), tokens[:-1]])
+    losses = []
+    for at in (0, 5, 10):
+        ids, targets = before[None, at : at + 5], tokens[None, at : at + 5]
+        hidden = run_lstm({**memory.weights, **leaves}, memory.shape, ids, state)
+        nll = token_nll({**memory.weights, **leaves}, memory.shape, hidden.output, targets)
+        losses.append(nll.detach())
+        state = hidden.state.detach()
+        if at < 10:
+            for n, g in zip(leaves, torch.autograd.grad(nll.mean(), leaves.values()), strict=True):
+                squares[n] += g.square()
+    for n, total in squares.items():
+        torch.testing.assert_close(found.rms[n], (total / 2).sqrt(), rtol=1e-10, atol=1e-14)
+    assert found.loss == pytest.approx(float(torch.cat(losses, 1).mean()))
+
+
+def test_fisher_needs_one_whole_segment() -> None:
+    memory = tiny_memory(("softmax.bias",))
+    with pytest.raises(UserError, match="as long as one segment"):
+        estimate_fisher(memory.weights, memory.shape, memory.dynamic, _text((4, 3)), 5, 7)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_mixed_lanes_reset_only_the_article_lanes(share: float) -> None:
+    lanes = MixedLanes(_text((11, 7, 9, 12)), 4, share, 5, seed=0)
+    pieces = [lanes.next() for _ in range(5)]
+    later = torch.stack([p.new for p in pieces[1:]]).any(0).tolist()
+    long = round(4 * share)
+    assert all(later[: 4 - long])  # each has met another border after its first article
+    again = MixedLanes(_text((11, 7, 9, 12)), 4, share, 5, seed=0)
+    for _ in range(2):
+        again.next()
+    other = MixedLanes(_text((11, 7, 9, 12)), 4, share, 5, seed=0)
+    other.load_state_dict(again.state_dict())
+    assert torch.equal(other.next().targets, pieces[2].targets)
+
+
+def test_a_long_lane_joins_articles_without_a_border() -> None:
+    lanes = MixedLanes(_text((11, 7, 9, 12)), 1, 1.0, 5, seed=0)
+    pieces = [lanes.next() for _ in range(8)]  # 39 tokens: 8 segments of one text
+    assert [bool(p.new[0]) for p in pieces] == [True] + [False] * 7
+    assert sum(int(p.mask.sum()) for p in pieces) == 39
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("rule", [SGD(), RMS()])
+@pytest.mark.parametrize("protocol", ["article", "stream"])
+def test_tuning_spends_its_budget_and_finds_the_best(rule, budget: int, protocol: str) -> None:
+    memory = tiny_memory(("softmax.bias",))
+    text = TuneText([np.tile(np.array([3, 7, 7, 1]), 25), np.tile(np.array([2, 9]), 20)], EOS, 2)
+    noted = []
+    trials = tune(memory, rule, text, protocol, budget, noted.append)
+    assert len(trials) == len(noted) == budget
+    assert len({tuple(t.setting.items()) for t in trials}) == budget
+    assert trials[0].nll == min(t.nll for t in trials)
+    like = next(iter(memory.rms.values()))
+    phi = {k: like.new_tensor(v) for k, v in trials[0].setting.items()}
+    alone = score_protocol(memory, rule.bind(phi, memory), text.articles, EOS, protocol, 2).total
+    assert alone == pytest.approx(trials[0].nll, rel=1e-9)
+
+
+def test_the_search_leaves_its_grid_when_the_best_lies_at_the_edge() -> None:
+    memory = tiny_memory(("softmax.bias",))
+    text = TuneText([np.tile(np.array([3, 7, 7, 1]), 50)], EOS, 1)
+    trials = tune(memory, RMS(), text, "article", 12)
+    assert trials[0].setting["rate"] > RATES[1]
+    static = score_protocol(memory, None, text.articles, EOS, "article", 1).total
+    at_edge = min(t.nll for t in trials if t.setting["rate"] <= RATES[1] * 1.001)
+    assert trials[0].nll < at_edge < static
+
+
+def test_diverging_settings_count_as_infinite(monkeypatch) -> None:
+    memory = tiny_memory()
+    text = TuneText(articles((60,)), EOS, 1)
+    nll = losses_of(memory, SGD(), [{"rate": 1e200}, {"rate": 1e-3}], text, "stream")
+    assert nll[0] == float("inf")
+    assert np.isfinite(nll[1])
+    monkeypatch.setattr("mlm.tuning.RATES", (1e200, 1e220))
+    with pytest.raises(UserError, match="every setting tried diverged"):
+        tune(memory, SGD(), text, "article", 2)
