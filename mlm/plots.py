@@ -210,7 +210,7 @@ def training_curves(run_dir: Path) -> list[Path]:
     ]
     for rule in sorted({str(row.get("rule", "")) for row in stage2}, key=rule_order):
         part = [row for row in stage2 if str(row.get("rule", "")) == rule]
-        curves.append((1, rule, "gain", _series(part, ["step"], "gain")))
+        curves.append((1, rule, "gain_per_word", _series(part, ["step"], "gain_per_word")))
     curves = [curve for curve in curves if curve[3][0]]
     if not curves:
         return []

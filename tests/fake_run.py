@@ -100,7 +100,7 @@ def make_run(
         | ({"valid_loss": 7.2 - 0.1 * i} if i % 5 == 0 else {})
         for i in range(30)
     ] + [
-        {"stage": "meta", "rule": rule, "step": i, "gain": 0.1 + 0.001 * i}
+        {"stage": "meta", "rule": rule, "step": i, "gain_per_word": 0.1 + 0.001 * i}
         for rule in ("two_levels", "three_levels")
         for i in range(0, 40, 4)
     ]

@@ -149,7 +149,7 @@ def test_training_curves_tolerate_what_is_missing(tmp_path: Path):
         '{"stage": "lm", "step": 1, "train_loss": 5.0}',
         '{"stage": "lm", "step": 2, "train_loss": NaN, "valid_loss": 4.0}',
         '{"stage": "lm"}',
-        '{"stage": "meta", "step": 3, "gain": 0.1}',
+        '{"stage": "meta", "step": 3, "gain_per_word": 0.1}',
         '{"stage": "evaluation"}',
         "[1, 2]",
         '{"stage": "lm", "step": 4, "tra',
@@ -160,7 +160,7 @@ def test_training_curves_tolerate_what_is_missing(tmp_path: Path):
     assert [(r["stage"], r["curve"], r["x"], r["y"]) for r in rows] == [
         ("lm", "train_loss", "1", "5"),
         ("lm", "valid_loss", "2", "4"),
-        ("meta", "gain", "3", "0.1"),
+        ("meta", "gain_per_word", "3", "0.1"),
     ]
     (tmp_path / "metrics.jsonl").write_text('{"stage": "evaluation"}\n')
     assert training_curves(tmp_path) == []
