@@ -25,7 +25,7 @@ def _value(flag: str) -> str | None:
 def _defaults() -> Config:
     """The preset, or the run folder's own settings when an existing run goes on."""
     from mlm.checkpoint import RunFolder
-    from mlm.pipeline import run_path
+    from mlm.run import run_path
 
     preset = _value("--preset") or "pydocs"
     if preset not in PRESETS:

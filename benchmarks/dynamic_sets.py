@@ -46,7 +46,7 @@ def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     from mlm.learner import RMS
     from mlm.memory import choose_dynamic
     from mlm.meta import MetaTrainer, estimate_fisher
-    from mlm.pipeline import open_run
+    from mlm.run import open_run
     from mlm.scoring import score_articles
     from mlm.tuning import tune
 

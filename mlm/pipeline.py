@@ -5,23 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mlm.checkpoint import (
-    RunFolder,
-    check_vocabulary,
     load_lm,
-    load_memory,
     load_tensors,
     save_memory,
     save_tensors,
@@ -31,145 +22,14 @@ from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound, Parameters
-from mlm.lm import LMShape, initial_weights
 from mlm.memory import LongTerm, choose_dynamic
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
+from mlm.run import Run, check_folder, check_text, clear, open_run, say
 from mlm.scoring import Scores, check_finite, score_protocol, word_losses
 from mlm.text import open_corpus
-from mlm.tokens import Prepared, TokenFile, encode_split, prepare
-from mlm.training import Text, shape_of, train_lm
-from mlm.tuning import TuneText, tune
-from mlm.vocabulary import Vocabulary, load_vocabulary
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        UserError: CUDA asked for and absent.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device. Use --device cpu")
-    return torch.device(wanted)
-
-
-def run_path(config: Config) -> Path:
-    """The run folder: --out, or runs/<corpus>."""
-    return config.out or Path("runs") / (Path(config.corpus).resolve().stem or "corpus")
-
-
-def as_text(file: TokenFile, chosen: Sequence[int], eos: int, max_words: int = 0) -> Text:
-    """Some articles of a token file; with `max_words` the first of them up to that many words.
-
-    Raises:
-        UserError: they hold not one token.
-    """
-    articles: list[np.ndarray] = []
-    words = 0
-    for a in chosen:
-        if max_words and words >= max_words:
-            break
-        articles.append(file.tokens[file.offsets[a] : file.offsets[a + 1]])
-        words += int(file.words[a])
-    if not words:
-        raise UserError(f"{file.path}: no article with a word in it; check the corpus")
-    return Text(articles, words, eos)
-
-
-def split_training(file: TokenFile, held_out: float) -> tuple[range, range]:
-    """(articles for stage 1, held-out articles for stage 2): the last share is held out.
-
-    Raises:
-        UserError: fewer than two training articles.
-    """
-    number = len(file)
-    if number < 2:
-        raise UserError(
-            f"the training split holds {number} article(s); at least 2 are needed, one of them "
-            "held out for meta-training"
-        )
-    keep = min(number - 1, max(1, number - math.ceil(held_out * number)))
-    return range(keep), range(keep, number)
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run folder with its settings, device and texts."""
-
-    config: Config
-    folder: RunFolder
-    device: torch.device
-    quiet: bool = False
-
-    # -- texts ------------------------------------------------------------------------------
-
-    @cached_property
-    def data(self) -> Prepared:
-        """Vocabulary and token files of training and validation text, built if need be."""
-        text = self.config.text
-        found = prepare(
-            open_corpus(self.config.corpus),
-            text.vocabulary,
-            text.vocabulary_size,
-            text.data_dir,
-            splits=("train", "valid"),
-            max_train_words=text.train_words,
-            progress=not self.quiet,
-        )
-        if self.folder.vocabulary.exists() and "lm" not in self.config.stages:
-            mine = load_vocabulary(self.folder.vocabulary)
-            check_vocabulary(self.folder.path, {"vocabulary": mine.hash}, found.vocabulary.hash)
-        return found
-
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The vocabulary of the run's checkpoints."""
-        if self.folder.vocabulary.exists():
-            return load_vocabulary(self.folder.vocabulary)
-        return self.data.vocabulary
-
-    def training_text(self, part: int) -> Text:
-        """Articles of stage 1 (part 0) or those held out for stage 2 (part 1)."""
-        file = self.data.splits["train"]
-        chosen = split_training(file, self.config.text.held_out)[part]
-        return as_text(file, chosen, self.data.vocabulary.eos_id)
-
-    def validation_text(self, max_words: int) -> Text:
-        """The first articles of the validation split."""
-        file = self.data.splits["valid"]
-        return as_text(file, range(len(file)), self.data.vocabulary.eos_id, max_words)
-
-    @cached_property
-    def tune_text(self) -> TuneText:
-        """What every rule's settings are judged on."""
-        text = self.validation_text(self.config.evaluation.tune_words)
-        return TuneText(text.articles, text.eos, self.config.evaluation.lanes)
-
-    @cached_property
-    def memory(self) -> LongTerm:
-        """theta_0 and Fisher from the run folder.
-
-        Raises:
-            UserError: made for other dynamic weights or another M than the settings say.
-        """
-        path, adapt = self.folder.checkpoint("memory"), self.config.adapt
-        memory = load_memory(path, self.vocabulary.hash).to(self.device)
-        wanted = choose_dynamic(memory.weights, adapt.dynamic)
-        if (memory.segment, memory.dynamic) != (adapt.segment, wanted):
-            raise UserError(
-                f"{path} was made for M = {memory.segment} and the weights "
-                f"{', '.join(memory.dynamic)}, but the settings say M = {adapt.segment} and "
-                f"{', '.join(wanted)}; run `--stages meta` again"
-            )
-        return memory
-
+from mlm.tokens import TokenFile, encode_split
+from mlm.training import shape_of, train_lm
+from mlm.tuning import tune
 
 # -- stages ---------------------------------------------------------------------------------
 
@@ -436,23 +296,16 @@ def evaluate_run(config: Config, corpus: str | None, pictures: bool) -> None:
         draw(folder, config.evaluation.split)
 
 
-def open_run(config: Config, quiet: bool = False) -> Run:
-    """The run of these settings, nothing written yet."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    return Run(config, RunFolder(run_path(config)), choose_device(config.device), quiet)
-
-
 def run_stages(config: Config, quiet: bool = False) -> Run:
     """Run the chosen stages in order; print the table and the paths of the pictures."""
     run = open_run(config, quiet)
-    _check_folder(run)
+    check_folder(run)
     if {"lm", "meta"} & set(config.stages):
-        _check_text(run)
+        check_text(run)
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:
-        _clear(run)
+        clear(run)
     if not (config.resume and run.folder.checkpoint("lm_last").exists()):
         run.folder.save_config(config)
     if "lm" in config.stages:
@@ -466,74 +319,6 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
     return run
 
 
-def _check_folder(run: Run) -> None:
-    """Nothing is written over another run unasked, and no stage starts without what it needs.
-
-    Raises:
-        UserError: the folder is a file, holds a run already, or lacks one to go on with.
-    """
-    folder, config = run.folder, run.config
-    path = folder.path
-    above = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        problem = "cannot be written" if above.is_dir() else "is no folder"
-        raise UserError(f"--out {path}: {above} {problem}; choose another folder")
-    if config.resume and not folder.config_file.exists():
-        raise UserError(
-            f"--resume: {path} holds no run to continue. Leave --resume out to start one, or name "
-            "its folder with --out"
-        )
-    if "lm" in config.stages and not (config.resume or config.overwrite) and folder.results():
-        raise UserError(
-            f"{path} already holds a run. Continue it with --resume, replace it with "
-            "--overwrite, or choose another folder with --out"
-        )
-    fresh = "lm" in config.stages and not config.resume
-    trained = set(config.meta.rules) if "meta" in config.stages else set()
-    needs = {
-        "meta": (folder.checkpoint("lm"), {"lm"}),
-        "evaluate": (folder.checkpoint("memory"), {"meta"}),
-        "draw": (path / "losses.parquet", {"evaluate"}),
-    }
-    for stage in config.stages:
-        file, makers = needs.get(stage, (path, {stage}))
-        if not makers & set(config.stages) and (fresh or not file.exists()):
-            raise UserError(
-                f"--stages {stage}: {file} is missing; run --stages {' '.join(makers)} first"
-            )
-    for name in config.evaluation.rules if "evaluate" in config.stages else ():
-        known = name in trained or (not fresh and folder.checkpoint(name).exists())
-        if name in LEARNED and not known:
-            raise UserError(
-                f"--evaluation.rules: {name} is not trained in this run; add it to --meta.rules "
-                "(with --stages meta), or leave it out"
-            )
-
-
-def _check_text(run: Run) -> None:
-    """Text and settings that a later stage would refuse are refused before the first.
-
-    Raises:
-        UserError: too few articles, none as long as M, or no weight of the name that adapts.
-    """
-    config = run.config
-    run.training_text(0)
-    run.validation_text(config.lm.validation_words)
-    if "meta" not in config.stages:
-        return
-    longest = max(len(article) for article in run.training_text(1).articles)
-    if longest < config.adapt.segment:
-        raise UserError(
-            f"--adapt.segment {config.adapt.segment}: no held-out article is as long; the longest "
-            f"has {longest} tokens. Use a smaller M, more text, or a larger --text.held-out"
-        )
-    shape = shape_of(config, run.data.vocabulary.size)
-    small = LMShape(
-        len(shape.cutoffs) + 1, 1, 1, shape.layers, tuple(range(1, len(shape.cutoffs) + 1))
-    )
-    choose_dynamic(initial_weights(small, torch.Generator()), config.adapt.dynamic)
-
-
 def _check_models(run: Run) -> None:
     """Load what the first stage needs: settings are recorded only once they are known to fit.
 
@@ -545,10 +330,3 @@ def _check_models(run: Run) -> None:
         load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     elif "evaluate" in stages:
         _load_learned(run)
-
-
-def _clear(run: Run) -> None:
-    """Remove what an earlier run left, so that no file of one model stands beside another's."""
-    for file in run.folder.results():
-        file.unlink()
-    write_text(run.folder.metrics_file, "")

@@ -73,7 +73,9 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
         losses.append(nll.detach())
         state = hidden.state.detach()
         if at < 10:
-            for n, g in zip(leaves, torch.autograd.grad(nll.mean(), leaves.values()), strict=True):
+            for n, g in zip(
+                leaves, torch.autograd.grad(nll.mean(), list(leaves.values())), strict=True
+            ):
                 squares[n] += g.square()
     for n, total in squares.items():
         torch.testing.assert_close(found.rms[n], (total / 2).sqrt(), rtol=1e-10, atol=1e-14)
