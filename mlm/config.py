@@ -90,8 +90,9 @@ class LMTrainingConfig:
 class AdaptConfig:
     """Medium-term memory: what is rewritten, and how often."""
 
-    dynamic: str = "lstm,softmax.bias"
-    """Weights that adapt: all, lstm, output, bias or name patterns, comma-separated."""
+    dynamic: str = "all"
+    """Weights that adapt: all, lstm, output, bias or name patterns, comma-separated. `all` gained
+    most where measured (benchmarks/dynamic_sets.py); large vocabularies need a smaller set."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
@@ -122,7 +123,7 @@ class MetaConfig:
     """Share of the lanes that are never reset at article borders."""
     unroll: int = 40
     """Updates per meta-gradient."""
-    steps: int = 16
+    steps: int = 12
     """Meta-updates."""
     learning_rate: float = 0.1
     """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
@@ -201,7 +202,7 @@ PRESETS: dict[str, Config] = {
             dropout_hidden=0.0,
             dropout_output=0.0,
         ),
-        adapt=AdaptConfig(fisher_words=100_000),
+        adapt=AdaptConfig("lstm,softmax.bias", fisher_words=100_000),
         meta=MetaConfig(lanes=16, steps=30, learning_rate=0.07),
         evaluation=EvaluationConfig(budget=10, tune_words=20_000),
     ),
@@ -225,7 +226,7 @@ PRESETS: dict[str, Config] = {
             validations=40,
             validation_words=0,
         ),
-        adapt=AdaptConfig(fisher_words=500_000),
+        adapt=AdaptConfig("lstm,softmax.bias", fisher_words=500_000),
         meta=MetaConfig(lanes=16, steps=100, learning_rate=0.07),
         evaluation=EvaluationConfig(budget=12, tune_words=60_000),
     ),

@@ -75,7 +75,10 @@ def score_segment(memory: LongTerm, reader: Reader, segment: Segment) -> Scored:
         hidden = run_lstm(full, memory.shape, segment.inputs, reader.state)
         nll = token_nll(full, memory.shape, hidden.output, segment.targets) * segment.mask
         total = nll.sum() / segment.inputs.shape[1]
-        found = torch.autograd.grad(total, list(theta.values()))
+        # A tail of the adaptive softmax that no token of the segment touches has no gradient.
+        found = torch.autograd.grad(
+            total, list(theta.values()), allow_unused=True, materialize_grads=True
+        )
     nll = nll.detach()
     loss = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
     return Scored(nll, loss, dict(zip(theta, found, strict=True)), hidden.state.detach())
