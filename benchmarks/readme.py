@@ -4,7 +4,8 @@
 
 Between `<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
 FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
-`<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl.
+`<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl, and
+`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ LABELS: dict[str, str] = {
     "two_levels": "meta-learner, 2 levels",
     "three_levels": "**meta-learner, 3 levels**",
 }
-_BLOCK = re.compile(r"<!-- (table|pairs|stages): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+_BLOCK = re.compile(r"<!-- (table|pairs|stages|sets): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def _rows(folder: str, kind: str, split: str, protocol: str) -> list[dict]:
@@ -83,12 +84,28 @@ def stages(folder: str) -> list[str]:
     return lines + [f"| {n} | {statistics.median(v):,.0f} |" for n, v in speeds.items()]
 
 
+def sets(folder: str) -> list[str]:
+    """The table of choices of dynamic weights."""
+    path = ROOT / folder / "benchmarks" / "dynamic_sets.json"
+    lines = [
+        "| weights that adapt | per lane | RMS | meta-learner, 3 levels | time over static |",
+        "| :-- | --: | --: | --: | --: |",
+    ]
+    for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
+        lines.append(
+            f"| `{row['dynamic']}` | {row['weights_per_lane']:,} | "
+            f"{row['rms_nats_per_word']:.3f} | {row['learned_nats_per_word']:.3f} | "
+            f"{row['scoring_time_over_static']:.1f} |"
+        )
+    return lines
+
+
 def fill(text: str) -> str:
     """The page with every block made anew."""
 
     def block(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].split()
-        made = {"table": totals, "pairs": pairs, "stages": stages}[kind](*words)
+        made = {"table": totals, "pairs": pairs, "stages": stages, "sets": sets}[kind](*words)
         return "\n".join([f"<!-- {kind}: {match[2]} -->", *made, "<!-- end -->"])
 
     return _BLOCK.sub(block, text)

@@ -90,13 +90,17 @@ class LMTrainingConfig:
 class AdaptConfig:
     """Medium-term memory: what is rewritten, and how often."""
 
-    dynamic: str = "all"
+    dynamic: str = "lstm,softmax.bias"
     """Weights that adapt: all, lstm, output, bias or name patterns, comma-separated. `all` gained
-    most where measured (benchmarks/dynamic_sets.py); large vocabularies need a smaller set."""
+    most where measured (benchmarks/dynamic_sets.py), at twice the time and with a copy of the
+    vocabulary's table in every lane."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
     """Training words the Fisher is estimated on."""
+    threads: int = 1
+    """CPU threads from stage 2 on; 0 = as in stage 1. The many small products of a time loop can
+    run slower on two threads than on one."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ class EvaluationConfig:
     """Score only the first so many articles; 0 = all."""
     budget: int = 8
     """Evaluations on validation each rule may spend on its settings, in each protocol."""
-    tune_words: int = 6_000
+    tune_words: int = 4_000
     """Validation words of one such evaluation."""
     resamples: int = 9999
     """Bootstrap resamples of the articles."""
@@ -177,7 +181,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     threads: int = 0
-    """CPU threads; 0 = PyTorch's choice."""
+    """CPU threads of stage 1; 0 = PyTorch's choice."""
     seed: int = 0
     """Seeds initialisation, data order, dropout and bootstrap."""
     text: TextConfig = field(default_factory=TextConfig)
@@ -202,7 +206,7 @@ PRESETS: dict[str, Config] = {
             dropout_hidden=0.0,
             dropout_output=0.0,
         ),
-        adapt=AdaptConfig("lstm,softmax.bias", fisher_words=100_000),
+        adapt=AdaptConfig(fisher_words=100_000),
         meta=MetaConfig(lanes=16, steps=30, learning_rate=0.07),
         evaluation=EvaluationConfig(budget=10, tune_words=20_000),
     ),
@@ -226,7 +230,7 @@ PRESETS: dict[str, Config] = {
             validations=40,
             validation_words=0,
         ),
-        adapt=AdaptConfig("lstm,softmax.bias", fisher_words=500_000),
+        adapt=AdaptConfig(fisher_words=500_000),
         meta=MetaConfig(lanes=16, steps=100, learning_rate=0.07),
         evaluation=EvaluationConfig(budget=12, tune_words=60_000),
     ),
@@ -259,6 +263,7 @@ def _problems(c: Config) -> list[str]:
         need(value >= 1, flag, value, "it must be at least 1")
     for flag, value in {
         "--threads": c.threads,
+        "--adapt.threads": c.adapt.threads,
         "--seed": c.seed,
         "--text.train-words": c.text.train_words,
         "--text.vocabulary-size": c.text.vocabulary_size,

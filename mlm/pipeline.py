@@ -24,7 +24,7 @@ from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound, Parameters
 from mlm.memory import LongTerm, choose_dynamic
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
-from mlm.run import Run, check_folder, check_text, clear, open_run, say
+from mlm.run import Run, check_folder, check_text, clear, open_run, say, use_threads
 from mlm.scoring import Scores, check_finite, score_protocol, word_losses
 from mlm.text import open_corpus
 from mlm.tokens import TokenFile, encode_split
@@ -310,6 +310,7 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
         run.folder.save_config(config)
     if "lm" in config.stages:
         stage_lm(run)
+    use_threads(config.adapt.threads)
     if "meta" in config.stages:
         stage_meta(run)
     if "evaluate" in config.stages:

@@ -156,10 +156,15 @@ class Run:
 
 
 def open_run(config: Config, quiet: bool = False) -> Run:
-    """The run of these settings, nothing written yet."""
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    """The run of these settings, nothing written yet; threads as its first stage wants them."""
+    use_threads(config.threads if "lm" in config.stages else config.adapt.threads or config.threads)
     return Run(config, RunFolder(run_path(config)), choose_device(config.device), quiet)
+
+
+def use_threads(number: int) -> None:
+    """Let PyTorch use so many CPU threads; 0 changes nothing."""
+    if number:
+        torch.set_num_threads(number)
 
 
 def check_folder(run: Run) -> None:
