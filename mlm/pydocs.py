@@ -104,7 +104,7 @@ def _articles() -> list[tuple[str, list[str], str]]:
     if not made:
         raise UserError(
             f"pydocs: no Python sources with documentation below {_library()}. Install the full "
-            "standard library or choose another corpus with --text.corpus"
+            "standard library or choose another corpus with --corpus"
         )
     kept = _unlike(made)
     titles = list(kept)
