@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,29 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
             return {name: file.get_tensor(name).clone() for name in names}, about
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+
+
+def adam_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """Adam's state as plain tensors; `names` are those of its parameters, in order."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"adam/{key}/{name}": value
+        for k, name in enumerate(names)
+        for key, value in state.get(k, {}).items()
+    }
+
+
+def load_adam(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]
+) -> None:
+    """Give an optimizer the state that `adam_tensors` found, in place."""
+    state = {}
+    for k, name in enumerate(names):
+        keys = [
+            n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
+        ]
+        state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def save_lm(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm.checkpoint import RunFolder, load_tensors, save_tensors
+from mlm.checkpoint import RunFolder, adam_tensors, load_adam, load_tensors, save_tensors
 from mlm.config import MetaConfig
 from mlm.errors import UserError, uninterrupted
 from mlm.gates import LinearGates
@@ -141,12 +141,16 @@ def validation_gain(
     tokens = sum(len(a) for a in text.articles)
     gains = []
     for protocol, base in static.items():
-        articles = list(text.articles)
-        if protocol == "stream":
-            articles = _joined(articles, 4)
+        articles = _judged(text, protocol)
         nll = score_articles(memory, bound, articles, text.eos, text.lanes).total
         gains.append((base - nll) / tokens)
     return float(np.mean(gains))
+
+
+def _judged(text: TuneText, protocol: str) -> list[np.ndarray]:
+    """The texts a step is judged on: the articles, or a few parallel streams of them."""
+    articles = list(text.articles)
+    return _joined(articles, 4) if protocol == "stream" else articles
 
 
 def _joined(articles: Sequence[np.ndarray], number: int) -> list[np.ndarray]:
@@ -165,9 +169,7 @@ def static_of(memory: LongTerm, text: TuneText, protocols: Sequence[str]) -> dic
     """Static losses in nats of the texts `validation_gain` reads, by protocol."""
     found = {}
     for protocol in protocols:
-        articles = list(text.articles)
-        if protocol == "stream":
-            articles = _joined(articles, 4)
+        articles = _judged(text, protocol)
         found[protocol] = score_articles(memory, None, articles, text.eos, text.lanes).total
     return found
 
@@ -231,10 +233,9 @@ class MetaTrainer:
         """Write everything the next step depends on, and the best parameters so far."""
         tensors: dict[str, Tensor] = {"reader/age": self.reader.age}
         tensors |= {f"best/{n}": p for n, p in self.best[1].items()}
-        for k, (name, parameter) in enumerate(self.parameters.items()):
+        for name, parameter in self.parameters.items():
             tensors[f"parameters/{name}"] = parameter
-            for key, value in self.optimizer.state_dict()["state"].get(k, {}).items():
-                tensors[f"adam/{key}/{name}"] = value
+        tensors |= adam_tensors(self.optimizer, self.parameters)
         tensors |= {f"reader/weights/{n}": w for n, w in self.reader.weights.items()}
         for kind in ("h", "c"):
             layers = getattr(self.reader.state, kind)
@@ -257,14 +258,9 @@ class MetaTrainer:
         if about.get("identity") != identity:
             return
         device = self.reader.age.device
-        state = {}
-        for k, (name, parameter) in enumerate(self.parameters.items()):
+        for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
-            keys = [
-                n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
-            ]
-            state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        load_adam(self.optimizer, self.parameters, tensors)
 
         def layers(kind: str) -> tuple[Tensor, ...]:
             return tuple(

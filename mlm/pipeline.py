@@ -49,7 +49,7 @@ def stage_lm(run: Run) -> None:
     train_lm(run.config, shape, text, valid, run.folder, vocabulary.hash, run.device, run.quiet)
 
 
-def identity(run: Run, *parts: Any) -> str:
+def identity(run: Run) -> str:
     """Hash of what a stage-2 result depends on; a changed one is not reused."""
     config = to_dict(run.config)
     keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
@@ -57,7 +57,7 @@ def identity(run: Run, *parts: Any) -> str:
         keys["evaluation"].pop(name)
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-    return hashlib.sha256(json.dumps([keys, weights, *parts]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
 
 
 def build_memory(run: Run) -> LongTerm:
@@ -114,6 +114,7 @@ def stage_meta(run: Run) -> None:
     start = tuned_settings(run, memory, start_rule, "article")
     text, tune_text = run.training_text(1), run.tune_text
     static = static_of(memory, tune_text, run.config.evaluation.protocols)
+    mark = identity(run)
     for name in meta.rules:
         rule = gates_rule(run, name)
         first: Parameters
@@ -128,7 +129,7 @@ def stage_meta(run: Run) -> None:
             run.folder,
             run.config.evaluation.budget,
             text.tokens_per_word,
-            identity(run),
+            mark,
             run.config.resume,
             run.quiet,
         )
@@ -142,7 +143,7 @@ def stage_meta(run: Run) -> None:
             "dynamic": list(memory.dynamic),
             "columns": list(rule.columns),
             "gain": gain,
-            "identity": identity(run),
+            "identity": mark,
         }
         save_tensors(run.folder.checkpoint(name), best, about)
         say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
@@ -223,7 +224,6 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     file = _evaluation_file(run, corpus)
     memory, vocabulary = run.memory, run.vocabulary
     _load_learned(run)
-    rules = ("static", *(name for name in evaluation.rules if name != "static"))
     number = min(len(file), evaluation.max_articles or len(file))
     chosen = [a for a in range(number) if file.words[a] > 0]
     if not chosen:

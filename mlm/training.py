@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm.checkpoint import RunFolder, load_tensors, save_lm, save_tensors
+from mlm.checkpoint import RunFolder, adam_tensors, load_adam, load_tensors, save_lm, save_tensors
 from mlm.config import Config, LMTrainingConfig
 from mlm.errors import UserError, uninterrupted
 from mlm.lm import (
@@ -204,10 +204,9 @@ class LMTrainer:
     def save(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Write everything that the next step depends on."""
         tensors: dict[str, Tensor] = {}
-        for k, (name, weight) in enumerate(self.weights.items()):
+        for name, weight in self.weights.items():
             tensors[f"weights/{name}"] = weight
-            for key, value in self.optimizer.state_dict()["state"].get(k, {}).items():
-                tensors[f"adam/{key}/{name}"] = value
+        tensors |= adam_tensors(self.optimizer, self.weights)
         for kind, parts in (("h", self.state.h), ("c", self.state.c)):
             tensors |= {f"state/{kind}/{k}": t for k, t in enumerate(parts)}
         tensors["dropout"] = self.dropout_generator.get_state()
@@ -241,14 +240,9 @@ class LMTrainer:
                 f"{path} was made with other settings (vocabulary, model, text or length of "
                 "training). Resume with the same flags, or choose another --out"
             )
-        state: dict[int, dict[str, Tensor]] = {}
-        for k, (name, weight) in enumerate(self.weights.items()):
+        for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weights/{name}"])
-            keys = [
-                n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
-            ]
-            state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        load_adam(self.optimizer, self.weights, tensors)
         layers = range(self.shape.layers)
         self.state = LMState(
             tuple(tensors[f"state/h/{k}"].to(self.device) for k in layers),
@@ -279,14 +273,11 @@ def train_lm(
     vocabulary_hash: str,
     device: torch.device,
     quiet: bool = False,
-) -> Weights:
+) -> None:
     """Stage 1: train the language model, keep the weights that do best on validation.
 
     Writes `checkpoints/lm.safetensors` (best) and `lm_last.safetensors` (for `--resume`), and rows
     of metrics.jsonl. On Ctrl-C the state of training is saved first.
-
-    Returns:
-        the best weights, on `device`.
     """
     trainer = LMTrainer(config, shape, text, device)
     last = run.checkpoint("lm_last")
@@ -302,10 +293,6 @@ def train_lm(
     except KeyboardInterrupt:
         trainer.save(run, vocabulary_hash)
         raise
-    from mlm.checkpoint import load_lm
-
-    weights, _, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
-    return {n: w.to(device) for n, w in weights.items()}
 
 
 def _few_segments(text: Text, config: Config) -> Text:
