@@ -91,16 +91,21 @@ class AdaptConfig:
     """Medium-term memory: what is rewritten, and how often."""
 
     dynamic: str = "lstm,softmax.bias"
-    """Weights that adapt: all, lstm, output, bias or name patterns, comma-separated. `all` gained
-    most where measured (benchmarks/dynamic_sets.py), at twice the time and with a copy of the
-    vocabulary's table in every lane."""
+    """Weights that adapt: all, lstm, output, bias, low or name patterns, comma-separated. `all`
+    gained most where measured (benchmarks/dynamic_sets.py), at twice the time and with a copy of
+    the vocabulary's table in every lane. `softmax.low`, `lstm.*.input.low`, `lstm.*.recurrent.low`
+    (`low`: all three) are cheap changes of low rank to a matrix that itself stays as it is."""
+    rank: int = 32
+    """Rank of those changes; of a matrix with fewer inputs, their number."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
     """Training words the Fisher is estimated on."""
-    threads: int = 1
-    """CPU threads from stage 2 on; 0 = as in stage 1. The many small products of a time loop can
-    run slower on two threads than on one."""
+    threads: int = 0
+    """CPU threads from stage 2 on; 0 = as in stage 1. Lanes are dealt to threads that meet once
+    per segment, so a busy machine costs its share and no more."""
+    kernels: Literal["auto", "eager"] = "auto"
+    """auto = compiled kernels (numba) on a CPU; eager = tensor operations only, same results."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +132,10 @@ class MetaConfig:
     """Share of the lanes that are never reset at article borders."""
     unroll: int = 40
     """Updates per meta-gradient."""
+    gradient: Literal["reverse", "checkpoint", "forward"] = "reverse"
+    """The same meta-gradient, from every update kept (reverse, fastest), from a snapshot now and
+    then and the text between read twice (checkpoint), or along with the updates (forward: its
+    memory does not grow with the unroll)."""
     steps: int = 12
     """Meta-updates."""
     learning_rate: float = 0.1
@@ -253,6 +262,7 @@ def _problems(c: Config) -> list[str]:
         "--lm.segment": c.lm.segment,
         "--lm.validations": c.lm.validations,
         "--adapt.fisher-words": c.adapt.fisher_words,
+        "--adapt.rank": c.adapt.rank,
         "--meta.lanes": c.meta.lanes,
         "--evaluation.lanes": c.evaluation.lanes,
         "--evaluation.budget": c.evaluation.budget,

@@ -13,16 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mlm.learner import Bound, ByFormula, Parameters, Signal, UpdateRule, relax
-from mlm.lm import Weights
+from mlm.learner import Bound, ByFormula, Parameters, Signal, UpdateRule
 from mlm.memory import LongTerm
+from mlm.separable import FLUSH_UNIT, LANE, SeparableGates
 
 Feature = Literal["fisher", "loss", "age", "gradient", "distance"]
-LANE = ("loss", "age")
 COORDINATE = ("gradient", "distance")
 P_LOG = 10.0
-FLUSH_UNIT = 1e-3
-"""FLUSH and COPY are learned in thousandths per update, the size of Krause's decay."""
 
 
 def preprocess(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,142 +195,3 @@ class LinearGates(UpdateRule):
         if self.separable:
             return SeparableGates(self, parameters, memory)
         return ByFormula(self, parameters, memory)
-
-
-class SeparableGates(ByFormula):
-    """`LinearGates` whose gates are a factor per weight times a factor per lane.
-
-    The factors per weight are computed once; an update is then three passes over the weights, the
-    pullback about eight, with the parameters' gradients as dot products. Tensors in which a FLUSH
-    gate touches its clip take the formula instead.
-    """
-
-    rule: LinearGates
-
-    def __init__(self, rule: LinearGates, parameters: Parameters, memory: LongTerm) -> None:
-        super().__init__(rule, parameters, memory)
-        self._step: Weights = {}
-        self._step_x: Weights = {}
-        self._flush: Weights = {}
-        self._flush_x: Weights = {}
-        self._z: dict[str, Tensor | None] = dict.fromkeys(memory.dynamic)
-        self._highest: dict[str, float] = {}
-        for name in memory.dynamic:
-            group = rule.group(memory, name)
-            row = parameters["update"][group]
-            self._step[name] = rule.weight_part(row, memory, name, "update").exp()
-            self._step_x[name] = self._step[name] * rule.fisher(memory, name, "update")
-            if rule.flush:
-                row = parameters["flush"][group]
-                unit = FLUSH_UNIT * rule.weight_part(row, memory, name, "flush").exp()
-                self._flush[name] = unit
-                self._flush_x[name] = unit * rule.fisher(memory, name, "flush")
-                z = self._z[name] = unit * parameters["flush_scale"][group]
-                self._highest[name] = float(z.max())
-
-    def _lane(self, kind: str, name: str, signal: Signal) -> Tensor | None:
-        row = self.parameters[kind][self.rule.group(self.memory, name)]
-        part = self.rule.lane_part(row, self.memory, signal)
-        return None if part is None else part.exp()
-
-    def _split(self, signal: Signal) -> tuple[list[str], list[str], dict[str, Tensor | None]]:
-        """(tensors within the clip, the others, FLUSH factor per lane)."""
-        inside, outside, factors = [], [], {}
-        for name in self.memory.dynamic:
-            if not self.rule.flush:
-                inside.append(name)
-                continue
-            b = factors[name] = self._lane("flush", name, signal)
-            high = self._highest[name] * (1.0 if b is None else float(b.max()))
-            scale = float(self.parameters["flush_scale"][self.rule.group(self.memory, name)])
-            (inside if scale >= 0 and high <= 1 else outside).append(name)
-        return inside, outside, factors
-
-    def update(
-        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
-    ) -> Weights:
-        """See `Bound.update`."""
-        out = out or {n: torch.empty_like(w) for n, w in weights.items()}
-        inside, outside, factors = self._split(signal)
-        for name in inside:
-            relax(
-                weights[name],
-                gradients[name],
-                self.memory.weights[name],
-                self._step[name],
-                self._z[name],
-                self._lane("update", name, signal),
-                factors.get(name),
-                out[name],
-            )
-        for name in outside:
-            super().update(
-                {name: weights[name]}, {name: gradients[name]}, signal, {name: out[name]}
-            )
-        return out
-
-    def pullback(
-        self, weights: Weights, gradients: Weights, signal: Signal, cotangent: Weights
-    ) -> tuple[Weights, Parameters]:
-        """See `Bound.pullback`."""
-        inside, outside, factors = self._split(signal)
-        found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        back = {}
-        for name in outside:
-            one, more = super().pullback(
-                {name: weights[name]}, {name: gradients[name]}, signal, {name: cotangent[name]}
-            )
-            back.update(one)
-            for key, value in more.items():
-                found[key] += value
-        for name in inside:
-            tensors = weights[name], gradients[name], cotangent[name]
-            back[name] = self._pull_tensor(name, *tensors, signal, factors.get(name), found)
-        return {name: back[name] for name in weights}, found
-
-    def _pull_tensor(
-        self,
-        name: str,
-        theta: Tensor,
-        gradient: Tensor,
-        lam: Tensor,
-        signal: Signal,
-        z_B: Tensor | None,
-        found: Parameters,
-    ) -> Tensor:
-        """lam (1 - z) for one tensor; adds the parameters' gradients to `found`."""
-        rule, memory = self.rule, self.memory
-        group, lanes = rule.group(memory, name), theta.shape[0]
-        step, step_x = self._step[name].flatten(), self._step_x[name].flatten()
-        sums_2B = theta.new_empty(2, lanes)
-        product = torch.empty_like(theta[0])
-        for k in range(lanes):
-            flat = torch.mul(lam[k], gradient[k], out=product).view(-1)
-            sums_2B[0, k], sums_2B[1, k] = flat @ step, flat @ step_x
-        a_B = self._lane("update", name, signal)
-        self._spread(found["update"][group], -sums_2B if a_B is None else -sums_2B * a_B, signal)
-        z, start = self._z[name], memory.weights[name]
-        if z is None:
-            return lam
-        unit, unit_x = self._flush[name].flatten(), self._flush_x[name].flatten()
-        scale = self.parameters["flush_scale"][group]
-        b = [1.0] * lanes if z_B is None else z_B.tolist()
-        back = torch.empty_like(theta)
-        for k in range(lanes):
-            flat = torch.sub(start, theta[k], out=product).mul_(lam[k]).view(-1)
-            sums_2B[0, k], sums_2B[1, k] = flat @ unit, flat @ unit_x
-            torch.addcmul(lam[k], lam[k], z, value=-b[k], out=back[k])
-        if z_B is not None:
-            sums_2B = sums_2B * z_B
-        found["flush_scale"][group] += sums_2B[0].sum()
-        self._spread(found["flush"][group], sums_2B * scale, signal)
-        return back
-
-    def _spread(self, row_F: Tensor, sums_2B: Tensor, signal: Signal) -> None:
-        """Add a gate's derivatives: sums of the moves, plain and weighted by `fisher`."""
-        columns = self.rule.columns
-        row_F[0] += sums_2B[0].sum()
-        if "fisher" in columns:
-            row_F[columns["fisher"]] += sums_2B[1].sum()
-        for name, value in self.rule.lane_features(self.memory, signal).items():
-            row_F[columns[name]] += (sums_2B[0] * value).sum()

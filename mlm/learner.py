@@ -17,6 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mlm import kernels
+from mlm.forward import Tangent, dots_of_all, push_formula, zero_tangent
 from mlm.lm import Weights
 from mlm.memory import LongTerm
 
@@ -45,11 +47,41 @@ class Bound(Protocol):
         ...
 
     def pullback(
-        self, weights: Weights, gradients: Weights, signal: Signal, cotangent: Weights
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        cotangent: Weights,
+        own: float = 0.0,
     ) -> tuple[Weights, Parameters]:
         """The transpose of `update`, with gradients and signals as constants (first order).
 
-        Returns d<cotangent, theta_t>/d theta_{t-1} and d<cotangent, theta_t>/d parameters.
+        Returns d<cotangent, theta_t>/d theta_{t-1} + own * gradients, the share of the segment's
+        own loss, and d<cotangent, theta_t>/d parameters. `cotangent` may be overwritten.
+        """
+        ...
+
+    def tangent(self, lanes: int) -> Tangent:
+        """S = d theta/d parameters of lanes at theta_0: zeros, (K, B, ...) per tensor.
+
+        Its K copies of the lanes' weights belong to the caller; what they are, the rule knows.
+        """
+        ...
+
+    def advance(
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        tangent: Tangent,
+        found: Parameters,
+    ) -> None:
+        """One step of forward mode, beside `update` and with its arguments (first order).
+
+            found <- found + <S_{t-1}, gradient_t>
+            S_t = d theta_t/d theta_{t-1} S_{t-1} + d theta_t/d parameters
+
+        `found` (one tensor per parameter) and `tangent` are written in place.
         """
         ...
 
@@ -84,7 +116,7 @@ class UpdateRule(ABC):
 
 
 class ByFormula:
-    """Any rule, slowly: `update` is its formula, `pullback` autograd through one update."""
+    """Any rule, slowly: `update` is its formula, `pullback` and `advance` differentiate it."""
 
     def __init__(self, rule: UpdateRule, parameters: Parameters, memory: LongTerm) -> None:
         self.rule, self.parameters, self.memory = rule, parameters, memory
@@ -99,7 +131,12 @@ class ByFormula:
         return {name: out[name].copy_(value) for name, value in new.items()}
 
     def pullback(
-        self, weights: Weights, gradients: Weights, signal: Signal, cotangent: Weights
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        cotangent: Weights,
+        own: float = 0.0,
     ) -> tuple[Weights, Parameters]:
         """See `Bound.pullback`."""
         with torch.enable_grad():
@@ -112,7 +149,32 @@ class ByFormula:
             )
         full = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
         n = len(theta)
-        return dict(zip(theta, full[:n], strict=True)), dict(zip(phi, full[n:], strict=True))
+        back = {k: g + own * gradients[k] for k, g in zip(theta, full[:n], strict=True)}
+        return back, dict(zip(phi, full[n:], strict=True))
+
+    def tangent(self, lanes: int) -> Tangent:
+        """See `Bound.tangent`: one copy per number in the parameters."""
+        numbers = sum(p.numel() for p in self.parameters.values())
+        return zero_tangent(self.memory.start(), numbers, lanes)
+
+    def advance(
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        tangent: Tangent,
+        found: Parameters,
+    ) -> None:
+        """See `Bound.advance`; costs an evaluation of the formula per number in the parameters."""
+        sizes = [p.numel() for p in self.parameters.values()]
+        sums = dots_of_all(tangent, gradients).split(sizes)
+        for part, value in zip(sums, found.values(), strict=True):
+            value += part.view_as(value)
+
+        def formula(phi: Parameters, theta: Weights) -> Weights:
+            return self.rule.formula(phi, self.memory, theta, gradients, signal)
+
+        push_formula(formula, self.parameters, weights, tangent)
 
 
 @dataclass(frozen=True)
@@ -140,8 +202,7 @@ class SGD(UpdateRule):
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """One fused pass."""
-        one = torch.ones_like(next(iter(memory.rms.values())).flatten()[0])
-        factors: Factors = dict.fromkeys(memory.dynamic, (one, None))
+        factors: Factors = {n: (torch.ones_like(memory.weights[n]), None) for n in memory.dynamic}
         return Relaxation(self, parameters, memory, factors)
 
 
@@ -224,17 +285,32 @@ def relax(
     z_B: Tensor | None,
     out: Tensor,
 ) -> Tensor:
-    """out = theta - (step_B step) gradient + (z_B z) (start - theta), three passes.
+    """out = theta - (step_B step) gradient + (z_B z) (start - theta).
 
     Args:
         theta, gradient, out: (B, ...); start, step, z: the tensor's own shape (step may be one
-            number); z = None: no flush.
+            number); z = None: no flush. z_B z must lie in [0, 1].
         step_B, z_B: factors per lane (B,), None = 1.
 
-    On a CPU one lane's tensor stays in the cache over the passes; on a GPU one call does all
-    lanes.
+    One pass in a compiled kernel; without it three, on a CPU one lane at a time, which then stays
+    in the cache, on a GPU all lanes at once.
     """
     lanes = theta.shape[0]
+    if kernels.usable(theta, gradient, out) and out.is_contiguous():
+        ones = theta.new_ones(lanes)
+        kernels.share_out(
+            kernels.relax,
+            kernels.tiles(start.numel()),
+            theta.numel(),
+            *(t.contiguous().view(lanes, -1) for t in (theta, gradient)),
+            start.contiguous().view(-1),
+            step.expand(start.shape).contiguous().view(-1),
+            theta.new_empty(0) if z is None else z.contiguous().view(-1),
+            ones if step_B is None else step_B.contiguous(),
+            ones if z_B is None else z_B.contiguous(),
+            out.view(lanes, -1),
+        )
+        return out
     if theta.device.type == "cpu":
         a = [1.0] * lanes if step_B is None else step_B.tolist()
         b = [1.0] * lanes if z_B is None else z_B.tolist()

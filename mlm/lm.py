@@ -3,8 +3,9 @@
 A standard LSTM with tied embedding and softmax (AWD-LSTM, Merity et al. 2018). Weights are a
 plain dict of tensors; each tensor is either shared by all lanes or has a leading lane dimension,
 so static training, scoring and reading with a memory in the weights are the same functions.
+A matrix `name` may come with a low-rank change `name.low` (see `mlm.lowrank`).
 
-Letters: B lanes, T time, E embedding, H hidden, V vocabulary, L layers.
+Letters: B lanes, T time, E embedding, H hidden, V vocabulary, L layers, r rank.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm.recurrence import lane_lstm
+from mlm import softmax
+from mlm.recurrence import LaneRecurrence, lane_linear, lane_lstm
 
 Weights = dict[str, Tensor]
 
@@ -130,6 +132,27 @@ def _linear(x_BTI: Tensor, weight: Tensor) -> Tensor:
     return x_BTI @ weight.transpose(-1, -2)
 
 
+def _along(weights: Weights, name: str, x_BTI: Tensor) -> Tensor | None:
+    """x P^T, (B, T, r), for P = `name.directions` (r, I); None without a low-rank change."""
+    directions = weights.get(f"{name}.directions")
+    return None if directions is None else _linear(x_BTI, directions)
+
+
+def _low_rank(weights: Weights, name: str, x_BTI: Tensor) -> Tensor | None:
+    """x (D P)^T, (B, T, O): what the low-rank change of a matrix adds to its product with x.
+
+    D = `name.low` is (O, r) or (B, O, r). None without it.
+    """
+    along = _along(weights, name, x_BTI)
+    return None if along is None else _linear(along, weights[f"{name}.low"])
+
+
+def _dense(weights: Weights, name: str) -> Tensor:
+    """A matrix with its low-rank change folded in: W + D P, per lane where W or D is."""
+    low = weights.get(f"{name}.low")
+    return weights[name] if low is None else weights[name] + low @ weights[f"{name}.directions"]
+
+
 def _lookup(table: Tensor, ids_BT: Tensor) -> Tensor:
     """Rows of a shared (V, E) or per-lane (B, V, E) table -> (B, T, E)."""
     if table.dim() == 2:
@@ -170,10 +193,21 @@ def _drop_words(table: Tensor, rate: float, generator: torch.Generator | None) -
 
 
 def _layer(
-    x: Tensor, weights: tuple[Tensor, Tensor, Tensor], h: Tensor, c: Tensor
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    h: Tensor,
+    c: Tensor,
+    extra_BTG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One LSTM layer: the library's fused kernel where all weights are shared, else the engine."""
+    """One LSTM layer: the library's fused kernel where all weights are shared, else the engine.
+
+    `extra_BTG` (B, T, 4H) is added to the input projection.
+    """
     w_input, w_recurrent, bias = weights
+    if extra_BTG is not None:
+        gates = lane_linear(x, w_input, bias) + extra_BTG
+        y, h, c = LaneRecurrence.apply(gates, w_recurrent, h, c)  # type: ignore[misc]
+        return y, h, c
     if w_input.dim() == w_recurrent.dim() == 2 and bias.dim() == 1:
         flat = [w_input, w_recurrent, bias, torch.zeros_like(bias)]
         state = (h.unsqueeze(0), c.unsqueeze(0))
@@ -181,6 +215,19 @@ def _layer(
         y, h_n, c_n = torch.lstm(x, state, flat, True, 1, 0.0, grad, False, True)
         return y, h_n.squeeze(0), c_n.squeeze(0)
     return lane_lstm(x, weights, h, c)
+
+
+def _input_weight(weights: Weights, layer: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(input matrix, what is added to its product with x) of a layer.
+
+    A low-rank change per lane is cheaper as a term of its own; a shared one is folded in, so that
+    static reading keeps the fused kernel.
+    """
+    name = f"lstm.{layer}.input"
+    low = weights.get(f"{name}.low")
+    if low is not None and low.dim() == 3:
+        return weights[name], _low_rank(weights, name, x)
+    return _dense(weights, name), None
 
 
 class Hidden(NamedTuple):
@@ -191,6 +238,8 @@ class Hidden(NamedTuple):
     raw: Tensor
     """The same before dropout (for TAR, Merity et al. 2018)."""
     state: LMState
+    layers: tuple[Tensor, ...]
+    """Every layer's outputs (B, T, H_l), before dropout."""
 
 
 def run_lstm(
@@ -203,6 +252,8 @@ def run_lstm(
 ) -> Hidden:
     """Read `tokens_BT` (B, T) from `state`; every weight is shared or has a leading B.
 
+    A low-rank change of the recurrent weights is folded into them: a full matrix per lane, exact
+    and no cheaper than one that adapts itself.
     `dropout` is for training with shared weights only; `generator` makes it repeatable.
     """
     drop = dropout or Dropout()
@@ -211,23 +262,54 @@ def run_lstm(
         for name in [n for n in weights if n.startswith("embedding")]:
             weights[name] = _drop_words(weights[name], drop.embedding, generator)
     x = _locked(embed(weights, shape, tokens_BT), drop.input, generator)
-    hs, cs, raw = [], [], x
+    hs, cs, raws = [], [], []
     for layer in range(shape.layers):
-        recurrent = weights[f"lstm.{layer}.recurrent"]
+        recurrent = _dense(weights, f"lstm.{layer}.recurrent")
         if drop.weight:
             keep = torch.rand(recurrent.shape, generator=generator, device=recurrent.device)
             recurrent = recurrent * (keep.ge(drop.weight).to(recurrent.dtype) / (1 - drop.weight))
-        own = (weights[f"lstm.{layer}.input"], recurrent, weights[f"lstm.{layer}.bias"])
-        raw, h, c = _layer(x, own, state.h[layer], state.c[layer])
+        w_input, extra = _input_weight(weights, layer, x)
+        own = (w_input, recurrent, weights[f"lstm.{layer}.bias"])
+        raw, h, c = _layer(x, own, state.h[layer], state.c[layer], extra)
+        raws.append(raw)
         hs.append(h)
         cs.append(c)
         last = layer == shape.layers - 1
         x = _locked(raw, drop.output if last else drop.hidden, generator)
-    return Hidden(x, raw, LMState(tuple(hs), tuple(cs)))
+    return Hidden(x, raws[-1], LMState(tuple(hs), tuple(cs)), tuple(raws))
+
+
+def _low_rank_logits(weights: Weights, output_BTE: Tensor) -> Tensor | None:
+    """What `softmax.low` adds to the logits (B, T, V); of an adaptive softmax, to the head's."""
+    return _low_rank(weights, "softmax", output_BTE)
+
+
+def _softmax_layer(weights: Weights, shape: LMShape) -> softmax.Layer | None:
+    """The weights the fused softmax needs; None: the softmax is adaptive."""
+    if shape.cutoffs:
+        return None
+    return softmax.Layer(weights["embedding"], weights["softmax.bias"], weights.get("softmax.low"))
+
+
+def weighted_nll(
+    weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Losses (B, T) in nats, detached, and their differentiable sum weighted by `weights_BT`."""
+    layer = _softmax_layer(weights, shape)
+    if layer is not None and softmax.supports(output_BTE, layer):
+        projected = _along(weights, "softmax", output_BTE)
+        return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, weights_BT)
+    nll = token_nll(weights, shape, output_BTE, targets_BT)
+    return nll.detach(), (nll * weights_BT).sum()
 
 
 def token_nll(weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood in nats (B, T) under the tied (adaptive) softmax."""
+    layer = None if torch.is_grad_enabled() else _softmax_layer(weights, shape)
+    if layer is not None and softmax.supports(output_BTE, layer):
+        ones = torch.ones_like(output_BTE[..., 0])
+        projected = _along(weights, "softmax", output_BTE)
+        return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, ones)[0]
     bias = weights["softmax.bias"]
     head = weights["embedding"]
     if shape.cutoffs:
@@ -238,6 +320,8 @@ def token_nll(weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: 
             head = head.expand(cluster.shape[0], *head.shape)
         head = torch.cat([head, cluster], dim=-2)
     logits = _linear(output_BTE, head) + (bias if bias.dim() == 1 else bias.unsqueeze(1))
+    low = _low_rank_logits(weights, output_BTE)
+    logits = logits if low is None else logits + low
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     if not shape.cutoffs:
         return F.cross_entropy(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,10 @@ DYNAMIC_SETS = {
     "lstm": ("lstm.*",),
     "output": ("embedding*", "softmax.*", "projection.*"),
     "bias": ("*bias",),
+    "low": ("*.low",),
 }
+LOW, DIRECTIONS = ".low", ".directions"
+"""Endings of a low-rank change's two factors (see `mlm.lowrank`)."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class LongTerm:
         total = sum(float(r.double().sum()) for r in self.rms.values())
         return total / sum(r.numel() for r in self.rms.values())
 
+    @cached_property
+    def static(self) -> Weights:
+        """theta_0 without low-rank changes, which are zero there."""
+        return {n: w for n, w in self.weights.items() if not n.endswith((LOW, DIRECTIONS))}
+
     def start(self) -> Weights:
         """theta_0 of the dynamic tensors."""
         return {name: self.weights[name] for name in self.dynamic}
@@ -56,33 +65,51 @@ class LongTerm:
         return LongTerm(self.shape, weights, self.dynamic, rms, self.loss, self.segment)
 
 
+def _patterns(wanted: str) -> dict[str, tuple[str, ...]]:
+    """The patterns each word of `wanted` stands for."""
+    words = [w.strip() for w in wanted.split(",") if w.strip()]
+    return {word: DYNAMIC_SETS.get(word, (word,)) for word in words}
+
+
+def has_low_rank(wanted: str) -> bool:
+    """Whether these sets and patterns ask for a low-rank change."""
+    return any(p.endswith(LOW) for patterns in _patterns(wanted).values() for p in patterns)
+
+
 def choose_dynamic(weights: Weights, wanted: str) -> tuple[str, ...]:
     """Names of the weights that adapt.
 
+    Low-rank changes, which a model has only once they are asked for (`mlm.lowrank`), are matched
+    by patterns that end in `.low`, and by no others.
+
     Args:
-        wanted: comma-separated sets (all, lstm, output, bias) or name patterns such as
-            `lstm.*.recurrent` or `softmax.bias`.
+        weights: those of a language model, with or without low-rank changes.
+        wanted: comma-separated sets (all, lstm, output, bias, low) or name patterns such as
+            `lstm.*.recurrent`, `softmax.bias` or `softmax.low`.
 
     Raises:
         UserError: a pattern matches nothing.
     """
+    names = [name for name in weights if not name.endswith((LOW, DIRECTIONS))]
+    matrices = [n for n in names if n.startswith("lstm.") and n.endswith((".input", ".recurrent"))]
+    names += [name + LOW for name in (*matrices, "softmax")]
     chosen: list[str] = []
-    for word in [w.strip() for w in wanted.split(",") if w.strip()]:
+    for word, patterns in _patterns(wanted).items():
         found = [
             name
-            for pattern in DYNAMIC_SETS.get(word, (word,))
-            for name in weights
-            if fnmatch.fnmatchcase(name, pattern)
+            for pattern in patterns
+            for name in names
+            if name.endswith(LOW) == pattern.endswith(LOW) and fnmatch.fnmatchcase(name, pattern)
         ]
         if not found:
             raise UserError(
                 f"--adapt.dynamic: {word!r} matches no weight. Use {', '.join(DYNAMIC_SETS)} or a "
-                f"pattern of these names: {', '.join(weights)}"
+                f"pattern of these names: {', '.join(names)}"
             )
         chosen += found
     if not chosen:
         raise UserError("--adapt.dynamic is empty. Name at least one set, for example lstm")
-    return tuple(name for name in weights if name in chosen)
+    return tuple(name for name in names if name in chosen)
 
 
 def lanes_of(weights: Weights, lanes: int) -> Weights:

@@ -210,7 +210,9 @@ class MetaTrainer:
         device = self.reader.age.device
         unroll = [self.lanes.next().to(device) for _ in range(self.settings.unroll)]
         bound = self.rule.bind(self.parameters, self.memory)
-        found = meta_gradient(self.memory, bound, self.parameters, self.reader, unroll)
+        found = meta_gradient(
+            self.memory, bound, self.parameters, self.reader, unroll, self.settings.gradient
+        )
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in found.gradients.values()))
         if not (math.isfinite(found.loss) and math.isfinite(norm)):
             raise UserError(

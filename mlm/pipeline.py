@@ -17,18 +17,20 @@ from mlm.checkpoint import (
     save_memory,
     save_tensors,
 )
-from mlm.config import LEARNED, RULES, Config, to_dict
+from mlm.config import LEARNED, RULES, AdaptConfig, Config, to_dict
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound, Parameters
-from mlm.memory import LongTerm, choose_dynamic
+from mlm.lm import LMShape, Weights
+from mlm.lowrank import add_low_rank
+from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
 from mlm.run import Run, check_folder, check_text, clear, open_run, say, use_threads
 from mlm.scoring import Scores, check_finite, score_protocol, word_losses
 from mlm.text import open_corpus
 from mlm.tokens import TokenFile, encode_split
-from mlm.training import shape_of, train_lm
+from mlm.training import Text, shape_of, train_lm
 from mlm.tuning import tune
 
 # -- stages ---------------------------------------------------------------------------------
@@ -55,25 +57,31 @@ def identity(run: Run) -> str:
     keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
     for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
         keys["evaluation"].pop(name)
+    for part, name in (("adapt", "threads"), ("adapt", "kernels"), ("meta", "gradient")):
+        keys[part].pop(name)  # how it is computed; results agree to rounding
+    if not has_low_rank(run.config.adapt.dynamic):
+        keys["adapt"].pop("rank")
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
+
+
+def new_memory(
+    weights: Weights, shape: LMShape, adapt: AdaptConfig, text: Text, quiet: bool = True
+) -> LongTerm:
+    """theta_0 with the low-rank changes that are asked for, and its Fisher, from held-out text."""
+    dynamic = choose_dynamic(weights, adapt.dynamic)
+    weights = add_low_rank(weights, shape, dynamic, adapt.rank, text, adapt.fisher_words)
+    return estimate_fisher(
+        weights, shape, dynamic, text, adapt.segment, adapt.fisher_words, quiet=quiet
+    )
 
 
 def build_memory(run: Run) -> LongTerm:
     """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder."""
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
-    adapt = run.config.adapt
-    memory = estimate_fisher(
-        weights,
-        shape,
-        choose_dynamic(weights, adapt.dynamic),
-        run.training_text(1),
-        adapt.segment,
-        adapt.fisher_words,
-        quiet=run.quiet,
-    )
+    memory = new_memory(weights, shape, run.config.adapt, run.training_text(1), run.quiet)
     save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
     return memory
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mlm import kernels
+
 CACHE_BYTES = 8 << 20
 
 
@@ -44,9 +46,9 @@ class LaneRecurrence(torch.autograd.Function):
     """The time loop of one LSTM layer, without an autograd graph over time steps.
 
     Forward saves the activated gates of all steps; backward walks the steps once and forms the
-    gradient of the recurrent weights with ONE batched product over all of them. Everything that
-    does not depend on the previous step (input projection, its gradient, the derivative factors
-    of the gates) is computed for all steps at once, outside the loop.
+    gradient of the recurrent weights with ONE batched product over all of them. On a CPU each
+    lane runs through all its steps in a compiled kernel (`mlm.kernels`), its weights in the
+    cache; elsewhere `eager_forward` and `eager_backward` take all lanes step by step.
     """
 
     @staticmethod
@@ -55,68 +57,132 @@ class LaneRecurrence(torch.autograd.Function):
 
         Returns outputs (B, T, H), last h (B, H), last c (B, H).
         """
-        lanes, steps, _ = gates_BTG.shape
-        hidden = h_BH.shape[1]
-        gates_TBG = gates_BTG.transpose(0, 1).contiguous()
-        if gates_TBG.data_ptr() == gates_BTG.data_ptr():  # one lane or one step: do not overwrite
-            gates_TBG = gates_TBG.clone()
-        h_TBH = gates_TBG.new_empty(steps + 1, lanes, hidden)
-        c_TBH = torch.empty_like(h_TBH)
-        tanh_c_TBH = gates_TBG.new_empty(steps, lanes, hidden)
-        h_TBH[0], c_TBH[0] = h_BH, c_BH
-        for block in _lane_blocks(recurrent, lanes):
-            weights = recurrent if recurrent.dim() == 2 else recurrent[block]
-            for t in range(steps):
-                a = gates_TBG[t, block]
-                a += _recur(h_TBH[t, block], weights)
-                cell, o = a[:, 2 * hidden : 3 * hidden], a[:, 3 * hidden :]
-                a[:, : 2 * hidden].sigmoid_()
-                cell.tanh_()
-                o.sigmoid_()
-                c = torch.mul(a[:, hidden : 2 * hidden], c_TBH[t, block], out=c_TBH[t + 1, block])
-                c.addcmul_(a[:, :hidden], cell)
-                torch.mul(o, torch.tanh(c, out=tanh_c_TBH[t, block]), out=h_TBH[t + 1, block])
-        ctx.save_for_backward(gates_TBG, recurrent, h_TBH, c_TBH, tanh_c_TBH)
-        return h_TBH[1:].transpose(0, 1), h_TBH[-1].clone(), c_TBH[-1].clone()
+        lanes, steps, hidden = *gates_BTG.shape[:2], h_BH.shape[1]
+        h_BTH = gates_BTG.new_empty(lanes, steps + 1, hidden)
+        c_BTH, tanh_c_BTH = torch.empty_like(h_BTH), gates_BTG.new_empty(lanes, steps, hidden)
+        h_BTH[:, 0], c_BTH[:, 0] = h_BH, c_BH
+        gates_BTG = gates_BTG.clone(memory_format=torch.contiguous_format)
+        _run(kernels.lstm_forward, eager_forward, recurrent, gates_BTG, h_BTH, c_BTH, tanh_c_BTH)
+        ctx.save_for_backward(gates_BTG, recurrent, h_BTH, c_BTH, tanh_c_BTH)
+        return h_BTH[:, 1:], h_BTH[:, -1].clone(), c_BTH[:, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         """Back-propagation through time; gradients in the order of `forward`'s arguments."""
         dy_BTH, dh_last, dc_last = grads
-        gates_TBG, recurrent, h_TBH, c_TBH, tanh_c_TBH = ctx.saved_tensors
-        steps, lanes, hidden = tanh_c_TBH.shape
-        i, f, g, o = (gates_TBG[..., k * hidden : (k + 1) * hidden] for k in range(4))
-        # d gates = factor * (dc for i, f, g; dh for o): the factors need no earlier step.
-        factor = torch.empty_like(gates_TBG)
-        torch.mul(i - i * i, g, out=factor[..., :hidden])
-        torch.mul(f - f * f, c_TBH[:-1], out=factor[..., hidden : 2 * hidden])
-        torch.mul(1 - g * g, i, out=factor[..., 2 * hidden : 3 * hidden])
-        torch.mul(o - o * o, tanh_c_TBH, out=factor[..., 3 * hidden :])
-        through_tanh = o * (1 - tanh_c_TBH * tanh_c_TBH)
-        factor = factor.view(steps, lanes, 4, hidden)
-        dgates = torch.empty_like(factor)
-        dy_TBH = dy_BTH.transpose(0, 1)
-        dh_all, dc_all = dh_last.clone(), dc_last.clone()
-        for block in _lane_blocks(recurrent, lanes):
-            weights = recurrent if recurrent.dim() == 2 else recurrent[block]
-            dh, dc = dh_all[block], dc_all[block]
-            for t in reversed(range(steps)):
-                dh = dh + dy_TBH[t, block]
-                dc.addcmul_(dh, through_tanh[t, block])
-                now, scale = dgates[t, block], factor[t, block]
-                torch.mul(scale[:, :3], dc.unsqueeze(1), out=now[:, :3])
-                torch.mul(scale[:, 3], dh, out=now[:, 3])
-                dc *= f[t, block]
-                dh = _recur_back(now.view(-1, 4 * hidden), weights)
-            dh_all[block] = dh
-        dgates_TBG = dgates.view(steps, lanes, -1)
+        gates_BTG, recurrent, h_BTH, c_BTH, tanh_c_BTH = ctx.saved_tensors
+        dh, dc = (g.clone(memory_format=torch.contiguous_format) for g in (dh_last, dc_last))
+        dgates_BTG = torch.empty_like(gates_BTG)
+        own = (gates_BTG, c_BTH, tanh_c_BTH, dy_BTH.contiguous(), dh, dc, dgates_BTG)
+        _run(kernels.lstm_backward, eager_backward, recurrent, *own)
         drecurrent = None
         if ctx.needs_input_grad[1]:
+            before = h_BTH[:, :-1]
             if recurrent.dim() == 2:
-                drecurrent = dgates_TBG.flatten(0, 1).t() @ h_TBH[:-1].flatten(0, 1)
+                drecurrent = dgates_BTG.flatten(0, 1).t() @ before.flatten(0, 1)
             else:
-                drecurrent = torch.bmm(dgates_TBG.permute(1, 2, 0), h_TBH[:-1].transpose(0, 1))
-        return dgates_TBG.transpose(0, 1), drecurrent, dh_all, dc_all
+                drecurrent = torch.bmm(dgates_BTG.transpose(1, 2), before)
+        return dgates_BTG, drecurrent, dh, dc
+
+
+def _run(kernel: Any, eager: Any, recurrent: Tensor, *lane_tensors: Tensor) -> None:
+    """The time loop of every lane: compiled where that is possible, else eager, block by block."""
+    if kernels.usable(recurrent, *lane_tensors):
+        lanes, steps = lane_tensors[0].shape[:2]
+        weights = recurrent if recurrent.dim() == 3 else recurrent.unsqueeze(0)
+        work = lanes * steps * weights[0].numel()
+        kernels.share_out(kernel, lanes, work, weights.contiguous(), *lane_tensors)
+        return
+    for block in _lane_blocks(recurrent, lane_tensors[0].shape[0]):
+        weights = recurrent if recurrent.dim() == 2 else recurrent[block]
+        eager(weights, *(tensor[block] for tensor in lane_tensors))
+
+
+def eager_forward(
+    recurrent: Tensor, gates_BTG: Tensor, h_BTH: Tensor, c_BTH: Tensor, tanh_c_BTH: Tensor
+) -> None:
+    """`kernels.lstm_forward` for all lanes with tensor operations; arguments as there."""
+    hidden = h_BTH.shape[2]
+    for t in range(gates_BTG.shape[1]):
+        a = gates_BTG[:, t]
+        a += _recur(h_BTH[:, t], recurrent)
+        i, f, g, o = a.split(hidden, 1)
+        a[:, : 2 * hidden].sigmoid_()
+        g.tanh_()
+        o.sigmoid_()
+        c_BTH[:, t + 1] = torch.addcmul(f * c_BTH[:, t], i, g)
+        torch.tanh(c_BTH[:, t + 1], out=tanh_c_BTH[:, t])
+        torch.mul(o, tanh_c_BTH[:, t], out=h_BTH[:, t + 1])
+
+
+def eager_backward(
+    recurrent: Tensor,
+    gates_BTG: Tensor,
+    c_BTH: Tensor,
+    tanh_c_BTH: Tensor,
+    dy_BTH: Tensor,
+    dh_BH: Tensor,
+    dc_BH: Tensor,
+    dgates_BTG: Tensor,
+) -> None:
+    """`kernels.lstm_backward` for all lanes with tensor operations; arguments as there.
+
+    What does not depend on the next step (the factors of the gates) is computed for all steps at
+    once, outside the loop.
+    """
+    lanes, steps, hidden = tanh_c_BTH.shape
+    i, f, g, o = gates_BTG.split(hidden, 2)
+    # d gates = factor * (dc for i, f, g; dh for o): the factors need no later step.
+    factor = torch.empty_like(gates_BTG)
+    torch.mul(i - i * i, g, out=factor[..., :hidden])
+    torch.mul(f - f * f, c_BTH[:, :-1], out=factor[..., hidden : 2 * hidden])
+    torch.mul(1 - g * g, i, out=factor[..., 2 * hidden : 3 * hidden])
+    torch.mul(o - o * o, tanh_c_BTH, out=factor[..., 3 * hidden :])
+    through_tanh = o * (1 - tanh_c_BTH * tanh_c_BTH)
+    factor = factor.view(lanes, steps, 4, hidden)
+    dgates = dgates_BTG.view(lanes, steps, 4, hidden)
+    for t in reversed(range(steps)):
+        dh_BH += dy_BTH[:, t]
+        dc_BH.addcmul_(dh_BH, through_tanh[:, t])
+        torch.mul(factor[:, t, :3], dc_BH.unsqueeze(1), out=dgates[:, t, :3])
+        torch.mul(factor[:, t, 3], dh_BH, out=dgates[:, t, 3])
+        dc_BH *= f[:, t]
+        dh_BH.copy_(_recur_back(dgates_BTG[:, t], recurrent))
+
+
+class LaneLinear(torch.autograd.Function):
+    """x W^T + bias of every lane (B, T, O) for a per-lane W (B, O, I).
+
+    Autograd's own gradient of W is a transposed view, which every later pass over the weights
+    would read across its rows; here it is laid out as W is.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTI: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Arguments: x (B, T, I), W (B, O, I), bias (O) or (B, O)."""
+        ctx.save_for_backward(x_BTI, weight)
+        ctx.bias_dim = bias.dim()
+        bias = bias.unsqueeze(-2) if bias.dim() == 2 else bias
+        return torch.baddbmm(bias, x_BTI, weight.transpose(1, 2))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        """Gradients in the order of `forward`'s arguments."""
+        (dy_BTO,) = grads
+        x_BTI, weight = ctx.saved_tensors
+        dx = torch.bmm(dy_BTO, weight) if ctx.needs_input_grad[0] else None
+        dweight = torch.bmm(dy_BTO.transpose(1, 2), x_BTI) if ctx.needs_input_grad[1] else None
+        dbias = None
+        if ctx.needs_input_grad[2]:
+            dbias = dy_BTO.sum(1 if ctx.bias_dim == 2 else (0, 1))
+        return dx, dweight, dbias
+
+
+def lane_linear(x_BTI: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W^T + bias (B, T, O); W (O, I) and bias (O) are shared or have a leading B."""
+    if weight.dim() == 3:
+        return LaneLinear.apply(x_BTI, weight, bias)  # type: ignore[return-value]
+    return x_BTI @ weight.t() + (bias if bias.dim() == 1 else bias.unsqueeze(1))
 
 
 def lane_lstm(
@@ -133,7 +199,6 @@ def lane_lstm(
         outputs (B, T, H), last h and c (B, H). Differentiable once in every argument.
     """
     w_input, w_recurrent, bias = weights
-    gates = x_BTI @ w_input.transpose(-1, -2)
-    gates = gates + (bias if bias.dim() == 1 else bias.unsqueeze(1))
+    gates = lane_linear(x_BTI, w_input, bias)
     y, h, c = LaneRecurrence.apply(gates, w_recurrent, h_BH, c_BH)  # type: ignore[misc]
     return y, h, c

@@ -17,7 +17,9 @@ from mlm.checkpoint import RunFolder, check_vocabulary, load_memory
 from mlm.config import LEARNED, Config
 from mlm.errors import UserError
 from mlm.files import write_text
+from mlm.kernels import use_kernels
 from mlm.lm import LMShape, initial_weights
+from mlm.lowrank import check_rank
 from mlm.memory import LongTerm, choose_dynamic
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
@@ -141,7 +143,7 @@ class Run:
         """theta_0 and Fisher from the run folder.
 
         Raises:
-            UserError: made for other dynamic weights or another M than the settings say.
+            UserError: made for other dynamic weights, another M or rank than the settings say.
         """
         path, adapt = self.folder.checkpoint("memory"), self.config.adapt
         memory = load_memory(path, self.vocabulary.hash).to(self.device)
@@ -152,11 +154,13 @@ class Run:
                 f"{', '.join(memory.dynamic)}, but the settings say M = {adapt.segment} and "
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
+        check_rank(path, memory.weights, adapt.rank)
         return memory
 
 
 def open_run(config: Config, quiet: bool = False) -> Run:
     """The run of these settings, nothing written yet; threads as its first stage wants them."""
+    use_kernels(config.adapt.kernels == "auto")
     use_threads(config.threads if "lm" in config.stages else config.adapt.threads or config.threads)
     return Run(config, RunFolder(run_path(config)), choose_device(config.device), quiet)
 

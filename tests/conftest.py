@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
 from tiny import tiny_config, write_corpus
 
+from mlm import kernels
 from mlm.config import Config
 from mlm.errors import run_cli
 from mlm.pipeline import run_stages
@@ -37,6 +38,18 @@ class Outcome(NamedTuple):
         assert len(found) == 1, self.err
         assert lines[-1] == found[0], self.err
         return found[0]
+
+
+@pytest.fixture(params=["compiled", "eager"])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to compute on a CPU: kernels, tensor operations."""
+    if request.param == "compiled":
+        if kernels.numba is None:
+            pytest.skip("numba is not installed")
+        yield request.param
+        return
+    with kernels.eager():
+        yield request.param
 
 
 class Command(Protocol):

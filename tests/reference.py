@@ -5,6 +5,8 @@ Nothing here shares code with the package but plain containers; float64 througho
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,18 @@ from mlm.streams import Segment
 Weights = dict[str, Tensor]
 
 
+def changed(w: Weights, name: str, matrix: Tensor) -> Tensor:
+    """W + D P where the matrix has a low-rank change."""
+    if f"{name}.low" not in w:
+        return matrix
+    return matrix + w[f"{name}.low"] @ w[f"{name}.directions"]
+
+
 def lstm_step(w: Weights, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One step of one LSTM layer (Hochreiter & Schmidhuber 1997), vectors."""
-    a = w[f"lstm.{layer}.input"] @ x + w[f"lstm.{layer}.recurrent"] @ h + w[f"lstm.{layer}.bias"]
+    names = f"lstm.{layer}.input", f"lstm.{layer}.recurrent"
+    w_input, w_recurrent = (changed(w, name, w[name]) for name in names)
+    a = w_input @ x + w_recurrent @ h + w[f"lstm.{layer}.bias"]
     i, f, g, o = a.chunk(4)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(c), c
@@ -26,10 +37,10 @@ def lstm_step(w: Weights, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[
 def log_probability(w: Weights, shape: LMShape, y: Tensor) -> Tensor:
     """log p of every word (V,), full or adaptive softmax."""
     first = shape.clusters()[0][1]
-    head = w["embedding"] @ y
+    head = w["embedding"]
     if shape.cutoffs:
-        head = torch.cat([head, w["softmax.cluster"] @ y])
-    log_head = torch.log_softmax(head + w["softmax.bias"], 0)
+        head = torch.cat([head, w["softmax.cluster"]])
+    log_head = torch.log_softmax(changed(w, "softmax", head) @ y + w["softmax.bias"], 0)
     parts = [log_head[:first]]
     for k in range(1, len(shape.clusters())):
         tail = w[f"embedding.tail{k}"] @ (w[f"projection.tail{k}"].t() @ y)
@@ -67,14 +78,69 @@ def read_lane(
     return torch.stack(losses), h, c
 
 
+def gates(memory: LongTerm, rule):
+    """Eq. 6 for one tensor of one lane, written out from the definition of `LinearGates`."""
+    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+
+    def pair(x):
+        tiny = math.exp(-10.0)
+        big = x.abs() > tiny
+        log = torch.where(big, torch.where(big, x, torch.ones_like(x)).abs().log() / 10, -1.0)
+        return [log, torch.where(big, x.sign(), x / tiny)]
+
+    def update(phi, name, theta, gradient, theta_0, loss, age) -> Tensor:
+        k = memory.dynamic.index(name) if rule.per_tensor else 0
+        rms = memory.rms[name]
+
+        def dot(row, fisher):
+            x = [torch.ones_like(theta)]
+            for feature in rule.features:
+                x += {
+                    "fisher": lambda: [fisher],
+                    "loss": lambda: [torch.full_like(theta, math.tanh(loss - memory.loss))],
+                    "age": lambda: [torch.full_like(theta, 1 / math.sqrt(1 + age))],
+                    "gradient": lambda: pair(gradient / (rms + 2e-5)),
+                    "distance": lambda: pair(theta - theta_0),
+                }[feature]()
+            return torch.stack([w * v for w, v in zip(row, x, strict=True)]).sum(0)
+
+        with_eps = ((rms + 2e-5) / mean).log()
+        i = -torch.exp(dot(phi["update"][k], with_eps))
+        z = torch.zeros_like(theta)
+        if rule.flush:
+            gate = torch.exp(dot(phi["flush"][k], (rms / mean).log()))
+            z = (phi["flush_scale"][k] * 1e-3 * gate).clamp(0, 1)
+        f = 1 - z
+        if rule.free_copy:
+            f = f + 1e-3 * dot(phi["copy"][k], with_eps)
+        return f * theta + i * gradient + z * theta_0
+
+    return update
+
+
+def hand_made(memory: LongTerm, name: str):
+    """SGD, or Krause et al. 2018, eqs. 5 to 8, for one tensor of one lane."""
+    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+
+    def update(phi, tensor, theta, gradient, theta_0, loss, age) -> Tensor:
+        if name == "sgd":
+            return theta - phi["rate"] * gradient
+        rms = memory.rms[tensor]
+        pull = (phi["decay"] * rms / mean).clamp(max=1)
+        return theta - phi["rate"] * gradient / (rms + 2e-5) + pull * (theta_0 - theta)
+
+    return update
+
+
 def unroll(
-    memory: LongTerm, update, parameters: Weights, segments: list[Segment]
+    memory: LongTerm, update, parameters: Weights, segments: list[Segment], reader=None
 ) -> tuple[Tensor, list[Weights]]:
     """Meta-loss of a hand-unrolled loop in which autograd sees every update of the weights.
 
     `update(parameters, name, theta, gradient, theta_0, loss, age)` is one tensor of one lane.
     Gradients and hidden states are constants between segments (first order). Returns the mean loss
-    over all tokens but the first segment's, and every lane's final weights.
+    over all tokens but the first segment's, and every lane's final weights. Lanes start at
+    theta_0, or where `reader` (weights, state, age) stands.
     """
     shape = memory.shape
     lanes = segments[0].inputs.shape[0]
@@ -86,8 +152,12 @@ def unroll(
         h: list[Tensor] = []
         c: list[Tensor] = []
         age = 0
+        if reader is not None:
+            theta = {n: w[lane] for n, w in reader.weights.items()}
+            h, c = ([x[lane] for x in some] for some in (reader.state.h, reader.state.c))
+            age = int(reader.age[lane])
         for t, segment in enumerate(segments):
-            if t == 0 or bool(segment.new[lane]):
+            if (t == 0 and reader is None) or bool(segment.new[lane]):
                 theta = {n: memory.weights[n] for n in memory.dynamic}
                 h = [torch.zeros(s, dtype=torch.float64) for s in sizes]
                 c, age = [torch.zeros_like(x) for x in h], 0

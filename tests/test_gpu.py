@@ -38,9 +38,10 @@ def test_scores_and_meta_gradient_equal_the_cpu(features) -> None:
     pieces = segments(here, (23, 11, 17), 2, 6)
     want = meta_gradient(here, bound, phi, begin(here, 2), pieces)
     moved = [p.to(torch.device("cuda")) for p in pieces]
-    got = meta_gradient(there, bound_there, phi_there, begin(there, 2), moved)
-    for name, gradient in want.gradients.items():
-        torch.testing.assert_close(got.gradients[name].cpu(), gradient, rtol=1e-8, atol=1e-12)
+    for mode in ("reverse", "checkpoint", "forward"):
+        got = meta_gradient(there, bound_there, phi_there, begin(there, 2), moved, mode)
+        for name, gradient in want.gradients.items():
+            torch.testing.assert_close(got.gradients[name].cpu(), gradient, rtol=1e-8, atol=1e-12)
 
 
 def test_stage_1_learns_on_the_gpu(tmp_path) -> None:

@@ -25,7 +25,7 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("own", ["none", "all", "recurrent", "bias"])
-def test_lane_lstm_equals_plain_loop(own: str, lanes: int, steps: int, monkeypatch) -> None:
+def test_lane_lstm_equals_plain_loop(own: str, lanes: int, steps: int, engine, monkeypatch) -> None:
     size, hidden = 4, 5
     monkeypatch.setattr(recurrence, "CACHE_BYTES", 2 * 4 * hidden * hidden * 8)  # blocks of 2 lanes
     shapes = {"input": (4 * hidden, size), "recurrent": (4 * hidden, hidden), "bias": (4 * hidden,)}
@@ -72,7 +72,7 @@ def _lanes_state(memory, lanes: int) -> LMState:
 @pytest.mark.parametrize(
     "dynamic", [(), ("softmax.bias",), ("lstm.0.recurrent",), ("embedding",), None]
 )
-def test_score_equals_reference(dynamic, cutoffs) -> None:
+def test_score_equals_reference(dynamic, cutoffs, engine) -> None:
     """Loss, state and gradient of every lane's own weights, for any choice of dynamic weights."""
     memory, lanes = tiny_memory(dynamic, cutoffs=cutoffs), 3
     own = lanes_of(memory.start(), lanes)

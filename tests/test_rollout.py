@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import reference
 import torch
 from worlds import EOS, articles, segments, tiny_memory
 
-from mlm.gates import FLUSH_UNIT, LinearGates
+from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD
 from mlm.rollout import begin, meta_gradient, open_articles, read, score_segment
 from mlm.scoring import score_articles, score_protocol, score_stream, word_losses
@@ -30,46 +28,6 @@ def _rule(memory, features, flush: bool = True, free_copy: bool = False):
     return rule, phi
 
 
-def _formula(memory, rule: LinearGates):
-    """Eq. 6 for one tensor of one lane, written out from the definition of the gates."""
-    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
-
-    def pair(x):
-        tiny = math.exp(-10.0)
-        big = x.abs() > tiny
-        log = torch.where(big, torch.where(big, x, torch.ones_like(x)).abs().log() / 10, -1.0)
-        return [log, torch.where(big, x.sign(), x / tiny)]
-
-    def update(phi, name, theta, gradient, theta_0, loss, age) -> torch.Tensor:
-        k = memory.dynamic.index(name)
-        rms = memory.rms[name]
-
-        def dot(row, fisher):
-            x = [torch.ones_like(theta)]
-            for feature in rule.features:
-                x += {
-                    "fisher": lambda: [fisher],
-                    "loss": lambda: [torch.full_like(theta, math.tanh(loss - memory.loss))],
-                    "age": lambda: [torch.full_like(theta, 1 / math.sqrt(1 + age))],
-                    "gradient": lambda: pair(gradient / (rms + 2e-5)),
-                    "distance": lambda: pair(theta - theta_0),
-                }[feature]()
-            return torch.stack([w * v for w, v in zip(row, x, strict=True)]).sum(0)
-
-        with_eps = ((rms + 2e-5) / mean).log()
-        i = -torch.exp(dot(phi["update"][k], with_eps))
-        z = torch.zeros_like(theta)
-        if rule.flush:
-            gate = torch.exp(dot(phi["flush"][k], (rms / mean).log()))
-            z = (phi["flush_scale"][k] * FLUSH_UNIT * gate).clamp(0, 1)
-        f = 1 - z
-        if rule.free_copy:
-            f = f + FLUSH_UNIT * dot(phi["copy"][k], with_eps)
-        return f * theta + i * gradient + z * theta_0
-
-    return update
-
-
 @pytest.mark.parametrize("features", SETS)
 @pytest.mark.parametrize(("flush", "free_copy"), [(True, False), (False, False), (True, True)])
 def test_meta_gradient_equals_hand_unrolled_autograd(features, flush, free_copy) -> None:
@@ -81,7 +39,7 @@ def test_meta_gradient_equals_hand_unrolled_autograd(features, flush, free_copy)
     rule, phi = _rule(memory, features, flush, free_copy)
     got = meta_gradient(memory, rule.bind(phi, memory), phi, begin(memory, 3), pieces)
     leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
-    loss, finals = reference.unroll(memory, _formula(memory, rule), leaves, pieces)
+    loss, finals = reference.unroll(memory, reference.gates(memory, rule), leaves, pieces)
     want = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     assert got.loss == pytest.approx(float(loss.detach()), rel=1e-12)
     for name, g in zip(leaves, want, strict=True):

@@ -1,0 +1,308 @@
+"""Fast forms of gates that are (a factor per weight) x (a factor per lane).
+
+Letters: B lanes, N weights of a tensor, K copies in a tangent, C lane inputs of a gate.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mlm import kernels
+from mlm.forward import Tangent, dots, push_tensor, zero_tangent
+from mlm.learner import ByFormula, Parameters, Signal, relax
+from mlm.lm import Weights
+from mlm.memory import LongTerm
+
+if TYPE_CHECKING:
+    from mlm.gates import LinearGates
+
+LANE = ("loss", "age")
+"""Features that are one number per lane."""
+FLUSH_UNIT = 1e-3
+"""FLUSH and COPY are learned in thousandths per update, the size of Krause's decay."""
+
+
+class SeparableGates(ByFormula):
+    """`LinearGates` whose gates are a factor per weight times a factor per lane.
+
+    The factors per weight are computed once; an update is then three passes over the weights, the
+    pullback about eight, with the parameters' gradients as dot products. Tensors in which a FLUSH
+    gate touches its clip take the formula instead.
+    """
+
+    rule: LinearGates
+
+    def __init__(self, rule: LinearGates, parameters: Parameters, memory: LongTerm) -> None:
+        super().__init__(rule, parameters, memory)
+        self._step: Weights = {}
+        self._flush: Weights = {}
+        self._steps: Weights = {}
+        """(2, N): the gate's factor per weight, and times `fisher`."""
+        self._units: Weights = {}
+        """(2, N), or (2, 0) without FLUSH: the same of FLUSH's unit move."""
+        self._z: dict[str, Tensor | None] = dict.fromkeys(memory.dynamic)
+        self._highest: dict[str, float] = {}
+        for name in memory.dynamic:
+            group = rule.group(memory, name)
+            row = parameters["update"][group]
+            step = self._step[name] = rule.weight_part(row, memory, name, "update").exp()
+            fisher = rule.fisher(memory, name, "update")
+            self._steps[name] = torch.stack([step, step * fisher]).view(2, -1)
+            self._units[name] = self._steps[name][:, :0].contiguous()
+            if rule.flush:
+                row = parameters["flush"][group]
+                unit = FLUSH_UNIT * rule.weight_part(row, memory, name, "flush").exp()
+                self._flush[name] = unit
+                fisher = rule.fisher(memory, name, "flush")
+                self._units[name] = torch.stack([unit, unit * fisher]).view(2, -1)
+                z = self._z[name] = unit * parameters["flush_scale"][group]
+                self._highest[name] = float(z.max())
+
+    def _lane(self, kind: str, name: str, signal: Signal) -> Tensor | None:
+        row = self.parameters[kind][self.rule.group(self.memory, name)]
+        part = self.rule.lane_part(row, self.memory, signal)
+        return None if part is None else part.exp()
+
+    def _scale(self, name: str) -> Tensor:
+        if not self.rule.flush:
+            return torch.zeros_like(self._steps[name][0, 0])
+        return self.parameters["flush_scale"][self.rule.group(self.memory, name)]
+
+    def _split(self, signal: Signal) -> tuple[list[str], list[str], dict[str, Tensor | None]]:
+        """(tensors within the clip, the others, FLUSH factor per lane)."""
+        inside, outside, factors = [], [], {}
+        for name in self.memory.dynamic:
+            if not self.rule.flush:
+                inside.append(name)
+                continue
+            b = factors[name] = self._lane("flush", name, signal)
+            high = self._highest[name] * (1.0 if b is None else float(b.max()))
+            scale = float(self._scale(name))
+            (inside if scale >= 0 and high <= 1 else outside).append(name)
+        return inside, outside, factors
+
+    def update(
+        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
+    ) -> Weights:
+        """See `Bound.update`."""
+        out = out or {n: torch.empty_like(w) for n, w in weights.items()}
+        inside, outside, factors = self._split(signal)
+        for name in inside:
+            relax(
+                weights[name],
+                gradients[name],
+                self.memory.weights[name],
+                self._step[name],
+                self._z[name],
+                self._lane("update", name, signal),
+                factors.get(name),
+                out[name],
+            )
+        for name in outside:
+            super().update(
+                {name: weights[name]}, {name: gradients[name]}, signal, {name: out[name]}
+            )
+        return out
+
+    def pullback(
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        cotangent: Weights,
+        own: float = 0.0,
+    ) -> tuple[Weights, Parameters]:
+        """See `Bound.pullback`."""
+        inside, outside, factors = self._split(signal)
+        found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        back = {}
+        for name in outside:
+            one, more = super().pullback(
+                {name: weights[name]}, {name: gradients[name]}, signal, {name: cotangent[name]}, own
+            )
+            back.update(one)
+            for key, value in more.items():
+                found[key] += value
+        for name in inside:
+            tensors = weights[name], gradients[name], cotangent[name]
+            pull = self._pull_compiled if kernels.usable(*tensors) else self._pull_eager
+            back[name], sums_B4 = pull(name, *tensors, factors.get(name), own)
+            self._collect(name, sums_B4, signal, factors.get(name), found)
+        return {name: back[name] for name in weights}, found
+
+    def _pull_compiled(
+        self,
+        name: str,
+        theta: Tensor,
+        gradient: Tensor,
+        lam: Tensor,
+        z_B: Tensor | None,
+        own: float,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass of `kernels.pull_back`; arguments and results of `_pull_eager`."""
+        lanes, size = theta.shape[0], theta[0].numel()
+        lam = lam.contiguous()
+        sums = theta.new_zeros(kernels.tiles(size), lanes, 4)
+        kernels.share_out(
+            kernels.pull_back,
+            len(sums),
+            theta.numel(),
+            *(t.contiguous().view(lanes, -1) for t in (theta, gradient, lam)),
+            self.memory.weights[name].contiguous().view(-1),
+            self._steps[name],
+            self._units[name],
+            torch.ones_like(sums[0, :, 0]) if z_B is None else z_B,
+            torch.stack([self._scale(name), sums.new_tensor(own)]),
+            sums,
+        )
+        return lam, sums.sum(0)
+
+    def _pull_eager(
+        self,
+        name: str,
+        theta: Tensor,
+        gradient: Tensor,
+        lam: Tensor,
+        z_B: Tensor | None,
+        own: float,
+    ) -> tuple[Tensor, Tensor]:
+        """lam (1 - z) + own gradient of one tensor; sums (B, 4) of its moves.
+
+        The sums are those of lam gradient step and of lam (theta_0 - theta) unit, plain and times
+        `fisher`, lane by lane.
+        """
+        lanes = theta.shape[0]
+        sums_B4 = theta.new_zeros(lanes, 4)
+        product, back = torch.empty_like(theta[0]), torch.empty_like(theta)
+        start, z = self.memory.weights[name], self._z[name]
+        b = [1.0] * lanes if z_B is None else z_B.tolist()
+        for k in range(lanes):
+            sums_B4[k, :2] = self._steps[name] @ torch.mul(lam[k], gradient[k], out=product).view(
+                -1
+            )
+            torch.mul(gradient[k], own, out=back[k]).add_(lam[k])
+            if z is not None:
+                flat = torch.sub(start, theta[k], out=product).mul_(lam[k]).view(-1)
+                sums_B4[k, 2:] = self._units[name] @ flat
+                back[k].addcmul_(lam[k], z, value=-b[k])
+        return back, sums_B4
+
+    def _collect(
+        self,
+        name: str,
+        sums_B4: Tensor,
+        signal: Signal,
+        z_B: Tensor | None,
+        found: Parameters,
+    ) -> None:
+        """Add what one tensor's moves say about the parameters to `found`."""
+        group = self.rule.group(self.memory, name)
+        a_B, moves_2B = self._lane("update", name, signal), -sums_B4[:, :2].t()
+        self._spread(found["update"][group], moves_2B if a_B is None else moves_2B * a_B, signal)
+        if self.rule.flush:
+            moves_2B = sums_B4[:, 2:].t() if z_B is None else sums_B4[:, 2:].t() * z_B
+            found["flush_scale"][group] += moves_2B[0].sum()
+            self._spread(found["flush"][group], moves_2B * self._scale(name), signal)
+
+    def _spread(self, row_F: Tensor, sums_2B: Tensor, signal: Signal) -> None:
+        """Add a gate's derivatives: sums of the moves, plain and weighted by `fisher`."""
+        columns = self.rule.columns
+        row_F[0] += sums_2B[0].sum()
+        if "fisher" in columns:
+            row_F[columns["fisher"]] += sums_2B[1].sum()
+        for name, value in self.rule.lane_features(self.memory, signal).items():
+            row_F[columns[name]] += (sums_2B[0] * value).sum()
+
+    # -- forward mode -----------------------------------------------------------------------
+
+    @cached_property
+    def _fishers(self) -> dict[str, list[Tensor]]:
+        rule, kinds = self.rule, ("update", "flush")[: 1 + self.rule.flush]
+        use = kinds if "fisher" in rule.features else ()
+        return {n: [rule.fisher(self.memory, n, k) for k in use] for n in self.memory.dynamic}
+
+    def tangent(self, lanes: int) -> Tangent:
+        """See `Bound.tangent`.
+
+        K = (number of gates) x C copies, laid out (gate, lane input): UPDATE, then FLUSH (of its
+        unit move, see `push_tensor`); the constant, then the rule's lane features. S by a tensor's
+        own row is all there is, and `fisher` needs no copy (see `dots`).
+        """
+        inputs = 1 + sum(name in self.rule.features for name in LANE)
+        return zero_tangent(self.memory.start(), (1 + self.rule.flush) * inputs, lanes)
+
+    def advance(
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        tangent: Tangent,
+        found: Parameters,
+    ) -> None:
+        """See `Bound.advance`."""
+        rule, memory = self.rule, self.memory
+        features = rule.lane_features(memory, signal)
+        inputs_CB = torch.stack([torch.ones_like(signal.loss), *features.values()])
+        last = ("fisher",) if "fisher" in rule.features else ()
+        at = [rule.columns[column] for column in ("one", *features, *last)]
+        for name, copies in tangent.items():
+            group, scale = rule.group(memory, name), float(self._scale(name))
+            tensors = copies, weights[name], gradients[name], memory.weights[name]
+            rest = (
+                self._step[name],
+                self._flush.get(name),
+                self._lane("update", name, signal),
+                self._lane("flush", name, signal) if rule.flush else None,
+                scale,
+                inputs_CB,
+            )
+            if kernels.usable(*tensors):
+                sums = self._push_compiled(name, *tensors, *rest)
+            else:
+                sums = dots(copies, gradients[name], 1 + rule.flush, self._fishers[name])
+                push_tensor(*tensors, *rest)
+            found["update"][group, at] += sums[0]
+            if rule.flush:
+                found["flush_scale"][group] += sums[1, 0]
+                found["flush"][group, at] += scale * sums[1]
+
+    def _push_compiled(
+        self,
+        name: str,
+        tangent: Tensor,
+        theta: Tensor,
+        gradient: Tensor,
+        start: Tensor,
+        step: Tensor,
+        unit: Tensor | None,
+        step_B: Tensor | None,
+        unit_B: Tensor | None,
+        scale: float,
+        inputs_CB: Tensor,
+    ) -> Tensor:
+        """One pass of `kernels.push_forward`; returns what `forward.dots` does."""
+        gates, lanes, columns = 1 + self.rule.flush, theta.shape[0], len(inputs_CB)
+        ones = torch.ones_like(inputs_CB[0])
+        fishers = self._fishers[name]
+        weighted = torch.stack(fishers) if fishers else start.new_zeros(gates, *start.shape)
+        sums = theta.new_zeros(kernels.tiles(start.numel()), lanes, gates, columns + 1)
+        kernels.share_out(
+            kernels.push_forward,
+            len(sums),
+            tangent.numel(),
+            tangent.view(len(tangent), lanes, -1),
+            *(t.contiguous().view(lanes, -1) for t in (theta, gradient)),
+            *(t.contiguous().view(-1) for t in (start, step)),
+            start.new_empty(0) if unit is None else unit.contiguous().view(-1),
+            weighted.view(gates, -1),
+            ones if step_B is None else step_B.contiguous(),
+            ones if unit_B is None else unit_B.contiguous(),
+            start.new_full((1,), scale),
+            inputs_CB.contiguous(),
+            sums,
+        )
+        return sums.sum((0, 1))[:, : columns + bool(fishers)]

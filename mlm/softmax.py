@@ -1,0 +1,160 @@
+"""The softmax layer and its gradient in one go, a group of lanes at a time.
+
+The loss of reading is a weighted sum of token losses, so the gradient of every logit is known as
+soon as its row is: logits turn into gradients in place, no autograd graph holds (B, T, V).
+Letters: B lanes, T time, E embedding, V vocabulary, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlm import kernels
+
+ROWS = 256
+"""Tokens whose logits are worked on together."""
+
+
+class Layer(NamedTuple):
+    """Weights of the softmax layer; each shared or with a leading B."""
+
+    head: Tensor
+    """(V, E): logits = output head^T + bias."""
+    bias: Tensor
+    """(V)."""
+    low: Tensor | None = None
+    """(V, R): logits += projected low^T, a low-rank part of the head."""
+
+
+def supports(output_BTE: Tensor, layer: Layer) -> bool:
+    """Whether `weighted_nll` can serve: on the CPU, shared tensors without gradient."""
+    present = [t for t in layer if t is not None]
+    shared = (2, 1, 2)
+    learned = [
+        t.dim() == dim
+        for t, dim in zip(layer, shared, strict=True)
+        if t is not None and torch.is_grad_enabled() and t.requires_grad
+    ]
+    return (
+        kernels.usable(output_BTE, *present)
+        and len({t.dtype for t in (output_BTE, *present)}) == 1
+        and not torch.is_autocast_enabled("cpu")
+        and not any(learned)
+    )
+
+
+def weighted_nll(
+    output_BTE: Tensor,
+    layer: Layer,
+    projected_BTR: Tensor | None,
+    targets_BT: Tensor,
+    weights_BT: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Token losses and their weighted sum.
+
+    Args:
+        output_BTE: what the LSTM puts out; `projected_BTR` the same along the low-rank directions.
+        weights_BT: of every token's loss in the sum.
+
+    Returns:
+        losses (B, T) in nats, outside the autograd graph, and sum(weights * losses), which is
+        differentiable once in `output_BTE`, `projected_BTR` and per-lane tensors of `layer`.
+    """
+    tensors = [output_BTE, *layer, projected_BTR]
+    if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad alone
+        tensors = [None if t is None else t.detach() for t in tensors]
+    return _WeightedNLL.apply(*tensors, targets_BT, weights_BT)  # type: ignore[return-value]
+
+
+def _product(x_BTE: Tensor, head: Tensor, out: Tensor) -> None:
+    """out = x head^T for a shared (V, E) or per-lane (B, V, E) head."""
+    if head.dim() == 2:
+        torch.mm(x_BTE.flatten(0, 1), head.t(), out=out.flatten(0, 1))
+    else:
+        torch.bmm(x_BTE, head.transpose(1, 2), out=out)
+
+
+def _rows(
+    logits: Tensor,
+    layer: Layer,
+    targets_BT: Tensor,
+    weights_BT: Tensor,
+    nll_BT: Tensor,
+    bias_gradient: Tensor | None,
+    want_gradient: bool,
+) -> None:
+    """Losses of `logits` (B, T, V) and, in their place, the gradient of the weighted sum."""
+    bias = layer.bias
+    kernels.share_out(
+        kernels.softmax_rows,
+        len(logits),
+        4 * logits.numel(),
+        logits,
+        targets_BT.contiguous(),
+        weights_BT.contiguous(),
+        bias.unsqueeze(0) if bias.dim() == 1 else bias,
+        nll_BT,
+        nll_BT.new_empty(0, 0) if bias_gradient is None else bias_gradient,
+        want_gradient,
+    )
+
+
+class _WeightedNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        output: Tensor,
+        head: Tensor,
+        bias: Tensor,
+        low: Tensor | None,
+        projected: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        lanes, steps, _ = output.shape
+        output, weights = output.contiguous(), weights.to(output.dtype)
+        names = ("output", "head", "bias", "low", "projected")
+        inputs = zip(names, (output, head, bias, low, projected), strict=True)
+        found = {
+            name: torch.zeros_like(x) if name == "bias" else torch.empty_like(x)
+            for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
+            if want and x is not None
+        }
+        nll = output.new_empty(lanes, steps)
+        group = max(1, min(lanes, ROWS // steps))
+        buffer = output.new_empty(group, steps, head.shape[-2])
+        for lo in range(0, lanes, group):
+            block = slice(lo, min(lo + group, lanes))
+            own = Layer(
+                head if head.dim() == 2 else head[block],
+                bias if bias.dim() == 1 else bias[block],
+                low if low is None or low.dim() == 2 else low[block],
+            )
+            some = {name: gradient[block] for name, gradient in found.items()}
+            logits = buffer[: block.stop - lo]
+            _product(output[block], own.head, logits)
+            if own.low is not None and projected is not None:
+                low_BRV = own.low.transpose(-1, -2).expand(len(logits), -1, -1)
+                logits.baddbmm_(projected[block], low_BRV)
+            of_bias = some.get("bias")
+            _rows(logits, own, targets[block], weights[block], nll[block], of_bias, bool(found))
+            if "output" in some:
+                _product(logits, own.head.transpose(-1, -2), some["output"])
+            if "head" in some:
+                torch.bmm(logits.transpose(1, 2), output[block], out=some["head"])
+            if projected is not None and "low" in some:
+                torch.bmm(logits.transpose(1, 2), projected[block], out=some["low"])
+            if own.low is not None and "projected" in some:
+                torch.matmul(logits, own.low, out=some["projected"])
+        ctx.found = [found.get(name) for name in names]
+        ctx.mark_non_differentiable(nll)
+        return nll, (nll * weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
+        scale = float(grads[1])
+        found, ctx.found = ctx.found, None
+        return (*(g if g is None or scale == 1 else g * scale for g in found), None, None)

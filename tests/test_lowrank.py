@@ -1,0 +1,380 @@
+"""Low-rank dynamic weights: equal to the dense matrix W + D P per lane, in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import Command, Finished
+from worlds import EOS, articles, segments, tiny_memory
+
+from mlm import kernels
+from mlm.checkpoint import RunFolder, load_memory, load_tensors, save_memory
+from mlm.errors import UserError
+from mlm.gates import LinearGates
+from mlm.learner import RMS
+from mlm.lm import initial_state, score, token_nll
+from mlm.lowrank import add_low_rank, principal_directions, second_moments
+from mlm.memory import LongTerm, choose_dynamic, has_low_rank, lanes_of
+from mlm.meta import estimate_fisher
+from mlm.pipeline import identity
+from mlm.rollout import begin, meta_gradient, read
+from mlm.run import open_run
+from mlm.scoring import score_articles
+from mlm.training import Text
+
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
+"""A few hundred float64 operations of size one: rounding stays below 1e-13."""
+RANK = 3
+LOW = tuple(f"lstm.{k}.{part}.low" for k in (0, 1) for part in ("input", "recurrent"))
+LOW = (*LOW, "softmax.low")
+LENGTHS = (11, 23, 3, 1, 17)
+
+
+def _random(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _text(lengths: tuple[int, ...] = LENGTHS) -> Text:
+    return Text(articles(lengths), sum(lengths), EOS)
+
+
+def _low_memory(dynamic: tuple[str, ...], rank: int = RANK, **shape: Any) -> LongTerm:
+    """A tiny memory whose low-rank changes among `dynamic` have their directions."""
+    plain = tiny_memory((), **shape)
+    weights = add_low_rank(plain.weights, plain.shape, dynamic, rank, _text(), 1000)
+    rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(dynamic)}
+    return LongTerm(plain.shape, weights, dynamic, rms, 2.3, plain.segment)
+
+
+def _busy(memory: LongTerm, lanes: int) -> dict[str, torch.Tensor]:
+    """Weights of lanes that have read: away from theta_0, each lane elsewhere."""
+    own = lanes_of(memory.start(), lanes)
+    return {
+        n: (w + 0.1 * _random(*w.shape, seed=k)).requires_grad_()
+        for k, (n, w) in enumerate(own.items())
+    }
+
+
+def _ids(lanes: int, seed: int, steps: int = 6) -> torch.Tensor:
+    return torch.randint(12, (lanes, steps), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["compiled", "eager"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways the engine computes."""
+    if request.param == "eager":
+        monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+
+
+# ---------------------------------------------------------------- the functions of the model
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("cutoffs", [(), (4, 9)])
+@pytest.mark.parametrize(
+    "dynamic",
+    [*((name,) for name in LOW), LOW, ("lstm.0.input", "lstm.1.bias", "embedding", *LOW)],
+    ids=lambda names: "+".join(names)[:40],
+)
+def test_score_equals_reference(dynamic: tuple[str, ...], cutoffs: tuple[int, ...]) -> None:
+    """Losses, state and every lane's gradients, alone and beside weights that adapt themselves."""
+    memory, lanes = _low_memory(dynamic, cutoffs=cutoffs), 3
+    leaves = _busy(memory, lanes)
+    ids, targets = _ids(lanes, 1), _ids(lanes, 2)
+    zero = initial_state(memory.shape, lanes, dtype=torch.float64)
+    h = tuple(_random(*x.shape, seed=20 + k) for k, x in enumerate(zero.h))
+    c = tuple(_random(*x.shape, seed=30 + k) for k, x in enumerate(zero.c))
+    state = zero._replace(h=h, c=c)
+    nll, after = score({**memory.weights, **leaves}, memory.shape, ids, targets, state)
+    losses, states = [], []
+    for b in range(lanes):
+        own = {**memory.weights, **{n: w[b] for n, w in leaves.items()}}
+        now = [x[b] for x in h], [x[b] for x in c]
+        words = ids[b].tolist(), targets[b].tolist()
+        loss, *end = reference.read_lane(own, memory.shape, *words, *now)
+        losses.append(loss)
+        states.append(torch.cat([*end[0], *end[1]]))
+    torch.testing.assert_close(nll, torch.stack(losses), **EXACT)
+    torch.testing.assert_close(torch.cat([*after.h, *after.c], 1), torch.stack(states), **EXACT)
+    got = torch.autograd.grad(nll.sum(), list(leaves.values()))
+    want = torch.autograd.grad(torch.stack(losses).sum(), list(leaves.values()))
+    for name, a, b in zip(leaves, got, want, strict=True):
+        assert float(b.abs().max()) > 1e-6, f"{name}: nothing to compare"
+        torch.testing.assert_close(a, b, **EXACT, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.usefixtures("path")
+def test_gradient_is_the_dense_one_along_the_directions() -> None:
+    """d loss / d D = (d loss / d W) P^T, for gates and logits."""
+    memory, lanes = _low_memory(LOW), 2
+    leaves = _busy(memory, lanes)
+    ids = _ids(lanes, 1)
+    state = initial_state(memory.shape, lanes, dtype=torch.float64)
+    nll, _ = score({**memory.weights, **leaves}, memory.shape, ids, ids, state)
+    got = dict(zip(leaves, torch.autograd.grad(nll.sum(), list(leaves.values())), strict=True))
+    dense = {}
+    for name in (n.removesuffix(".low") for n in LOW):
+        whole = memory.weights["embedding" if name == "softmax" else name]
+        change = leaves[f"{name}.low"].detach() @ memory.weights[f"{name}.directions"]
+        dense[name] = (whole + change).requires_grad_()
+    plain = {n: w for n, w in memory.weights.items() if not n.endswith((".low", ".directions"))}
+    own = {**plain, **{n: w for n, w in dense.items() if n != "softmax"}}
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(lanes):
+        w = {n: v[b] if n in dense else v for n, v in own.items()}
+        h = [x[b] for x in state.h]
+        c = [x[b] for x in state.c]
+        for token in ids[b].tolist():
+            x = w["embedding"][token]
+            for layer in range(memory.shape.layers):
+                h[layer], c[layer] = reference.lstm_step(w, layer, x, h[layer], c[layer])
+                x = h[layer]
+            logits = dense["softmax"][b] @ x + w["softmax.bias"]
+            total = total - torch.log_softmax(logits, 0)[token]
+    want = torch.autograd.grad(total, list(dense.values()))
+    for name, g in zip(dense, want, strict=True):
+        along = g @ memory.weights[f"{name}.directions"].t()
+        torch.testing.assert_close(got[f"{name}.low"], along, **EXACT)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("cutoffs", [(), (4, 9)])
+def test_no_change_leaves_the_static_model(cutoffs: tuple[int, ...]) -> None:
+    """D = 0, shared or per lane: the losses of the model without low-rank changes."""
+    plain, memory = tiny_memory((), cutoffs=cutoffs), _low_memory(LOW, cutoffs=cutoffs)
+    ids, state = _ids(3, 1), initial_state(plain.shape, 3, dtype=torch.float64)
+    with torch.no_grad():
+        want, _ = score(plain.weights, plain.shape, ids, ids, state)
+        shared, _ = score(memory.weights, memory.shape, ids, ids, state)
+        lanes = {**memory.weights, **lanes_of(memory.start(), 3)}
+        each, _ = score(lanes, memory.shape, ids, ids, state)
+    assert torch.equal(shared, want)
+    torch.testing.assert_close(each, want, **EXACT)
+
+
+def test_a_shared_change_equals_one_per_lane() -> None:
+    memory = _low_memory(LOW)
+    moved = {n: _random(*memory.weights[n].shape, seed=k) * 0.1 for k, n in enumerate(LOW)}
+    ids, state = _ids(3, 1), initial_state(memory.shape, 3, dtype=torch.float64)
+    shared, _ = score({**memory.weights, **moved}, memory.shape, ids, ids, state)
+    lanes = {**memory.weights, **lanes_of(moved, 3)}
+    each, _ = score(lanes, memory.shape, ids, ids, state)
+    torch.testing.assert_close(shared, each, **EXACT)
+
+
+def test_the_adaptive_softmax_stays_a_distribution() -> None:
+    """`softmax.low` covers head and clusters; within a tail nothing changes."""
+    memory = _low_memory(("softmax.low",), cutoffs=(4, 9))
+    assert memory.weights["softmax.low"].shape == (4 + 2, RANK)
+    moved = {**memory.weights, "softmax.low": _random(6, RANK)}
+    output, words = _random(1, 1, 4).expand(12, 1, 4), torch.arange(12).unsqueeze(1)
+    before = token_nll(memory.weights, memory.shape, output, words)[:, 0]
+    after = token_nll(moved, memory.shape, output, words)[:, 0]
+    assert float((-after).exp().sum()) == pytest.approx(1.0, abs=1e-12)
+    shift = after - before
+    torch.testing.assert_close(shift[4:9], shift[4].expand(5), **EXACT)
+    assert abs(float(shift[4] - shift[9])) > 1e-3
+    assert abs(float(shift[0] - shift[1])) > 1e-3
+
+
+# ---------------------------------------------------------------- directions
+
+
+def _vectors(memory: LongTerm, text: Text) -> dict[str, np.ndarray]:
+    """(N, I) vectors that each matrix multiplies, read one lane and one token at a time."""
+    w, found = memory.weights, {}
+    for article in text.articles:
+        h = [torch.zeros(size, dtype=torch.float64) for _, size in memory.shape.layer_sizes()]
+        c = [torch.zeros_like(x) for x in h]
+        for token in [EOS, *article.tolist()[:-1]]:
+            x = w["embedding"][token]
+            for layer in range(memory.shape.layers):
+                found.setdefault(f"lstm.{layer}.input", []).append(x)
+                found.setdefault(f"lstm.{layer}.recurrent", []).append(h[layer])
+                h[layer], c[layer] = reference.lstm_step(w, layer, x, h[layer], c[layer])
+                x = h[layer]
+            found.setdefault("softmax", []).append(x)
+    return {name: torch.stack(rows).numpy() for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("segment", [4, 64])
+def test_second_moments_are_those_of_the_vectors_each_matrix_multiplies(segment: int) -> None:
+    memory, text = tiny_memory(()), _text()
+    names = [name.removesuffix(".low") for name in LOW]
+    with torch.no_grad():
+        got = second_moments(memory.weights, memory.shape, names, text, 1000, 2, segment)
+    for name, x in _vectors(memory, text).items():
+        np.testing.assert_allclose(got[name], x.T @ x / len(x), rtol=0, atol=1e-12)
+
+
+def test_directions_are_the_principal_ones() -> None:
+    x = _random(40, 6) @ torch.diag(torch.tensor([1.0, 5, 0.2, 3, 0.1, 2]).double()) + 0.3
+    moment = x.t() @ x / 40
+    found = principal_directions(moment, 3)
+    assert found.shape == (3, 6)
+    _, sizes, best = np.linalg.svd(x.numpy() / 40**0.5, full_matrices=False)
+    length = np.diag(sizes[:3] ** -0.5)  # an eigenvalue is a squared singular value
+    np.testing.assert_allclose(np.abs(found.numpy() @ best[:3].T), length, atol=1e-10)
+    torch.testing.assert_close(found @ found.t(), torch.from_numpy(length**2), **EXACT)
+    assert principal_directions(moment, 100).shape == (6, 6)
+    few = principal_directions(moment[:, :1] * moment[:1], 6)  # one direction only, then none
+    assert float(few.norm(dim=1).max() / few.norm(dim=1).min()) == pytest.approx(10**1.5)
+    assert bool(principal_directions(torch.zeros(3, 3), 3).isfinite().all())
+    with pytest.raises(UserError, match="not finite"):
+        principal_directions(moment * float("nan"), 3)
+
+
+def test_sizes_and_start() -> None:
+    """Rank is at most the number of inputs; only what is asked for is made; inputs stay."""
+    plain = tiny_memory(())
+    before = dict(plain.weights)
+    names = ("lstm.1.input.low", "softmax.low", "softmax.bias")
+    found = add_low_rank(plain.weights, plain.shape, names, 5, _text(), 20)
+    assert set(plain.weights) == set(before)
+    new = {n: tuple(w.shape) for n, w in found.items() if n not in before}
+    assert new == {
+        "lstm.1.input.low": (16, 5),
+        "lstm.1.input.directions": (5, 6),
+        "softmax.low": (12, 4),
+        "softmax.directions": (4, 4),
+    }
+    assert all(not found[n].any() for n in new if n.endswith(".low"))
+    assert add_low_rank(plain.weights, plain.shape, ("embedding",), 5, _text(), 20) is plain.weights
+
+
+# ---------------------------------------------------------------- reading and the meta-learner
+
+
+def _setting(rate: float, decay: float) -> dict[str, torch.Tensor]:
+    values = {"rate": rate, "decay": decay}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_reading_does_not_depend_on_lanes_and_learns(lanes: int) -> None:
+    memory = _low_memory(LOW)
+    rule = RMS().bind(_setting(0.2, 0.01), memory)
+    texts = [np.tile(np.array([3, 7, 7, 1]), 30), *articles((11, 0, 8))]
+    one, many = (score_articles(memory, rule, texts, EOS, n) for n in (3, lanes))
+    for a, b in zip(one.nll, many.nll, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-11)
+    static = score_articles(memory, None, texts, EOS, 3)
+    assert one.nll[0].sum() < static.nll[0].sum() - 1
+
+
+def test_flush_pulls_to_zero_and_an_article_starts_there() -> None:
+    memory = _low_memory(("softmax.low",))
+    piece = segments(memory, LENGTHS, 3, 1)[0]
+    rule = RMS().bind(_setting(0.0, 0.1), memory)
+    moved = begin(memory, 3)._replace(weights=lanes_of({"softmax.low": _random(12, 3)}, 3))
+    kept, _ = read(memory, rule, moved, piece._replace(new=torch.tensor([False] * 3)))
+    z = (0.1 * memory.rms["softmax.low"] / memory.mean_rms).clamp(max=1)
+    want = (1 - z) * moved.weights["softmax.low"]
+    torch.testing.assert_close(kept.weights["softmax.low"], want, **EXACT)
+    opened, _ = read(memory, rule, moved, piece._replace(new=torch.tensor([True] * 3)))
+    assert not opened.weights["softmax.low"].any()
+
+
+def test_meta_gradient_equals_hand_unrolled_autograd() -> None:
+    memory = _low_memory((*LOW, "softmax.bias"))
+    rule = LinearGates()
+    phi = rule.start_at_rms(memory, 0.02, 0.05)
+    phi = {n: p + 0.1 * _random(*p.shape, seed=k) for k, (n, p) in enumerate(phi.items())}
+    pieces = segments(memory, LENGTHS, 3, 6)
+    assert any(bool(p.new.any()) for p in pieces[1:]), "the test must cross article borders"
+    got = meta_gradient(memory, rule.bind(phi, memory), phi, begin(memory, 3), pieces)
+    leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
+    loss, finals = reference.unroll(memory, reference.gates(memory, rule), leaves, pieces)
+    want = torch.autograd.grad(loss, list(leaves.values()))
+    assert got.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    for name, g in zip(leaves, want, strict=True):
+        assert float(g.abs().max()) > 1e-9, f"{name}: nothing to compare"
+        torch.testing.assert_close(got.gradients[name], g, rtol=1e-9, atol=1e-13)
+    for lane, theta in enumerate(finals):
+        for name, w in theta.items():
+            torch.testing.assert_close(got.reader.weights[name][lane], w.detach(), **EXACT)
+
+
+def test_the_fisher_of_a_change_at_zero_is_alive() -> None:
+    memory = _low_memory(LOW)
+    found = estimate_fisher(memory.weights, memory.shape, LOW, _text(), 5, 60)
+    assert all(float(found.rms[name].max()) > 1e-4 for name in LOW)
+
+
+# ---------------------------------------------------------------- names, files, errors
+
+
+def test_names_are_matched_by_patterns_that_end_in_low_only() -> None:
+    plain = tiny_memory(()).weights
+    layers = tuple(n for n in LOW if n.startswith("lstm"))
+    for weights in (plain, _low_memory(LOW).weights):  # asked for before and after they are made
+        assert choose_dynamic(weights, "low") == LOW
+        assert choose_dynamic(weights, "lstm.*.low") == layers
+        assert choose_dynamic(weights, "softmax.low,softmax.bias") == ("softmax.bias", LOW[-1])
+        assert choose_dynamic(weights, "lstm.1.input.low") == ("lstm.1.input.low",)
+        for wanted in ("all", "lstm", "output", "softmax.*"):
+            pool = choose_dynamic(plain, wanted)
+            assert choose_dynamic(weights, wanted) == pool
+            assert not [n for n in pool if n.endswith((".low", ".directions"))]
+        for wanted in ("softmax.directions", "embedding.low"):
+            with pytest.raises(UserError, match="matches no weight"):
+                choose_dynamic(weights, wanted)
+    asked = {"low": True, "bias, softmax.low": True, "all,lstm": False, "softmax.lo*": False}
+    assert {wanted: has_low_rank(wanted) for wanted in asked} == asked
+
+
+def test_memory_survives_the_checkpoint(tmp_path: Path) -> None:
+    memory = _low_memory(("softmax.bias", *LOW), cutoffs=(5,))
+    save_memory(tmp_path / "memory.safetensors", memory, "v")
+    again = load_memory(tmp_path / "memory.safetensors", "v")
+    assert (again.shape, again.dynamic) == (memory.shape, memory.dynamic)
+    for name in ("weights", "rms"):
+        one, two = getattr(memory, name), getattr(again, name)
+        assert set(one) == set(two)
+        assert all(torch.equal(one[n], two[n]) for n in one)
+
+
+def _gain(folder: Path, rule: str) -> float:
+    rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return next(
+        row["nats_per_word_gained"]
+        for row in rows
+        if (row["kind"], row["rule"], row["protocol"]) == ("total", rule, "article")
+    )
+
+
+def test_a_run_with_low_rank_changes(finished: Finished, command: Command, tmp_path: Path) -> None:
+    """Stage 2, evaluation and a later `evaluate.py` work from the run folder; ranks must agree."""
+    folder = finished.copy(tmp_path / "run")
+    dynamic = "softmax.low,lstm.*.input.low,lstm.*.recurrent.low,softmax.bias"
+    words = ("--out", folder, "--adapt.dynamic", dynamic)
+    stages = ("--stages", "meta", "evaluate")
+    outcome = command("train", *words, "--adapt.rank", 4, *stages)
+    assert outcome.code == 0, outcome.err
+    memory, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
+    assert memory["theta_0/softmax.directions"].shape == (4, 16)
+    assert memory["rms/lstm.0.recurrent.low"].shape == (64, 4)
+    assert _gain(folder, "three_levels") > 0
+    losses = (folder / "losses.parquet").read_bytes()
+    assert command("evaluate", folder, "--no-draw").code == 0
+    assert (folder / "losses.parquet").read_bytes() == losses
+    error = command("train", *words, "--adapt.rank", 5, "--stages", "evaluate").error
+    assert "has rank 4, but the settings say --adapt.rank 5; run `--stages meta` again" in error
+    assert "--adapt.rank is 0; it must be at least 1" in command("train", "--adapt.rank", 0).error
+
+
+def test_identity_knows_the_rank_where_it_matters(finished: Finished) -> None:
+    def mark(dynamic: str, rank: int) -> str:
+        config = RunFolder(finished.folder).load_config()
+        adapt = dataclasses.replace(config.adapt, dynamic=dynamic, rank=rank)
+        return identity(open_run(dataclasses.replace(config, adapt=adapt)))
+
+    assert mark("lstm", 8) == mark("lstm", 32)
+    assert mark("softmax.low", 8) != mark("softmax.low", 32)
