@@ -1,0 +1,280 @@
+"""Gain against cost: which weights should adapt, on one trained language model?
+
+    python -m benchmarks.pareto runs/wikipedia
+
+For every choice of weights, rank and segment length M: RMS dynamic evaluation tuned on validation,
+then the three-level meta-learner trained from there. Gain: nats per word over static on the
+validation articles that tuning reads, protocol article. Cost: scoring time over static scoring,
+the two taking turns on the same text. Every finished row is kept in <out>/pareto.json, and one
+measured before with the same settings is not measured again; the picture (PNG, SVG) and the CSV
+beside it show the rows of this command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from benchmarks.pareto_picture import draw
+from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
+from mlm.checkpoint import RunFolder, load_lm, machine
+from mlm.errors import UserError, run_cli
+from mlm.files import write_text
+from mlm.learner import RMS, Bound
+from mlm.memory import LongTerm, has_low_rank
+from mlm.meta import MetaTrainer
+from mlm.pipeline import gates_rule, new_memory
+from mlm.run import Run, open_run, say
+from mlm.scoring import score_articles
+from mlm.tuning import tune
+
+SETS = (
+    "softmax.bias",
+    "bias",
+    "softmax.low,softmax.bias@8",
+    "softmax.low,softmax.bias@32",
+    "softmax.low,softmax.bias@64",
+    "lstm.*.input.low,softmax.bias@32",
+    "lstm",
+    "lstm.0.recurrent",
+    "lstm.last.*",
+    "lstm,softmax.bias",
+    "lstm,softmax.low,softmax.bias@32",
+    "embedding,softmax.bias",
+)
+STATIC_SEGMENT = 64
+"""Tokens per step of static scoring, whatever M is: it has no updates to wait for."""
+SHOWN = ("dynamic", "rank", "segment", "rms", "learned", "time over static", "MB per lane")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare choices of dynamic weights by gain and cost on a trained run."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder."""
+    sets: tuple[str, ...] = SETS
+    """Choices, as for --adapt.dynamic, with @RANK for low-rank changes; `lstm.last` is the last
+    layer and drops out where there is one layer only."""
+    segment: tuple[int, ...] = (20, 64)
+    """M: tokens between updates."""
+    budget: int = 8
+    """Settings tried for RMS."""
+    steps: int = 16
+    """Meta-updates."""
+    words: int = 12_000
+    """Validation words that gains are measured on."""
+    timing_tokens: int = 16_384
+    """Tokens scored for the time, in equal parts in every lane."""
+    repetitions: int = 5
+    """Rounds in which static and adapting take turns; the median counts."""
+    out: Path = Path("results/engine")
+    """Where pareto.json and the picture go."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point of the picture."""
+
+    dynamic: str
+    rank: int
+    """0: no low-rank change."""
+    segment: int
+
+
+def choices(options: Options, layers: int, rank: int) -> list[Choice]:
+    """All points to measure; `rank` is that of low-rank changes without @RANK.
+
+    Raises:
+        UserError: a rank that is no number.
+    """
+    found = []
+    for word in options.sets:
+        dynamic, at, number = word.partition("@")
+        if at and not (re.fullmatch("[1-9][0-9]*", number) and has_low_rank(dynamic)):
+            raise UserError(
+                f"--sets {word}: @ is for a rank of at least 1, of weights such as softmax.low"
+            )
+        if "lstm.last" in dynamic and layers == 1:
+            continue
+        dynamic = dynamic.replace("lstm.last", f"lstm.{layers - 1}")
+        own = int(number or rank) if has_low_rank(dynamic) else 0
+        found += [Choice(dynamic, own, segment) for segment in options.segment]
+    return found
+
+
+class Bench:
+    """The trained run, and what every choice is compared with."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        config = RunFolder(options.run).load_config()
+        evaluation = dataclasses.replace(
+            config.evaluation, tune_words=options.words, budget=options.budget
+        )
+        meta = dataclasses.replace(config.meta, steps=options.steps)
+        stages = {"out": options.run, "stages": ("meta",)}
+        config = dataclasses.replace(config, evaluation=evaluation, meta=meta, **stages)
+        self.run: Run = open_run(config, quiet=True)
+        self.lm = self.run.folder.checkpoint("lm")
+        weights, self.shape, _ = load_lm(self.lm, self.run.data.vocabulary.hash)
+        self.weights = {name: w.to(self.run.device) for name, w in weights.items()}
+        self.held = self.run.training_text(1)
+
+    @cached_property
+    def static_memory(self) -> LongTerm:
+        """The language model itself, to be scored without updates."""
+        return LongTerm(self.shape, self.weights, ("softmax.bias",), {}, 0.0, STATIC_SEGMENT)
+
+    @cached_property
+    def static_nats(self) -> float:
+        """Static loss of the text that gains are measured on."""
+        return self.nats(self.static_memory, None)
+
+    @cached_property
+    def words(self) -> float:
+        """Words of that text."""
+        tokens = sum(len(article) for article in self.run.tune_text.articles)
+        return tokens / self.run.validation_text(self.options.words).tokens_per_word
+
+    @cached_property
+    def timing_text(self) -> list[np.ndarray]:
+        """The beginnings of as many validation articles as there are lanes, about equally long."""
+        lanes = self.run.config.evaluation.lanes
+        every = self.run.validation_text(0).articles
+        longest = sorted(every, key=len, reverse=True)[:lanes]
+        return [article[: math.ceil(self.options.timing_tokens / lanes)] for article in longest]
+
+    def nats(self, memory: LongTerm, rule: Bound | None) -> float:
+        """Loss of the validation articles, protocol article."""
+        text = self.run.tune_text
+        return score_articles(memory, rule, text.articles, text.eos, text.lanes).total
+
+    def gain(self, nats: float) -> float | None:
+        """Nats per word over static; None = diverged."""
+        return (self.static_nats - nats) / self.words if math.isfinite(nats) else None
+
+    def scoring(self, memory: LongTerm, rule: Bound | None) -> Work:
+        """Scoring of the timing text."""
+        text, eos = self.timing_text, self.run.tune_text.eos
+
+        def work() -> int:
+            score_articles(memory, rule, text, eos, len(text))
+            return sum(len(article) for article in text)
+
+        return work
+
+    def settings(self, choice: Choice) -> dict[str, Any]:
+        """What a row depends on besides the machine: rows with the same are the same row."""
+        model = hashlib.sha256(self.lm.read_bytes()).hexdigest()[:16]
+        names = ("budget", "steps", "words", "timing_tokens", "repetitions")
+        more = {name: getattr(self.options, name) for name in names}
+        return {"run": self.options.run.name, "model": model, **dataclasses.asdict(choice), **more}
+
+    def measure(self, choice: Choice) -> dict[str, Any]:
+        """Gain and cost of one choice.
+
+        Raises:
+            UserError: a pattern that matches nothing, or training that diverged.
+        """
+        run = self.run
+        adapt = dataclasses.replace(
+            run.config.adapt,
+            dynamic=choice.dynamic,
+            segment=choice.segment,
+            rank=max(1, choice.rank),
+        )
+        memory = new_memory(self.weights, self.shape, adapt, self.held)
+        best = tune(memory, RMS(), run.tune_text, "article", self.options.budget)[0]
+        rule = gates_rule(run, "three_levels")
+        start = rule.start_at_rms(memory, best.setting["rate"], best.setting["decay"])
+        trainer = MetaTrainer(memory, rule, start, self.held, run.config.meta, run.config.seed)
+        for _ in range(self.options.steps):
+            trainer.train_step()
+        bound = rule.bind(trainer.parameters, memory)
+        work = {
+            "static": self.scoring(self.static_memory, None),
+            "adapting": self.scoring(memory, bound),
+        }
+        times = side_by_side(work, self.options.repetitions)
+        factor = ratio(times["adapting"], times["static"])
+        size = sum(memory.weights[n].numel() * memory.weights[n].itemsize for n in memory.dynamic)
+        return {
+            "setting": best.setting,
+            "rms": self.gain(best.nll),
+            "learned": self.gain(self.nats(memory, bound)),
+            "time over static": factor.median,
+            "time interval": [factor.low, factor.high],
+            "static tokens per second": speed(times["static"]),
+            "bytes per lane": size,
+            "MB per lane": size / 1e6,
+        }
+
+
+def _saved_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows measured so far.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except FileNotFoundError:
+        return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to measure again") from None
+
+
+def _save(path: Path, rows: list[dict[str, Any]]) -> None:
+    about = {"machine": machine(), "versions": versions()}
+    write_text(path, json.dumps({**about, "rows": rows}, indent=1, allow_nan=False) + "\n")
+
+
+def measure_all(bench: Bench, wanted: list[Choice], path: Path) -> list[dict[str, Any]]:
+    """The row of every choice, from `path` or measured now and added to it.
+
+    A choice that cannot be measured (its training diverges) is reported and left out.
+    """
+    saved = _saved_rows(path)
+    found = []
+    for number, choice in enumerate(wanted, start=1):
+        settings = bench.settings(choice)
+        row = next((r for r in saved if all(r.get(k) == v for k, v in settings.items())), None)
+        if row is None:
+            what = f"{choice.dynamic}, rank {choice.rank}, M {choice.segment}"
+            say(f"{number} of {len(wanted)}: {what}")
+            try:
+                row = {**settings, **bench.measure(choice)}
+            except UserError as error:
+                say(f"left out: {error}")
+                continue
+            saved.append(row)
+            _save(path, saved)
+        found.append(row)
+    return found
+
+
+def main() -> None:
+    """Measure what is missing, print the table, draw."""
+    options = tyro.cli(Options, description=__doc__)
+    bench = Bench(options)
+    wanted = choices(options, bench.shape.layers, bench.run.config.adapt.rank)
+    rows = measure_all(bench, wanted, options.out / "pareto.json")
+    if not rows:
+        raise UserError("--sets: nothing to show; no choice could be measured")
+    print(table([{key: row[key] for key in SHOWN} for row in rows]))
+    print(options.out / "pareto.json", *draw(rows, options.out / "pareto"), sep="\n")
+
+
+if __name__ == "__main__":
+    run_cli(main)
