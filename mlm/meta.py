@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mlm import buffers
 from mlm.checkpoint import RunFolder, adam_tensors, load_adam, load_tensors, save_tensors
 from mlm.config import MetaConfig
 from mlm.errors import UserError, uninterrupted
@@ -331,6 +332,7 @@ def train_meta(
         except KeyboardInterrupt:
             trainer.save(run, identity)
             raise
+    buffers.clear()
     gain, best = trainer.best
     return best, gain
 

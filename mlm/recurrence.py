@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mlm import kernels
+from mlm.buffers import take
 
 CACHE_BYTES = 8 << 20
 
@@ -81,7 +82,8 @@ class LaneRecurrence(torch.autograd.Function):
             if recurrent.dim() == 2:
                 drecurrent = dgates_BTG.flatten(0, 1).t() @ before.flatten(0, 1)
             else:
-                drecurrent = torch.bmm(dgates_BTG.transpose(1, 2), before)
+                drecurrent = take(tuple(recurrent.shape), recurrent)
+                torch.bmm(dgates_BTG.transpose(1, 2), before, out=drecurrent)
         return dgates_BTG, drecurrent, dh, dc
 
 
@@ -171,8 +173,10 @@ class LaneLinear(torch.autograd.Function):
         (dy_BTO,) = grads
         x_BTI, weight = ctx.saved_tensors
         dx = torch.bmm(dy_BTO, weight) if ctx.needs_input_grad[0] else None
-        dweight = torch.bmm(dy_BTO.transpose(1, 2), x_BTI) if ctx.needs_input_grad[1] else None
-        dbias = None
+        dweight = dbias = None
+        if ctx.needs_input_grad[1]:
+            dweight = take(tuple(weight.shape), weight)
+            torch.bmm(dy_BTO.transpose(1, 2), x_BTI, out=dweight)
         if ctx.needs_input_grad[2]:
             dbias = dy_BTO.sum(1 if ctx.bias_dim == 2 else (0, 1))
         return dx, dweight, dbias

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mlm import buffers
 from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import LMState, Weights, initial_state, run_lstm, score, weighted_nll
@@ -108,6 +109,7 @@ def read(
     reader = open_articles(memory, reader, segment.new)
     scored = score_segment(memory, reader, segment)
     weights = rule.update(reader.weights, scored.gradients, Signal(scored.loss, reader.age), out)
+    buffers.give(scored.gradients.values())
     return Reader(weights, scored.state, reader.age + 1), scored.nll
 
 
@@ -207,7 +209,8 @@ def _step(
     reader = open_articles(memory, reader, segment.new)
     scored = score_segment(memory, reader, segment)
     signal = Signal(scored.loss, reader.age)
-    weights = rule.update(reader.weights, scored.gradients, signal)
+    out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
+    weights = rule.update(reader.weights, scored.gradients, signal, out)
     past = _Past(reader.weights, scored.gradients, signal, segment.new)
     return past, Reader(weights, scored.state, reader.age + 1), scored.nll
 
@@ -227,6 +230,9 @@ def _forward(
         now, reader, nll = _step(memory, rule, reader, segment)
         loss.add(t, nll)
         rule.advance(now.weights, now.gradients, now.signal, tangent, found)
+        buffers.give(now.gradients.values())
+        if t:  # the first weights are the caller's
+            buffers.give(now.weights.values())
         del now  # two copies of the weights less during the next step
     for value in found.values():
         value *= loss.scale
@@ -252,7 +258,7 @@ def _reverse(
     for t, segment in enumerate(segments):
         if t % spacing == 0:
             snapshots.append(reader)
-            past.clear()
+            _forget(past)
         now, reader, nll = _step(memory, rule, reader, segment)
         loss.add(t, nll)
         past.append(now)
@@ -266,6 +272,15 @@ def _reverse(
             del now
         lam = _walk_back(rule, past, lam, loss.scale, found)
     return reader
+
+
+def _forget(past: list[_Past]) -> None:
+    """Empty `past`: its memory serves the next updates. The oldest weights are a snapshot's."""
+    for k, now in enumerate(past):
+        buffers.give(now.gradients.values())
+        if k:
+            buffers.give(now.weights.values())
+    past.clear()
 
 
 def _walk_back(
@@ -283,4 +298,7 @@ def _walk_back(
         if bool(now.new.any()):  # theta_{t-1} was dropped for theta_0 there
             for value in lam.values():
                 value[now.new] = 0
+        buffers.give(now.gradients.values())
+        if past:  # the oldest weights are the caller's, or a snapshot's
+            buffers.give(now.weights.values())
     return lam

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from mlm import buffers
 from mlm.errors import UserError
 from mlm.learner import Bound
 from mlm.lm import initial_state
@@ -82,6 +83,7 @@ def score_articles(
                     at = segment.start[lane]
                     out[segment.article[lane]][at : at + count] = rows[lane, :count]
             bar.update(sum(counts))
+    buffers.clear()
     return Scores(out, time.perf_counter() - clock)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mlm import kernels
+from mlm.buffers import take
 
 ROWS = 256
 """Tokens whose logits are worked on together."""
@@ -119,7 +120,7 @@ class _WeightedNLL(torch.autograd.Function):
         names = ("output", "head", "bias", "low", "projected")
         inputs = zip(names, (output, head, bias, low, projected), strict=True)
         found = {
-            name: torch.zeros_like(x) if name == "bias" else torch.empty_like(x)
+            name: torch.zeros_like(x) if name == "bias" else take(tuple(x.shape), x)
             for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
             if want and x is not None
         }

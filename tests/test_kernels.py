@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from worlds import segments, tiny_memory
 
-from mlm import kernels
-from mlm.learner import relax
+from mlm import buffers, kernels
+from mlm.learner import SGD, relax
 from mlm.recurrence import LaneRecurrence
+from mlm.rollout import begin, read
 from mlm.softmax import ROWS, Layer, supports, weighted_nll
 
 pytestmark = pytest.mark.skipif(kernels.numba is None, reason="numba is not installed")
@@ -182,3 +184,43 @@ def test_eager_switches_the_kernels_off_and_on_again() -> None:
         assert not kernels.usable(x)
     assert kernels.usable(x)
     assert not kernels.usable(x.bfloat16())
+
+
+def test_a_tensor_given_is_taken_again() -> None:
+    """Only large ones, only in the same shape; another number of lanes frees the others."""
+    buffers.clear()
+    like, small = torch.zeros(4, 300_000), torch.zeros(4, 3)
+    where = like.data_ptr()
+    buffers.give([like, small])
+    assert buffers.take((4, 300_000), small.double()).data_ptr() != where
+    assert buffers.take((4, 3), small).data_ptr() != small.data_ptr()
+    assert buffers.take((4, 300_000), small).data_ptr() == where
+    assert buffers.take((4, 300_000), small).data_ptr() != where
+    buffers.give([like])
+    buffers.take((3, 300_000), small)
+    assert buffers.take((4, 300_000), small).data_ptr() != where
+    buffers.give([like])
+    buffers.clear()
+    assert not buffers._free
+
+
+def test_reading_reuses_gradients_and_nobody_sees_it() -> None:
+    """Two segments read one after the other equal the same read with nothing given."""
+    memory = tiny_memory(("lstm.0.recurrent", "lstm.0.input"))
+    pieces = segments(memory, (40, 40), 2, 4)
+    rule = SGD().bind({"rate": torch.tensor(0.1, dtype=torch.float64)}, memory)
+
+    def weights(smallest: int, monkey: pytest.MonkeyPatch) -> list[Tensor]:
+        monkey.setattr(buffers, "SMALLEST", smallest)
+        buffers.clear()
+        reader = begin(memory, 2)
+        for piece in pieces:
+            reader, _ = read(memory, rule, reader, piece)
+        return list(reader.weights.values())
+
+    with pytest.MonkeyPatch.context() as monkey:
+        plain, reused = weights(1 << 40, monkey), weights(0, monkey)
+        assert buffers._free
+    buffers.clear()
+    for a, b in zip(plain, reused, strict=True):
+        assert torch.equal(a, b)

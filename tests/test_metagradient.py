@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import reference
 import torch
 from worlds import EOS, articles, segments, tiny_memory
 
+from mlm import buffers
 from mlm.checkpoint import RunFolder
 from mlm.config import MetaConfig
 from mlm.gates import LANE, LinearGates, SeparableGates
@@ -27,6 +29,14 @@ LANE_SETS = [(), ("fisher",), ("loss",), ("fisher", "age"), ("fisher", "loss", "
 ALL = ("fisher", "loss", "age", "gradient", "distance")
 PRECISION = 1e-10
 """Largest difference over the norm of a parameter's gradient: float64 sums in another order."""
+
+
+@pytest.fixture(autouse=True)
+def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small tensors are used again too: nobody may still need what is given away."""
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    yield
+    buffers.clear()
 
 
 def _parameters(memory: LongTerm, rule: LinearGates, scale: float | None = None) -> Parameters:
