@@ -6,7 +6,7 @@ Training the language model on the library's fused LSTM (stage 1, all lanes shar
 the ceiling of what weights per lane can reach. Beside it, turn by turn in one process: static
 scoring, meta-training, and adapting while scoring, all LSTM weights of every lane. `ms` is the time
 of a segment of all lanes, `floor ms` the time below which this machine cannot go (see `floor`).
-Prints a table and writes it to <out>/ceiling.json. Letters: B lanes, M tokens per segment.
+Prints a table and writes it to <out>/ceiling_SIZE.json. Letters: B lanes, M tokens per segment.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from mlm.gates import LinearGates
 from mlm.learner import RMS
 from mlm.lm import LMShape, initial_state
 from mlm.meta import MetaTrainer
-from mlm.rollout import score_static
+from mlm.rollout import GradientMode, score_static
 from mlm.run import choose_device
 from mlm.streams import Segment
 from mlm.training import LMTrainer, Text, resolve_precision
@@ -92,7 +92,7 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     out: Path = Path("results/engine")
-    """Folder of ceiling.json."""
+    """Folder of ceiling_SIZE.json."""
 
 
 # -- the work -------------------------------------------------------------------------------
@@ -162,12 +162,15 @@ def adapting(shape: LMShape, options: Options, segment: int, learned: bool) -> W
     return _again(reading(memory, bound, options.lanes), segments, updates)
 
 
-def meta_training(shape: LMShape, options: Options, segment: int) -> Work:
+def meta_training(
+    shape: LMShape, options: Options, segment: int, gradient: GradientMode = "reverse"
+) -> Work:
     """Steps of stage 2 by its own trainer: an unroll, then Adam on the gates' parameters."""
     memory = world(shape, segment, options.lanes, device=choose_device(options.device)).memory
     settings = MetaConfig(
         lanes=options.lanes,
         unroll=options.unroll,
+        gradient=gradient,
         stream_share=0.0,
         learning_rate=1e-4,  # Adam's work is the same, and the gates stay where they were
     )
@@ -259,10 +262,24 @@ class Row:
             return self.work()
 
 
-def meta_bytes(shape: LMShape, options: Options) -> int:
-    """What an unroll keeps: weights and gradient of every lane and update."""
+def meta_bytes(shape: LMShape, options: Options, mode: GradientMode) -> int:
+    """What an unroll keeps: copies of the weights of every lane."""
     weights = sum(4 * h * (i + h + 1) for i, h in shape.layer_sizes())
-    return 2 * (options.unroll + 2) * options.lanes * weights * BYTES
+    copies = 2 * (options.unroll + 2) if mode == "reverse" else 6 + 4  # the tangent of the gates
+    return copies * options.lanes * weights * BYTES
+
+
+def _mode(
+    shape: LMShape, options: Options, segment: int, device: torch.device
+) -> GradientMode | None:
+    """The fastest meta-gradient that fits, None if there is none."""
+    free = 0.8 * _free_bytes(device)
+    for mode in ("reverse", "forward"):
+        need = meta_bytes(shape, options, mode)
+        if need <= free:
+            return mode
+        print(f"{META}, M={segment}, {mode}: left out, needs {need / 2**30:.0f} GiB")
+    return None
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -290,11 +307,10 @@ def rows_of(shape: LMShape, options: Options) -> list[Row]:
         for segment in options.segments:
             rows.append(Row(RULE, segment, adapting(shape, options, segment, False), later))
             rows.append(Row(GATES, segment, adapting(shape, options, segment, True), later))
-            need = meta_bytes(shape, options)
-            if need > 0.8 * _free_bytes(device):
-                print(f"{META}, M={segment}: left out, an unroll needs {need / 2**30:.0f} GiB")
-                continue
-            rows.append(Row(META, segment, meta_training(shape, options, segment), later))
+            mode = _mode(shape, options, segment, device)
+            if mode:
+                work = meta_training(shape, options, segment, mode)
+                rows.append(Row(META, segment, work, later))
     return rows
 
 
@@ -349,7 +365,7 @@ def main() -> None:
             f"{found['cached'] / 1e9:.1f} GB/s, float32 {found['flops'] / 1e9:.0f} GFLOP/s, "
             f"bfloat16 {found['bf16_flops'] / 1e9:.0f} GFLOP/s"
         )
-    record("ceiling", rows, options, SHOWN, measured=machines)
+    record(f"ceiling_{options.size}", rows, options, SHOWN, measured=machines)
 
 
 if __name__ == "__main__":

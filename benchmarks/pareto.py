@@ -54,6 +54,7 @@ SETS = (
 )
 STATIC_SEGMENT = 64
 """Tokens per step of static scoring, whatever M is: it has no updates to wait for."""
+TIMING_FISHER_WORDS = 2_000
 SHOWN = ("dynamic", "rank", "segment", "rms", "learned", "time over static", "MB per lane")
 
 
@@ -78,6 +79,8 @@ class Options:
     """Tokens scored for the time, in equal parts in every lane."""
     repetitions: int = 5
     """Rounds in which static and adapting take turns; the median counts."""
+    time_again: bool = False
+    """Measure the times of all rows shown again, side by side (on a quiet machine, for example)."""
     out: Path = Path("results/engine")
     """Where pareto.json and the picture go."""
 
@@ -174,6 +177,38 @@ class Bench:
 
         return work
 
+    def static_work(self) -> Work:
+        """Static scoring of the timing text."""
+        return self.scoring(self.static_memory, None)
+
+    def memory(self, choice: Choice, fisher_words: int) -> LongTerm:
+        """The long-term memory of a choice."""
+        adapt = dataclasses.replace(
+            self.run.config.adapt,
+            dynamic=choice.dynamic,
+            segment=choice.segment,
+            rank=max(1, choice.rank),
+            fisher_words=fisher_words,
+        )
+        return new_memory(self.weights, self.shape, adapt, self.held)
+
+    def time_again(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the times of `rows` by new ones, all measured side by side.
+
+        How long an update takes does not depend on what the gates have learned: they are used as
+        they start.
+        """
+        rule = gates_rule(self.run, "three_levels")
+        work = {"static": self.static_work()}
+        for number, row in enumerate(rows):
+            choice = Choice(row["dynamic"], row["rank"], row["segment"])
+            memory = self.memory(choice, TIMING_FISHER_WORDS)
+            start = rule.start_at_rms(memory, row["setting"]["rate"], row["setting"]["decay"])
+            work[str(number)] = self.scoring(memory, rule.bind(start, memory))
+        times = side_by_side(work, self.options.repetitions)
+        for number, row in enumerate(rows):
+            row.update(_times(times[str(number)], times["static"]))
+
     def settings(self, choice: Choice) -> dict[str, Any]:
         """What a row depends on besides the machine: rows with the same are the same row."""
         model = hashlib.sha256(self.lm.read_bytes()).hexdigest()[:16]
@@ -188,13 +223,7 @@ class Bench:
             UserError: a pattern that matches nothing, or training that diverged.
         """
         run = self.run
-        adapt = dataclasses.replace(
-            run.config.adapt,
-            dynamic=choice.dynamic,
-            segment=choice.segment,
-            rank=max(1, choice.rank),
-        )
-        memory = new_memory(self.weights, self.shape, adapt, self.held)
+        memory = self.memory(choice, run.config.adapt.fisher_words)
         best = tune(memory, RMS(), run.tune_text, "article", self.options.budget)[0]
         rule = gates_rule(run, "three_levels")
         start = rule.start_at_rms(memory, best.setting["rate"], best.setting["decay"])
@@ -202,23 +231,27 @@ class Bench:
         for _ in range(self.options.steps):
             trainer.train_step()
         bound = rule.bind(trainer.parameters, memory)
-        work = {
-            "static": self.scoring(self.static_memory, None),
-            "adapting": self.scoring(memory, bound),
-        }
+        work = {"static": self.static_work(), "adapting": self.scoring(memory, bound)}
         times = side_by_side(work, self.options.repetitions)
-        factor = ratio(times["adapting"], times["static"])
         size = sum(memory.weights[n].numel() * memory.weights[n].itemsize for n in memory.dynamic)
         return {
             "setting": best.setting,
             "rms": self.gain(best.nll),
             "learned": self.gain(self.nats(memory, bound)),
-            "time over static": factor.median,
-            "time interval": [factor.low, factor.high],
-            "static tokens per second": speed(times["static"]),
+            **_times(times["adapting"], times["static"]),
             "bytes per lane": size,
             "MB per lane": size / 1e6,
         }
+
+
+def _times(adapting: list[float], static: list[float]) -> dict[str, Any]:
+    """What a row says about time."""
+    factor = ratio(adapting, static)
+    return {
+        "time over static": factor.median,
+        "time interval": [factor.low, factor.high],
+        "static tokens per second": speed(static),
+    }
 
 
 def _saved_rows(path: Path) -> list[dict[str, Any]]:
@@ -261,6 +294,9 @@ def measure_all(bench: Bench, wanted: list[Choice], path: Path) -> list[dict[str
             saved.append(row)
             _save(path, saved)
         found.append(row)
+    if bench.options.time_again and found:
+        bench.time_again(found)
+        _save(path, saved)
     return found
 
 

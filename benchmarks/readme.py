@@ -4,8 +4,9 @@
 
 Between `<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
 FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
-`<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl, and
-`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json.
+`<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
+`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json, and
+`<!-- engine: FILE -->` for a speed benchmark's FILE.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 from mlm.errors import UserError, run_cli
 from mlm.files import write_text
@@ -27,7 +29,42 @@ LABELS: dict[str, str] = {
     "two_levels": "meta-learner, 2 levels",
     "three_levels": "**meta-learner, 3 levels**",
 }
-_BLOCK = re.compile(r"<!-- (table|pairs|stages|sets): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+ENGINE: dict[str, dict[str, str]] = {
+    "peers": {
+        "contestant": "contestant",
+        "tokens/s": "tokens/s",
+        "ours/peer": "times as fast as it",
+        "loss difference": "loss difference",
+        "note": "how",
+    },
+    "ceiling": {
+        "what": "work",
+        "M": "M",
+        "tokens/s": "tokens/s",
+        "/ f32 training": "of training, float32",
+        "/ bf16 training": "of training, bfloat16",
+        "time / static": "time over static scoring",
+        "MB streamed": "MB moved",
+        "MB cached": "MB from cache",
+        "madds/token": "multiply-adds per token",
+        "floor / actual": "floor / time",
+    },
+    "busy": {},
+    "pareto": {
+        "dynamic": "weights that adapt",
+        "rank": "rank",
+        "segment": "M",
+        "rms": "RMS",
+        "learned": "meta-learner, 3 levels",
+        "time over static": "time over static",
+        "MB per lane": "MB per lane",
+    },
+}
+"""Columns of a speed benchmark and their headings, by the first word of its file's name; none: all
+columns as they are."""
+_BLOCK = re.compile(
+    r"<!-- (table|pairs|stages|sets|engine): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL
+)
 
 
 def _rows(folder: str, kind: str, split: str, protocol: str) -> list[dict]:
@@ -100,12 +137,38 @@ def sets(folder: str) -> list[str]:
     return lines
 
 
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):  # a ratio
+        return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def engine(file: str) -> list[str]:
+    """A speed benchmark's table, with the machine it ran on."""
+    path = ROOT / file
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = found["rows"]
+    columns = ENGINE.get(re.split("[_.]", path.name)[0]) or {key: key for key in rows[0]}
+    text = {k for k in columns if all(isinstance(row.get(k), str | None) for row in rows)}
+    lines = [
+        f"| {' | '.join(columns.values())} |",
+        f"| {' | '.join(':--' if k in text else '--:' for k in columns)} |",
+    ]
+    lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in rows]
+    machine, packages = found["machine"], found["versions"]
+    used = ", ".join(f"{name} {number}" for name, number in packages.items())
+    return [*lines, "", f"{machine['cpu']}, {machine['threads']} threads; {used}."]
+
+
 def fill(text: str) -> str:
     """The page with every block made anew."""
 
     def block(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].split()
-        made = {"table": totals, "pairs": pairs, "stages": stages, "sets": sets}[kind](*words)
+        kinds = {"table": totals, "pairs": pairs, "stages": stages, "sets": sets, "engine": engine}
+        made = kinds[kind](*words)
         return "\n".join([f"<!-- {kind}: {match[2]} -->", *made, "<!-- end -->"])
 
     return _BLOCK.sub(block, text)

@@ -157,6 +157,24 @@ def test_modes_agree_for_any_length(updates: int) -> None:
         assert found.reader.age.tolist() == [1, 1]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_the_callers_reader_is_left_alone(mode: GradientMode) -> None:
+    """Its weights are the oldest of the unroll, and no memory for anybody else."""
+    memory = tiny_memory(DYNAMIC)
+    rule = LinearGates()
+    phi = _parameters(memory, rule)
+    bound, pieces = rule.bind(phi, memory), segments(memory, (90, 90), 2, 9)
+    reader = meta_gradient(memory, bound, phi, begin(memory, 2), pieces[:3]).reader
+    before = {n: w.clone() for n, w in reader.weights.items()}
+    first, again = (
+        meta_gradient(memory, bound, phi, reader, pieces[3:], mode).gradients for _ in range(2)
+    )
+    for name, weights in reader.weights.items():
+        assert torch.equal(weights, before[name])
+    for name, gradient in first.items():
+        assert torch.equal(gradient, again[name])
+
+
 def test_lanes_add_up() -> None:
     """The forward gradient of three lanes is the token-weighted sum of theirs one by one."""
     memory = tiny_memory(DYNAMIC)

@@ -14,8 +14,12 @@ import pytest
 from conftest import Command
 from tiny import as_flags, tiny_config, write_corpus
 
+from benchmarks.growth import TIMED
+from benchmarks.growth_unroll import Place
+from benchmarks.timing import SIZES
 from mlm.config import PRESETS
 from mlm.hub import HUB_CONFIGS
+from mlm.lm import LMShape
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -33,7 +37,16 @@ PLACE = "path/to/text"
 BENCHMARK_FLAGS = {
     "benchmarks.dynamic_sets": "--sets softmax.bias --budget 1 --steps 1 --words 100",
     "benchmarks.publish": "",
+    "benchmarks.pareto": "--sets softmax.bias --segment 20 --budget 1 --steps 1 --words 100 "
+    "--timing-tokens 100 --repetitions 1",
+    "benchmarks.ceiling": "--rounds 1 --lanes 2 --segments 5 --unroll 2 --updates 1",
+    "benchmarks.peers": "--rounds 1 --lanes 2 --segment 5 --unroll 2 --updates 1",
+    "benchmarks.busy": "--rounds 1 --lanes 2 --segment 5 --updates 1",
+    "benchmarks.growth": "--only lanes --rounds 1 --updates 1 --unroll 2",
 }
+#: The libraries that benchmarks compare with: they are not installed for the tests.
+OPTIONAL = "pip install --no-deps -r benchmarks/requirements.txt"
+TINY = LMShape(vocabulary=11, embedding=8, hidden=8, layers=1)
 
 
 def commands_in(text: str) -> list[str]:
@@ -60,7 +73,7 @@ def scaled(command: str, folder: Path) -> tuple[str, list[str]] | None:
 
     Fails for a command that no test knows how to run.
     """
-    if command in CI_STEPS:
+    if command in CI_STEPS or command == OPTIONAL:
         return None
     python, *words = shlex.split(command)
     assert python in ("python", "python3"), f"README: no test runs `{command}`"
@@ -159,6 +172,8 @@ def test_every_command_runs(
     """
     write_corpus(tmp_path / PLACE, train=6, valid=3, test=3)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(SIZES, "S", TINY)
+    monkeypatch.setitem(TIMED, "lanes", (Place(TINY), (1, 2)))
     ran = []
     for line in commands_in(README.read_text(encoding="utf-8")):
         step = scaled(line, tmp_path)
