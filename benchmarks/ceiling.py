@@ -39,7 +39,7 @@ from benchmarks.timing import (
     threads,
     world,
 )
-from mlm.config import AdaptConfig, Config, LMTrainingConfig, MetaConfig
+from mlm.config import Config, LMTrainingConfig, MetaConfig
 from mlm.errors import run_cli
 from mlm.gates import LinearGates
 from mlm.learner import RMS
@@ -88,7 +88,7 @@ class Options:
     updates: int = 4
     """Segments per turn of the other rows."""
     threads: int = 0
-    """CPU threads; 0 = as a run has them: PyTorch's choice for stage 1, --adapt.threads later."""
+    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (presets small and awd)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     out: Path = Path("results/engine")
@@ -297,7 +297,7 @@ def rows_of(shape: LMShape, options: Options) -> list[Row]:
     """Everything to time, set up."""
     device = choose_device(options.device)
     first = options.threads or Config.threads or torch.get_num_threads()
-    later = options.threads or AdaptConfig.threads or first
+    later = first
     rows = [Row(TRAINING, STATIC_SEGMENT, training(shape, options, "float32"), first)]
     if resolve_precision("auto", device) == torch.bfloat16:
         work = training(shape, options, "bfloat16")
@@ -314,18 +314,30 @@ def rows_of(shape: LMShape, options: Options) -> list[Row]:
     return rows
 
 
+def _machines(
+    shape: LMShape, todo: list[Row], device: torch.device, small: bool
+) -> dict[int, Machine]:
+    """The machine's own figures by number of threads."""
+    bf16 = any(row.what == TRAINING_BF16 for row in todo)
+    found = {}
+    for number in sorted({row.threads for row in todo}):
+        with threads(number):
+            found[number] = measure_machine(shape, device, bf16, small)
+    return found
+
+
 def compare(
     shape: LMShape, options: Options, small: bool = False
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Rows of the table, and the machine's own figures by number of threads."""
     device = choose_device(options.device)
     todo = rows_of(shape, options)
+    before = _machines(shape, todo, device, small)
     seconds = side_by_side({row.name: row.run for row in todo}, options.rounds)
+    after = _machines(shape, todo, device, small)
+    # Others may have been busy on the machine at either time: the floor is what it can do.
+    machines = {n: Machine(*map(max, before[n], after[n])) for n in before}
     bf16 = any(row.what == TRAINING_BF16 for row in todo)
-    machines = {}
-    for number in sorted({row.threads for row in todo}):
-        with threads(number):
-            machines[number] = measure_machine(shape, device, bf16, small)
     by_kind = {row.what: seconds[row.name] for row in todo[: 2 + bf16]}
     rows = []
     for row in todo:

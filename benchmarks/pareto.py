@@ -7,7 +7,7 @@ then the three-level meta-learner trained from there. Gain: nats per word over s
 validation articles that tuning reads, protocol article. Cost: scoring time over static scoring,
 the two taking turns on the same text. Every finished row is kept in <out>/pareto.json, and one
 measured before with the same settings is not measured again; the picture (PNG, SVG) and the CSV
-beside it show the rows of this command.
+beside it show all rows of the run and settings.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Options:
     repetitions: int = 5
     """Rounds in which static and adapting take turns; the median counts."""
     time_again: bool = False
-    """Measure the times of all rows shown again, side by side (on a quiet machine, for example)."""
+    """Measure the times of all rows again, side by side: later, on a quieter machine."""
     out: Path = Path("results/engine")
     """Where pareto.json and the picture go."""
 
@@ -209,12 +209,17 @@ class Bench:
         for number, row in enumerate(rows):
             row.update(_times(times[str(number)], times["static"]))
 
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """What all rows of this command have in common."""
+        names = ("budget", "steps", "words", "timing_tokens", "repetitions")
+        model = hashlib.sha256(self.lm.read_bytes()).hexdigest()[:16]
+        more = {name: getattr(self.options, name) for name in names}
+        return {"run": self.options.run.name, "model": model, **more}
+
     def settings(self, choice: Choice) -> dict[str, Any]:
         """What a row depends on besides the machine: rows with the same are the same row."""
-        model = hashlib.sha256(self.lm.read_bytes()).hexdigest()[:16]
-        names = ("budget", "steps", "words", "timing_tokens", "repetitions")
-        more = {name: getattr(self.options, name) for name in names}
-        return {"run": self.options.run.name, "model": model, **dataclasses.asdict(choice), **more}
+        return {**self.common, **dataclasses.asdict(choice)}
 
     def measure(self, choice: Choice) -> dict[str, Any]:
         """Gain and cost of one choice.
@@ -274,12 +279,11 @@ def _save(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def measure_all(bench: Bench, wanted: list[Choice], path: Path) -> list[dict[str, Any]]:
-    """The row of every choice, from `path` or measured now and added to it.
+    """All rows in `path` of this run and these settings, what is wanted and missing measured now.
 
     A choice that cannot be measured (its training diverges) is reported and left out.
     """
     saved = _saved_rows(path)
-    found = []
     for number, choice in enumerate(wanted, start=1):
         settings = bench.settings(choice)
         row = next((r for r in saved if all(r.get(k) == v for k, v in settings.items())), None)
@@ -293,7 +297,8 @@ def measure_all(bench: Bench, wanted: list[Choice], path: Path) -> list[dict[str
                 continue
             saved.append(row)
             _save(path, saved)
-        found.append(row)
+    common = bench.common
+    found = [row for row in saved if all(row.get(k) == v for k, v in common.items())]
     if bench.options.time_again and found:
         bench.time_again(found)
         _save(path, saved)

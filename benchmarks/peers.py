@@ -49,7 +49,6 @@ from benchmarks.timing import (
     threads,
     world,
 )
-from mlm.config import AdaptConfig
 from mlm.errors import UserError, run_cli
 from mlm.gates import FLUSH_UNIT, LinearGates
 from mlm.lm import LMShape
@@ -87,8 +86,8 @@ class Options:
     """Segments per meta-gradient; 0 = no meta rows."""
     compile: bool = False
     """Also torch.func under torch.compile, which takes a minute or more before the first turn."""
-    threads: int = AdaptConfig.threads
-    """CPU threads for all; default: as a run reads."""
+    threads: int = 0
+    """CPU threads for all; 0 = for everybody what is faster, one or PyTorch's choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     out: Path = Path("results/engine")
@@ -309,6 +308,28 @@ def _meta(shape: LMShape, options: Options, entries: _Entries) -> None:
     entries.work[META_OURS], entries.work[META_HIGHER] = meta_work(place, options)
 
 
+def _best_threads(
+    work: Mapping[str, Work], options: Options
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per token of every entry with the number of threads that suits it best, and that.
+
+    Small operations are slower on two threads than on one; nobody should lose by that.
+    """
+    counts = [options.threads] if options.threads else sorted({1, torch.get_num_threads()})
+
+    def bound(run: Work, number: int) -> Work:
+        def turn() -> int:
+            with threads(number):
+                return run()
+
+        return turn
+
+    todo = {f"{name} {n}": bound(run, n) for name, run in work.items() for n in counts}
+    seconds = side_by_side(todo, options.rounds)
+    used = {name: max(counts, key=lambda n: speed(seconds[f"{name} {n}"])) for name in work}
+    return {name: seconds[f"{name} {n}"] for name, n in used.items()}, used
+
+
 def compare(
     shape: LMShape, options: Options, contestants: Mapping[str, Contestant] = CONTESTANTS
 ) -> list[dict[str, Any]]:
@@ -320,11 +341,10 @@ def compare(
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # float32 for everybody: nn.LSTM alone would have it
     try:
-        with threads(options.threads):
-            entries = _reading(shape, options, contestants)
-            if options.unroll:
-                _meta(shape, options, entries)
-            seconds = side_by_side(entries.work, options.rounds)
+        entries = _reading(shape, options, contestants)
+        if options.unroll:
+            _meta(shape, options, entries)
+        seconds, used = _best_threads(entries.work, options)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
     rows = []
@@ -332,6 +352,7 @@ def compare(
         row: dict[str, Any] = {"contestant": name}
         if name in seconds:
             base = seconds[META_OURS if name in (META_OURS, META_HIGHER) else OURS]
+            row["threads"] = used[name]
             row["tokens/s"] = speed(seconds[name])
             row["ours/peer"] = ratio(seconds[name], base)
         row["loss difference"] = entries.off.get(name)
@@ -343,8 +364,7 @@ def main() -> None:
     """Measure, print and write the table."""
     options = tyro.cli(Options, description=__doc__)
     contestants = CONTESTANTS | (COMPILED if options.compile else {})
-    with threads(options.threads):  # the record says how many were used
-        record(f"peers_{options.size}", compare(SIZES[options.size], options, contestants), options)
+    record(f"peers_{options.size}", compare(SIZES[options.size], options, contestants), options)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ LABELS: dict[str, str] = {
 ENGINE: dict[str, dict[str, str]] = {
     "peers": {
         "contestant": "contestant",
+        "threads": "threads",
         "tokens/s": "tokens/s",
         "ours/peer": "times as fast as it",
         "loss difference": "loss difference",
@@ -50,6 +51,17 @@ ENGINE: dict[str, dict[str, str]] = {
         "floor / actual": "floor / time",
     },
     "busy": {},
+    "growth": {
+        "axis": "against",
+        "what": "of",
+        "size": "up to",
+        "us/token": "µs per token",
+        "exponent": "exponent of time",
+        "in weights": "in the number of weights",
+        "copies": "copies of the weights held",
+        "memory exponent": "exponent of memory",
+        "ratio": "ratio",
+    },
     "pareto": {
         "dynamic": "weights that adapt",
         "rank": "rank",
@@ -150,6 +162,10 @@ def engine(file: str) -> list[str]:
     path = ROOT / file
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = found["rows"]
+    if path.name == "growth.json":
+        rows = [row for row in rows if {"exponent", "copies", "ratio"} & row.keys()]
+    if path.name == "pareto.json":
+        rows = sorted(rows, key=lambda row: (row["segment"], row["time over static"]))
     columns = ENGINE.get(re.split("[_.]", path.name)[0]) or {key: key for key in rows[0]}
     text = {k for k in columns if all(isinstance(row.get(k), str | None) for row in rows)}
     lines = [

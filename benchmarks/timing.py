@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlm import kernels
 from mlm.checkpoint import commit, machine
 from mlm.files import write_text
 from mlm.learner import Bound
@@ -191,6 +192,32 @@ def _best(run: Any, amount: float, repeats: int = 7) -> float:
     return amount / min(seconds)
 
 
+def _cached_speed(hidden: int, device: torch.device, times: int = 20) -> float:
+    """Bytes per second of recurrent weights times a vector: the better of library and kernel.
+
+    A GPU reads all lanes at once, a CPU a lane per thread, and each lane over and over.
+    """
+    gpu = device.type == "cuda"
+    lanes = 16 if gpu else 1
+    weights = torch.rand(lanes, hidden, 4 * hidden, device=device)
+    h_B1H = torch.rand(lanes, 1, hidden, device=device)
+    flat = weights.flatten()
+    both = (lambda: torch.bmm(h_B1H, weights), lambda: torch.dot(flat, flat))
+
+    def repeated(run: Any) -> Any:
+        return lambda: [run() for _ in range(times)]
+
+    found = [_best(repeated(run), times * BYTES * weights.numel()) for run in both]
+    if not gpu and kernels.numba is not None:
+        lanes = torch.get_num_threads()
+        weights = torch.rand(lanes, 4 * hidden, hidden)
+        x, out = torch.rand(lanes, hidden), torch.zeros(lanes, 4 * hidden)
+        work, amount = 10 * weights.numel() * times, times * BYTES * weights.numel()
+        task = (kernels.matrix_vector, lanes, work, weights, x, out, times)
+        found.append(_best(lambda: kernels.share_out(*task), amount))
+    return max(found)
+
+
 def measure_machine(shape: LMShape, device: torch.device, bf16: bool, small: bool) -> Machine:
     """Copy bandwidth, bandwidth of a lane's recurrent weights, matrix products.
 
@@ -201,18 +228,7 @@ def measure_machine(shape: LMShape, device: torch.device, bf16: bool, small: boo
     side = 64 if small else 8192 if gpu else 1536
     source, target = torch.zeros(2, long, device=device)
     copy = _best(lambda: target.copy_(source), 2 * BYTES * long)
-    # A GPU reads all lanes at once, a CPU one lane after the other.
-    lanes, hidden = 16 if gpu else 1, max(h for _, h in shape.layer_sizes())
-    weights = torch.rand(lanes, hidden, 4 * hidden, device=device)
-    h_B1H = torch.rand(lanes, 1, hidden, device=device)
-    flat = weights.flatten()
-    both = (lambda: torch.bmm(h_B1H, weights), lambda: torch.dot(flat, flat))
-    times = 20
-
-    def repeated(run: Any) -> Any:
-        return lambda: [run() for _ in range(times)]
-
-    cached = max(_best(repeated(run), times * BYTES * weights.numel()) for run in both)
+    cached = _cached_speed(max(h for _, h in shape.layer_sizes()), device)
     flops = [0.0, 0.0]
     for k, dtype in enumerate((torch.float32, torch.bfloat16)[: 1 + bf16]):
         a = torch.rand(side, side, device=device).to(dtype)

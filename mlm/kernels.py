@@ -179,6 +179,14 @@ def _add_transposed(weights, d, out):
 
 
 @_jit
+def matrix_vector(lo, hi, weights_BGH, x_BH, out_BG, times):
+    """Lanes lo..hi: W x added `times` times, to measure how fast the time loop could be."""
+    for lane in range(lo, hi):
+        for _ in range(times):
+            _add_product(weights_BGH[lane], x_BH[lane], out_BG[lane])
+
+
+@_jit
 def _quarters(a, hidden):
     return a[:hidden], a[hidden : 2 * hidden], a[2 * hidden : 3 * hidden], a[3 * hidden :]
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from mlm import kernels
 from mlm.buffers import take
 
-ROWS = 256
-"""Tokens whose logits are worked on together."""
+LOGITS = 1 << 24
+"""Logits worked on together, 64 MB in float32. Fewer, and a large vocabulary's table is read again
+too often: at 33,000 words 4 MB at a time took twice as long."""
 
 
 class Layer(NamedTuple):
@@ -125,7 +126,7 @@ class _WeightedNLL(torch.autograd.Function):
             if want and x is not None
         }
         nll = output.new_empty(lanes, steps)
-        group = max(1, min(lanes, ROWS // steps))
+        group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
         buffer = output.new_empty(group, steps, head.shape[-2])
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))

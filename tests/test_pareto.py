@@ -95,8 +95,7 @@ def test_rows_are_measured_once(
     assert (again.code, len(measured)) == (0, 3)
     renewed = json.loads((out / "pareto.json").read_text(encoding="utf-8"))["rows"]
     assert renewed[0]["time over static"] != rows[0]["time over static"]
-    assert renewed[0]["learned"] == rows[0]["learned"]
-    assert renewed[1] == rows[1]
+    assert [r["learned"] for r in renewed] == [r["learned"] for r in rows]
     # Other settings are other rows, and the old ones stay.
     assert command(*base, "--sets", "softmax.bias", "--words", 150).code == 0
     assert len(measured) == 4

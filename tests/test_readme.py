@@ -11,12 +11,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Command
 from tiny import as_flags, tiny_config, write_corpus
 
 from benchmarks.growth import TIMED
 from benchmarks.growth_unroll import Place
-from benchmarks.timing import SIZES
+from benchmarks.timing import SIZES, Machine, measure_machine
 from mlm.config import PRESETS
 from mlm.hub import HUB_CONFIGS
 from mlm.lm import LMShape
@@ -129,6 +130,12 @@ def _small(words: list[str], folder: Path) -> list[str]:
     return flags if "--corpus" in words else ["--corpus", PLACE, *flags]
 
 
+def _measure_machine_quickly(
+    shape: LMShape, device: torch.device, bf16: bool, small: bool
+) -> Machine:
+    return measure_machine(shape, device, bf16, small=True)
+
+
 def test_commands_are_found() -> None:
     """The parser itself: blocks, comments, continuations, `&&`, tables; other blocks ignored."""
     text = (
@@ -173,6 +180,7 @@ def test_every_command_runs(
     write_corpus(tmp_path / PLACE, train=6, valid=3, test=3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SIZES, "S", TINY)
+    monkeypatch.setattr("benchmarks.ceiling.measure_machine", _measure_machine_quickly)
     monkeypatch.setitem(TIMED, "lanes", (Place(TINY), (1, 2)))
     ran = []
     for line in commands_in(README.read_text(encoding="utf-8")):
