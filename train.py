@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mlm.errors import UserError, run_cli
 
 def _value(flag: str) -> str | None:
     """The value of a flag on the command line, before it is parsed properly."""
-    for word, following in zip(sys.argv[1:], [*sys.argv[2:], ""], strict=True):
+    for word, following in itertools.pairwise([*sys.argv[1:], ""]):
         if word == flag:
             return following
         if word.startswith(flag + "="):

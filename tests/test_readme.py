@@ -197,6 +197,18 @@ def test_every_command_runs(
     assert {line.split()[1] for line in ran} >= {f"{script}.py" for script in SCRIPTS}
 
 
+def test_train_needs_no_arguments(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`python train.py` as it stands in README: the default settings reach the stages."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr("mlm.pipeline.run_stages", seen.append)
+    outcome = command("train")
+    assert outcome.code == 0, outcome.err
+    assert [config.preset for config in seen] == ["pydocs"]
+
+
 def test_files_named_exist() -> None:
     """Relative links and pictures of README lead somewhere."""
     text = README.read_text(encoding="utf-8")
