@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import softmax
-from mlm.recurrence import LaneRecurrence, lane_linear, lane_lstm
+from mlm.recurrence import lane_lstm
 
 Weights = dict[str, Tensor]
 
@@ -204,17 +204,14 @@ def _layer(
     `extra_BTG` (B, T, 4H) is added to the input projection.
     """
     w_input, w_recurrent, bias = weights
-    if extra_BTG is not None:
-        gates = lane_linear(x, w_input, bias) + extra_BTG
-        y, h, c = LaneRecurrence.apply(gates, w_recurrent, h, c)  # type: ignore[misc]
-        return y, h, c
-    if w_input.dim() == w_recurrent.dim() == 2 and bias.dim() == 1:
+    shared = w_input.dim() == w_recurrent.dim() == 2 and bias.dim() == 1
+    if shared and extra_BTG is None:
         flat = [w_input, w_recurrent, bias, torch.zeros_like(bias)]
         state = (h.unsqueeze(0), c.unsqueeze(0))
         grad = torch.is_grad_enabled()
         y, h_n, c_n = torch.lstm(x, state, flat, True, 1, 0.0, grad, False, True)
         return y, h_n.squeeze(0), c_n.squeeze(0)
-    return lane_lstm(x, weights, h, c)
+    return lane_lstm(x, weights, h, c, extra_BTG)
 
 
 def _input_weight(weights: Weights, layer: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -279,37 +276,35 @@ def run_lstm(
     return Hidden(x, raws[-1], LMState(tuple(hs), tuple(cs)), tuple(raws))
 
 
-def _low_rank_logits(weights: Weights, output_BTE: Tensor) -> Tensor | None:
-    """What `softmax.low` adds to the logits (B, T, V); of an adaptive softmax, to the head's."""
-    return _low_rank(weights, "softmax", output_BTE)
-
-
-def _softmax_layer(weights: Weights, shape: LMShape) -> softmax.Layer | None:
-    """The weights the fused softmax needs; None: the softmax is adaptive."""
-    if shape.cutoffs:
+def _fused_nll(
+    weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
+    layer = softmax.Layer(weights["embedding"], weights["softmax.bias"], weights.get("softmax.low"))
+    if shape.cutoffs or not softmax.supports(output_BTE, layer):
         return None
-    return softmax.Layer(weights["embedding"], weights["softmax.bias"], weights.get("softmax.low"))
+    projected = _along(weights, "softmax", output_BTE)
+    return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, weights_BT)
 
 
 def weighted_nll(
     weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Losses (B, T) in nats, detached, and their differentiable sum weighted by `weights_BT`."""
-    layer = _softmax_layer(weights, shape)
-    if layer is not None and softmax.supports(output_BTE, layer):
-        projected = _along(weights, "softmax", output_BTE)
-        return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, weights_BT)
+    fused = _fused_nll(weights, shape, output_BTE, targets_BT, weights_BT)
+    if fused is not None:
+        return fused
     nll = token_nll(weights, shape, output_BTE, targets_BT)
     return nll.detach(), (nll * weights_BT).sum()
 
 
 def token_nll(weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood in nats (B, T) under the tied (adaptive) softmax."""
-    layer = None if torch.is_grad_enabled() else _softmax_layer(weights, shape)
-    if layer is not None and softmax.supports(output_BTE, layer):
+    if not torch.is_grad_enabled():
         ones = torch.ones_like(output_BTE[..., 0])
-        projected = _along(weights, "softmax", output_BTE)
-        return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, ones)[0]
+        fused = _fused_nll(weights, shape, output_BTE, targets_BT, ones)
+        if fused is not None:
+            return fused[0]
     bias = weights["softmax.bias"]
     head = weights["embedding"]
     if shape.cutoffs:
@@ -320,7 +315,7 @@ def token_nll(weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: 
             head = head.expand(cluster.shape[0], *head.shape)
         head = torch.cat([head, cluster], dim=-2)
     logits = _linear(output_BTE, head) + (bias if bias.dim() == 1 else bias.unsqueeze(1))
-    low = _low_rank_logits(weights, output_BTE)
+    low = _low_rank(weights, "softmax", output_BTE)  # of an adaptive softmax, to the head's logits
     logits = logits if low is None else logits + low
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     if not shape.cutoffs:

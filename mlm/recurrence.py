@@ -190,7 +190,11 @@ def lane_linear(x_BTI: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def lane_lstm(
-    x_BTI: Tensor, weights: tuple[Tensor, Tensor, Tensor], h_BH: Tensor, c_BH: Tensor
+    x_BTI: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    h_BH: Tensor,
+    c_BH: Tensor,
+    extra_BTG: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One LSTM layer whose weights may differ from lane to lane.
 
@@ -198,11 +202,13 @@ def lane_lstm(
         x_BTI: inputs (B, T, I).
         weights: input (4H, I), recurrent (4H, H), bias (4H), each shared or with a leading B.
         h_BH, c_BH: the state before the first step.
+        extra_BTG: (B, T, 4H), added to the input projection.
 
     Returns:
         outputs (B, T, H), last h and c (B, H). Differentiable once in every argument.
     """
     w_input, w_recurrent, bias = weights
     gates = lane_linear(x_BTI, w_input, bias)
+    gates = gates if extra_BTG is None else gates + extra_BTG
     y, h, c = LaneRecurrence.apply(gates, w_recurrent, h_BH, c_BH)  # type: ignore[misc]
     return y, h, c
