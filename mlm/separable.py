@@ -49,16 +49,17 @@ class SeparableGates(ByFormula):
         for name in memory.dynamic:
             group = rule.group(memory, name)
             row = parameters["update"][group]
-            step = self._step[name] = rule.weight_part(row, memory, name, "update").exp()
+            step = rule.weight_part(row, memory, name, "update").exp()
             fisher = rule.fisher(memory, name, "update")
             self._steps[name] = torch.stack([step, step * fisher]).view(2, -1)
+            self._step[name] = self._steps[name][0].view_as(step)
             self._units[name] = self._steps[name][:, :0].contiguous()
             if rule.flush:
                 row = parameters["flush"][group]
                 unit = FLUSH_UNIT * rule.weight_part(row, memory, name, "flush").exp()
-                self._flush[name] = unit
                 fisher = rule.fisher(memory, name, "flush")
                 self._units[name] = torch.stack([unit, unit * fisher]).view(2, -1)
+                self._flush[name] = self._units[name][0].view_as(unit)
                 z = self._z[name] = unit * parameters["flush_scale"][group]
                 self._highest[name] = float(z.max())
 
