@@ -116,7 +116,7 @@ def push_tensor(
 
 def dots_of_all(tangent: Tangent, gradients: Weights) -> Tensor:
     """<S, gradient> of every copy, summed over tensors, lanes and weights: (K,)."""
-    return torch.stack([s.flatten(1) @ gradients[n].flatten() for n, s in tangent.items()]).sum(0)
+    return torch.stack([tangent[n].flatten(1) @ g.flatten() for n, g in gradients.items()]).sum(0)
 
 
 def push_formula(

@@ -35,7 +35,15 @@ class Signal(NamedTuple):
 
 
 class Bound(Protocol):
-    """A rule with its parameters and long-term memory fixed."""
+    """A rule with its parameters and long-term memory fixed.
+
+    `weights` below are all that a lane holds: the dynamic tensors, and beside them what the rule
+    itself remembers (momentum, moments, a hidden state), named `<tensor>/<what>`.
+    """
+
+    def start(self) -> Weights:
+        """What a lane that opens an article holds: theta_0 and the rule's state there."""
+        ...
 
     def update(
         self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
@@ -85,6 +93,10 @@ class Bound(Protocol):
         """
         ...
 
+    def owed(self, tangent: Tangent, cotangent: Weights, signal: Signal, found: Parameters) -> None:
+        """found <- found + <S, cotangent>, in place; `advance` does so with the gradient."""
+        ...
+
 
 def per_lane(value: Tensor, weights_B: Tensor) -> Tensor:
     """A number, or one number per lane (B,), shaped to multiply weights (B, ...)."""
@@ -108,7 +120,14 @@ class UpdateRule(ABC):
         gradients: Weights,
         signal: Signal,
     ) -> Weights:
-        """theta_t as the rule's paper writes it; differentiable in parameters and weights."""
+        """theta_t as the rule's paper writes it; differentiable in all tensors.
+
+        The result holds what `weights` hold, the rule's own state included.
+        """
+
+    def state(self, memory: LongTerm) -> Weights:
+        """What the rule remembers beside a lane's weights, at the start of an article."""
+        return {}
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """The fast form; this default evaluates `formula`."""
@@ -120,6 +139,11 @@ class ByFormula:
 
     def __init__(self, rule: UpdateRule, parameters: Parameters, memory: LongTerm) -> None:
         self.rule, self.parameters, self.memory = rule, parameters, memory
+        self._start = {**memory.start(), **rule.state(memory)}
+
+    def start(self) -> Weights:
+        """See `Bound.start`."""
+        return self._start
 
     def update(
         self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
@@ -149,13 +173,14 @@ class ByFormula:
             )
         full = [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
         n = len(theta)
-        back = {k: g + own * gradients[k] for k, g in zip(theta, full[:n], strict=True)}
+        back = dict(zip(theta, full[:n], strict=True))
+        back |= {k: back[k] + own * gradients[k] for k in gradients}
         return back, dict(zip(phi, full[n:], strict=True))
 
     def tangent(self, lanes: int) -> Tangent:
         """See `Bound.tangent`: one copy per number in the parameters."""
         numbers = sum(p.numel() for p in self.parameters.values())
-        return zero_tangent(self.memory.start(), numbers, lanes)
+        return zero_tangent(self._start, numbers, lanes)
 
     def advance(
         self,
@@ -166,15 +191,19 @@ class ByFormula:
         found: Parameters,
     ) -> None:
         """See `Bound.advance`; costs an evaluation of the formula per number in the parameters."""
-        sizes = [p.numel() for p in self.parameters.values()]
-        sums = dots_of_all(tangent, gradients).split(sizes)
-        for part, value in zip(sums, found.values(), strict=True):
-            value += part.view_as(value)
+        self.owed(tangent, gradients, signal, found)
 
         def formula(phi: Parameters, theta: Weights) -> Weights:
             return self.rule.formula(phi, self.memory, theta, gradients, signal)
 
         push_formula(formula, self.parameters, weights, tangent)
+
+    def owed(self, tangent: Tangent, cotangent: Weights, signal: Signal, found: Parameters) -> None:
+        """See `Bound.owed`."""
+        sizes = [p.numel() for p in self.parameters.values()]
+        sums = dots_of_all(tangent, cotangent).split(sizes)
+        for part, value in zip(sums, found.values(), strict=True):
+            value += part.view_as(value)
 
 
 @dataclass(frozen=True)

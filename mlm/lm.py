@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,6 +50,43 @@ class LMShape:
             for k, (lo, hi) in enumerate(itertools.pairwise(edges))
         ]
 
+    # -- what reading needs of any language model (`mlm.rollout`) ---------------------------
+
+    def initial_state(
+        self, lanes: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LMState:
+        """A zero state for `lanes` articles about to begin."""
+        return initial_state(self, lanes, device, dtype)
+
+    def read(
+        self,
+        weights: Weights,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        state: LMState,
+        share_BT: Tensor | None = None,
+    ) -> Read:
+        """Predict a segment; every weight is shared or has a leading B."""
+        hidden = run_lstm(weights, self, tokens_BT, state)
+        if share_BT is None:
+            nll = token_nll(weights, self, hidden.output, targets_BT)
+            return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
+        nll, total = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
+        return Read(nll, total, hidden.output, hidden.state)
+
+
+class Read(NamedTuple):
+    """A segment read by a language model."""
+
+    nll: Tensor
+    """(B, T) nats; differentiable only where the model's plain operations are asked for."""
+    total: Tensor
+    """Differentiable sum of nll times the shares that were asked for; zero without any."""
+    output: Tensor
+    """(B, T, E): what the softmax sees."""
+    state: LMState
+    """Short-term memory after the segment."""
+
 
 class LMState(NamedTuple):
     """Hidden state of every layer: tuples of L tensors (B, H_l)."""
@@ -68,6 +106,15 @@ class LMState(NamedTuple):
     def detach(self) -> LMState:
         """The same state without its autograd history."""
         return LMState(tuple(h.detach() for h in self.h), tuple(c.detach() for c in self.c))
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order, for files."""
+        return [*self.h, *self.c]
+
+    def of(self, tensors: Sequence[Tensor]) -> LMState:
+        """The state made of such `tensors`."""
+        layers = len(self.h)
+        return LMState(tuple(tensors[:layers]), tuple(tensors[layers:]))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ Letters: B lanes, M tokens per segment, N weights of one tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -42,6 +44,8 @@ class LongTerm:
     rms: Weights
     loss: float
     segment: int
+    limit: float = math.inf
+    """Mean loss of a segment, in nats per token, above which a lane is reset (the guard)."""
 
     @property
     def mean_rms(self) -> float:
@@ -62,7 +66,7 @@ class LongTerm:
         """The same memory on `device`, optionally in another dtype."""
         weights = {n: w.to(device, dtype) for n, w in self.weights.items()}
         rms = {n: w.to(device, dtype) for n, w in self.rms.items()}
-        return LongTerm(self.shape, weights, self.dynamic, rms, self.loss, self.segment)
+        return dataclasses.replace(self, weights=weights, rms=rms)
 
 
 def _patterns(wanted: str) -> dict[str, tuple[str, ...]]:

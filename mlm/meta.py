@@ -56,9 +56,9 @@ def estimate_fisher(
     with tqdm(total=wanted, desc="Fisher", unit="tok", unit_scale=True, disable=quiet) as bar:
         for raw in stream:
             piece = raw.to(device)
-            reader = open_articles(memory, reader, piece.new)
+            reader = open_articles(memory.start(), reader, piece.new)
             scored = score_segment(memory, reader, piece)
-            reader = Reader(reader.weights, scored.state, reader.age)
+            reader = reader._replace(state=scored.state)
             full = piece.mask.all(1)
             for n, gradient in scored.gradients.items():
                 squares[n] += gradient[full].square().sum(0)
@@ -195,7 +195,7 @@ class MetaTrainer:
         self.lanes = MixedLanes(
             text, settings.lanes, settings.stream_share, memory.segment, seed + 2
         )
-        self.reader = begin(memory, settings.lanes)
+        self.reader = begin(memory, settings.lanes, rule.bind(self.parameters, memory))
         self.step = 0
         self.judged = -1
         """The step at which the validation gain was last measured."""
@@ -240,9 +240,9 @@ class MetaTrainer:
             tensors[f"parameters/{name}"] = parameter
         tensors |= adam_tensors(self.optimizer, self.parameters)
         tensors |= {f"reader/weights/{n}": w for n, w in self.reader.weights.items()}
-        for kind in ("h", "c"):
-            layers = getattr(self.reader.state, kind)
-            tensors |= {f"reader/{kind}/{k}": t for k, t in enumerate(layers)}
+        state = self.reader.state.tensors()
+        tensors |= {f"reader/state/{k}": t for k, t in enumerate(state)}
+        tensors["reader/exploded"] = self.reader.exploded
         about = {
             "identity": identity,
             "step": self.step,
@@ -264,16 +264,13 @@ class MetaTrainer:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
         load_adam(self.optimizer, self.parameters, tensors)
-
-        def layers(kind: str) -> tuple[Tensor, ...]:
-            return tuple(
-                tensors[f"reader/{kind}/{k}"].to(device) for k in range(self.memory.shape.layers)
-            )
-
+        state = self.reader.state
+        parts = [tensors[f"reader/state/{k}"].to(device) for k in range(len(state.tensors()))]
         self.reader = Reader(
             {n: tensors[f"reader/weights/{n}"].to(device) for n in self.reader.weights},
-            type(self.reader.state)(layers("h"), layers("c")),
+            state.of(parts),
             tensors["reader/age"].to(device),
+            tensors["reader/exploded"].to(device),
         )
         self.lanes.load_state_dict(about["cursor"])
         self.step, self.judged = about["step"], about["judged"]

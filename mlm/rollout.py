@@ -17,7 +17,7 @@ from torch import Tensor
 from mlm import buffers
 from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
-from mlm.lm import LMState, Weights, initial_state, run_lstm, score, weighted_nll
+from mlm.lm import LMState, Weights
 from mlm.memory import LongTerm, lanes_of, reset_lanes
 from mlm.streams import Segment
 
@@ -26,32 +26,36 @@ class Reader(NamedTuple):
     """Everything that changes while B lanes read: a value, never written in place."""
 
     weights: Weights
-    """Medium-term memory: the dynamic tensors, (B, ...)."""
+    """Medium-term memory: the dynamic tensors and the rule's own state beside them, (B, ...)."""
     state: LMState
     """Short-term memory."""
     age: Tensor
     """(B,) updates since the lane's weights were last theta_0."""
+    exploded: Tensor
+    """(B,) lanes whose loss passed `memory.limit`: they start from theta_0 at the next segment."""
 
     def select(self, lanes: Tensor) -> Reader:
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
-        return Reader(weights, self.state.select(lanes), self.age[lanes])
+        return Reader(weights, self.state.select(lanes), self.age[lanes], self.exploded[lanes])
 
 
-def begin(memory: LongTerm, lanes: int) -> Reader:
-    """`lanes` readers that know nothing but the long-term memory."""
+def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
+    """`lanes` readers that know nothing but the long-term memory, for `rule` to write."""
     some = memory.weights[memory.dynamic[0]]
-    state = initial_state(memory.shape, lanes, some.device, some.dtype)
+    state = memory.shape.initial_state(lanes, some.device, some.dtype)
     age = torch.zeros(lanes, device=some.device, dtype=some.dtype)
-    return Reader(lanes_of(memory.start(), lanes), state, age)
+    start = memory.start() if rule is None else rule.start()
+    return Reader(lanes_of(start, lanes), state, age, torch.zeros_like(age, dtype=torch.bool))
 
 
-def open_articles(memory: LongTerm, reader: Reader, new_B: Tensor) -> Reader:
-    """Reset weights, hidden state and age of the lanes that open an article."""
+def open_articles(start: Weights, reader: Reader, new_B: Tensor) -> Reader:
+    """Reset weights (to `start`), hidden state and age of the lanes that open an article."""
     if not bool(new_B.any()):
         return reader
-    weights = reset_lanes(reader.weights, memory.start(), new_B)
-    return Reader(weights, reader.state.keep(~new_B), reader.age * ~new_B)
+    weights = reset_lanes(reader.weights, start, new_B)
+    state = reader.state.keep(~new_B)
+    return Reader(weights, state, reader.age * ~new_B, reader.exploded & ~new_B)
 
 
 class Scored(NamedTuple):
@@ -64,53 +68,118 @@ class Scored(NamedTuple):
     gradients: Weights
     """Of (1/M) sum of the lane's nll by its own dynamic weights, (B, ...)."""
     state: LMState
+    output: Tensor
+    """(B, M, E): what the softmax saw."""
+    shared: Weights
+    """Of the same sum over all lanes, by the weights they share that were asked for."""
 
 
-def score_segment(memory: LongTerm, reader: Reader, segment: Segment) -> Scored:
+def score_segment(
+    memory: LongTerm, reader: Reader, segment: Segment, learn: Sequence[str] = ()
+) -> Scored:
     """Loss and gradient of one segment, every lane under its own weights.
 
     The gradient is that of sum(nll) / M also where a lane holds fewer than M tokens, so that a
-    short end of an article moves the weights by as much as its tokens weigh.
+    short end of an article moves the weights by as much as its tokens weigh. Of the weights in
+    `learn` those that the lanes share get a gradient too.
     """
     with torch.enable_grad():
-        theta = {n: w.detach().requires_grad_() for n, w in reader.weights.items()}
-        full = {**memory.weights, **theta}
-        hidden = run_lstm(full, memory.shape, segment.inputs, reader.state)
-        share = segment.mask.to(hidden.output.dtype) / segment.inputs.shape[1]
-        nll, total = weighted_nll(full, memory.shape, hidden.output, segment.targets, share)
+        theta = {n: reader.weights[n].detach().requires_grad_() for n in memory.dynamic}
+        fixed = {n: memory.weights[n].detach().requires_grad_() for n in learn if n not in theta}
+        full = {**memory.weights, **fixed, **theta}
+        share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]
+        now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
-            total, list(theta.values()), allow_unused=True, materialize_grads=True
+            now.total,
+            [*theta.values(), *fixed.values()],
+            allow_unused=True,
+            materialize_grads=True,
         )
-    nll = nll * segment.mask
+    nll = now.nll.detach() * segment.mask
     loss = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
-    return Scored(nll, loss, dict(zip(theta, found, strict=True)), hidden.state.detach())
+    gradients = dict(zip([*theta, *fixed], found, strict=True))
+    shared = {name: gradients.pop(name) for name in fixed}
+    return Scored(nll, loss, gradients, now.state.detach(), now.output.detach(), shared)
 
 
 @torch.no_grad()
 def score_static(memory: LongTerm, state: LMState, segment: Segment) -> tuple[Tensor, LMState]:
     """Loss (B, M) of one segment under theta_0, without a gradient."""
-    nll, state = score(memory.static, memory.shape, segment.inputs, segment.targets, state)
-    return nll * segment.mask, state
+    now = memory.shape.read(memory.static, segment.inputs, segment.targets, state)
+    return now.nll * segment.mask, now.state
+
+
+class Step(NamedTuple):
+    """One segment read, and what its update was made of."""
+
+    before: Reader
+    """The lanes as they read it: those that opened an article, or had to be reset, at theta_0."""
+    new: Tensor
+    """(B,) lanes that were reset before it."""
+    scored: Scored
+    signal: Signal
+    after: Reader
+    flushed: Tensor
+    """(B,) lanes that the guard resets, now or before the next segment: report them."""
 
 
 @torch.no_grad()
-def read(
-    memory: LongTerm, rule: Bound, reader: Reader, segment: Segment, out: Weights | None = None
-) -> tuple[Reader, Tensor]:
+def step(
+    memory: LongTerm,
+    rule: Bound,
+    reader: Reader,
+    segment: Segment,
+    out: Weights | None = None,
+    learn: Sequence[str] = (),
+) -> Step:
     """One step of reading: predict, score, update, carry.
 
     Lanes flagged `segment.new` are reset first. `out` receives the new weights (for speed; it must
     not be the reader's own).
 
+    The guard: a lane whose weights give no finite loss, which shows before any target does, is
+    reset to theta_0 and reads the segment from there; a lane whose mean loss passes `memory.limit`
+    is scored as it is and reset before its next segment. No other lane notices.
+    """
+    start = rule.start()
+    new = segment.new | reader.exploded
+    reader = open_articles(start, reader, new)
+    scored = score_segment(memory, reader, segment, learn)
+    broken = ~(scored.loss.isfinite() & _finite(scored.gradients))
+    if bool(broken.any()):
+        reader = open_articles(start, reader, broken)
+        buffers.give(scored.gradients.values())
+        scored = score_segment(memory, reader, segment, learn)
+        new = new | broken
+    signal = Signal(scored.loss, reader.age)
+    weights = rule.update(reader.weights, scored.gradients, signal, out)
+    exploded = (scored.loss > memory.limit) & (reader.age > 0)
+    after = Reader(weights, scored.state, reader.age + 1, exploded)
+    return Step(reader, new, scored, signal, after, broken | exploded)
+
+
+def _finite(gradients: Weights) -> Tensor:
+    """(B,) whether a lane's gradient is a number.
+
+    A layer's weights have one if its bias has, to whose gradient every step of theirs is added.
+    """
+    bias = {n: n.rpartition(".")[0] + ".bias" for n in gradients}
+    few = [g for n, g in gradients.items() if bias[n] == n or bias[n] not in gradients]
+    return torch.stack([g.flatten(1).sum(1).isfinite() for g in few]).all(0)
+
+
+def read(
+    memory: LongTerm, rule: Bound, reader: Reader, segment: Segment, out: Weights | None = None
+) -> tuple[Reader, Tensor]:
+    """`step` for those who only read on.
+
     Returns:
         the reader after the segment, and the losses (B, M) in nats.
     """
-    reader = open_articles(memory, reader, segment.new)
-    scored = score_segment(memory, reader, segment)
-    weights = rule.update(reader.weights, scored.gradients, Signal(scored.loss, reader.age), out)
-    buffers.give(scored.gradients.values())
-    return Reader(weights, scored.state, reader.age + 1), scored.nll
+    now = step(memory, rule, reader, segment, out)
+    buffers.give(now.scored.gradients.values())
+    return now.after, now.scored.nll
 
 
 class MetaGradient(NamedTuple):
@@ -121,8 +190,13 @@ class MetaGradient(NamedTuple):
     tokens: int
     """Tokens it averages."""
     gradients: Parameters
+    """By the rule's parameters."""
+    weights: Weights
+    """By the language model's weights that were asked for."""
     reader: Reader
     """Where the lanes stand afterwards, for the next unroll (truncation with state)."""
+    flushed: int
+    """How often the guard reset a lane."""
 
 
 GradientMode = Literal["reverse", "checkpoint", "forward"]
@@ -139,23 +213,59 @@ class _Past(NamedTuple):
     new: Tensor
 
 
-class _Loss:
-    """Meta-loss of an unroll while it is read."""
+class _Unroll:
+    """An unroll: what it is made of, and what is summed up while it is read."""
 
-    def __init__(self, segments: Sequence[Segment]) -> None:
+    def __init__(
+        self,
+        memory: LongTerm,
+        rule: Bound,
+        segments: Sequence[Segment],
+        learn: Sequence[str],
+        ewc: float,
+    ) -> None:
+        self.memory, self.rule, self.segments, self.learn = memory, rule, segments, learn
         self.tokens = sum(int(segment.mask.sum()) for segment in segments[1:])
         self.total = torch.zeros((), dtype=torch.float64)
+        self.flushed = 0
         self.scale = segments[0].inputs.shape[1] / max(self.tokens, 1)
         """c: from the gradient of sum(nll) / M to that of the mean over all tokens."""
+        self.pull = ewc / (len(segments[0].new) * max(1, len(segments) - 1))
+        """Of the penalty: its strength for one lane of one update."""
+        self.weights = {n: torch.zeros_like(memory.weights[n]) for n in learn}
 
-    def add(self, t: int, nll_BM: Tensor) -> None:
-        """Count segment `t`; the first is only read."""
-        if t:
-            self.total += nll_BM.sum().double().cpu()
+    def read(self, t: int, reader: Reader, again: bool = False) -> tuple[_Past, Reader]:
+        """Segment `t`: one update and the reader after it; `again` counts nothing."""
+        learn = () if again or not t else self.learn
+        out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
+        now = step(self.memory, self.rule, reader, self.segments[t], out, learn)
+        if not again:
+            self._count(t, now)
+        return _Past(now.before.weights, now.scored.gradients, now.signal, now.new), now.after
 
-    def mean(self) -> float:
-        """Nats per token, nan without a token."""
-        return float(self.total) / self.tokens if self.tokens else float("nan")
+    def _count(self, t: int, now: Step) -> None:
+        """Add the segment to the meta-loss; the first is only read."""
+        self.flushed += int(now.flushed.sum())
+        if not t:
+            return
+        self.total += now.scored.nll.sum().double().cpu()
+        for name, value in self.weights.items():
+            shared = now.scored.shared.get(name)
+            value += now.scored.gradients[name].sum(0) if shared is None else shared
+
+    def penalty(self, weights: Weights) -> Weights:
+        """Gradient of the EWC penalty by the lanes' weights, (B, ...)."""
+        start, rms = self.memory.weights, self.memory.rms
+        return {
+            n: (weights[n] - start[n]).mul_(rms[n].square().mul_(self.pull))
+            for n in self.memory.dynamic
+        }
+
+    def result(self, found: Parameters, reader: Reader) -> MetaGradient:
+        """What `meta_gradient` returns."""
+        loss = float(self.total) / self.tokens if self.tokens else float("nan")
+        weights = {n: w.mul_(self.scale) for n, w in self.weights.items()}
+        return MetaGradient(loss, self.tokens, found, weights, reader, self.flushed)
 
 
 @torch.no_grad()
@@ -166,6 +276,8 @@ def meta_gradient(
     reader: Reader,
     segments: Sequence[Segment],
     mode: GradientMode = "reverse",
+    learn: Sequence[str] = (),
+    ewc: float = 0.0,
 ) -> MetaGradient:
     """First-order meta-gradient of an unroll, without a second backward pass of the LM.
 
@@ -184,14 +296,24 @@ def meta_gradient(
 
     c turns the gradient of sum(nll)/M into that of the mean over all tokens of the meta-loss. An
     article border inside the unroll stops lam, or zeroes S, in its lane.
+
+    `learn` names weights of the language model to train through the adaptation. A rule moves a
+    lane by what its gradients say, and back towards theta_0 in proportion to the distance (f = 1 -
+    z): moving theta_0 moves every theta_t along. To first order the gradient by theta_0 therefore
+    is the sum over lanes and updates of the inner gradients, as it is for weights that all lanes
+    share.
+
+    `ewc` adds the penalty (ewc/2) mean over lanes and updates of sum F (theta_t - theta_0)^2 to
+    the objective (Kirkpatrick et al. 2017, eq. 3; F = rms^2), not to the `loss` that is returned.
     """
-    loss, found = _Loss(segments), {n: torch.zeros_like(p) for n, p in parameters.items()}
+    unroll = _Unroll(memory, rule, segments, learn, ewc)
+    found = {n: torch.zeros_like(p) for n, p in parameters.items()}
     if mode == "forward":
-        reader = _forward(memory, rule, reader, segments, loss, found)
+        reader = _forward(unroll, reader, found)
     else:
         spacing = len(segments) if mode == "reverse" else snapshot_spacing(len(segments))
-        reader = _reverse(memory, rule, reader, segments, loss, found, spacing)
-    return MetaGradient(loss.mean(), loss.tokens, found, reader)
+        reader = _reverse(unroll, reader, found, spacing)
+    return unroll.result(found, reader)
 
 
 def snapshot_spacing(updates: int) -> int:
@@ -202,52 +324,26 @@ def snapshot_spacing(updates: int) -> int:
     return math.ceil(math.sqrt(updates / 2))
 
 
-def _step(
-    memory: LongTerm, rule: Bound, reader: Reader, segment: Segment
-) -> tuple[_Past, Reader, Tensor]:
-    """One update: what it was made of, the reader after it, the losses (B, M)."""
-    reader = open_articles(memory, reader, segment.new)
-    scored = score_segment(memory, reader, segment)
-    signal = Signal(scored.loss, reader.age)
-    out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
-    weights = rule.update(reader.weights, scored.gradients, signal, out)
-    past = _Past(reader.weights, scored.gradients, signal, segment.new)
-    return past, Reader(weights, scored.state, reader.age + 1), scored.nll
-
-
-def _forward(
-    memory: LongTerm,
-    rule: Bound,
-    reader: Reader,
-    segments: Sequence[Segment],
-    loss: _Loss,
-    found: Parameters,
-) -> Reader:
+def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:
     """Read all segments with the tangent beside the weights; fills `found`."""
-    tangent = rule.tangent(len(reader.age))
-    for t, segment in enumerate(segments):
-        forget_lanes(tangent, segment.new)
-        now, reader, nll = _step(memory, rule, reader, segment)
-        loss.add(t, nll)
+    rule, tangent = unroll.rule, unroll.rule.tangent(len(reader.age))
+    penalty = {n: torch.zeros_like(p) for n, p in found.items()}
+    for t in range(len(unroll.segments)):
+        now, reader = unroll.read(t, reader)
+        forget_lanes(tangent, now.new)
+        if unroll.pull:
+            rule.owed(tangent, unroll.penalty(now.weights), now.signal, penalty)
         rule.advance(now.weights, now.gradients, now.signal, tangent, found)
         buffers.give(now.gradients.values())
         if t:  # the first weights are the caller's
             buffers.give(now.weights.values())
         del now  # two copies of the weights less during the next step
-    for value in found.values():
-        value *= loss.scale
+    for name, value in found.items():
+        value.mul_(unroll.scale).add_(penalty[name])
     return reader
 
 
-def _reverse(
-    memory: LongTerm,
-    rule: Bound,
-    reader: Reader,
-    segments: Sequence[Segment],
-    loss: _Loss,
-    found: Parameters,
-    spacing: int,
-) -> Reader:
+def _reverse(unroll: _Unroll, reader: Reader, found: Parameters, spacing: int) -> Reader:
     """Read all segments, then walk back; fills `found`.
 
     The updates of the last `spacing` segments are walked back as they were read; those before are
@@ -255,22 +351,22 @@ def _reverse(
     """
     snapshots: list[Reader] = []
     past: list[_Past] = []
-    for t, segment in enumerate(segments):
+    number = len(unroll.segments)
+    for t in range(number):
         if t % spacing == 0:
             snapshots.append(reader)
             _forget(past)
-        now, reader, nll = _step(memory, rule, reader, segment)
-        loss.add(t, nll)
+        now, reader = unroll.read(t, reader)
         past.append(now)
         del now
     lam: Weights | None = None
-    for first in reversed(range(0, len(segments), spacing)):
+    for first in reversed(range(0, number, spacing)):
         again = snapshots.pop()
-        for segment in segments[first : first + spacing] if not past else ():
-            now, again, _ = _step(memory, rule, again, segment)
+        for t in range(first, min(first + spacing, number)) if not past else ():
+            now, again = unroll.read(t, again, again=True)
             past.append(now)
             del now
-        lam = _walk_back(rule, past, lam, loss.scale, found)
+        lam = _walk_back(unroll, past, lam, found)
     return reader
 
 
@@ -284,17 +380,24 @@ def _forget(past: list[_Past]) -> None:
 
 
 def _walk_back(
-    rule: Bound, past: list[_Past], lam: Weights | None, scale: float, found: Parameters
+    unroll: _Unroll, past: list[_Past], lam: Weights | None, found: Parameters
 ) -> Weights | None:
     """lam at theta_t before the oldest of `past` (emptied) from lam after the newest."""
+    rule, scale = unroll.rule, unroll.scale
     while past:
         now = past.pop()
         if lam is None:
-            lam = {name: gradient * scale for name, gradient in now.gradients.items()}
+            lam = {
+                n: now.gradients[n] * scale if n in now.gradients else torch.zeros_like(w)
+                for n, w in now.weights.items()
+            }
         else:
             lam, part = rule.pullback(now.weights, now.gradients, now.signal, lam, scale)
             for name, value in part.items():
                 found[name] += value
+        if unroll.pull:
+            for name, value in unroll.penalty(now.weights).items():
+                lam[name] = lam[name] + value
         if bool(now.new.any()):  # theta_{t-1} was dropped for theta_0 there
             for value in lam.values():
                 value[now.new] = 0

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from mlm import buffers
 from mlm.errors import UserError
 from mlm.learner import Bound
-from mlm.lm import initial_state
 from mlm.memory import LongTerm
 from mlm.rollout import begin, read, score_static
 from mlm.streams import LaneStream
@@ -55,9 +54,9 @@ def score_articles(
     if not filled:
         return Scores(out, 0.0)
     stream = LaneStream(articles, min(lanes, filled), memory.segment, eos)
-    reader = begin(memory, stream.lanes if rule else 1)
+    reader = begin(memory, stream.lanes if rule else 1, rule)
     spare = [{n: torch.empty_like(w) for n, w in reader.weights.items()} for _ in range(2)]
-    state = initial_state(memory.shape, stream.lanes, device, reader.age.dtype)
+    state = memory.shape.initial_state(stream.lanes, device, reader.age.dtype)
     clock = time.perf_counter()
     tokens = sum(len(a) for a in articles)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:

@@ -248,10 +248,8 @@ class SeparableGates(ByFormula):
         rule, memory = self.rule, self.memory
         features = rule.lane_features(memory, signal)
         inputs_CB = torch.stack([torch.ones_like(signal.loss), *features.values()])
-        last = ("fisher",) if "fisher" in rule.features else ()
-        at = [rule.columns[column] for column in ("one", *features, *last)]
         for name, copies in tangent.items():
-            group, scale = rule.group(memory, name), float(self._scale(name))
+            scale = float(self._scale(name))
             tensors = copies, weights[name], gradients[name], memory.weights[name]
             rest = (
                 self._step[name],
@@ -266,10 +264,25 @@ class SeparableGates(ByFormula):
             else:
                 sums = dots(copies, gradients[name], 1 + rule.flush, self._fishers[name])
                 push_tensor(*tensors, *rest)
-            found["update"][group, at] += sums[0]
-            if rule.flush:
-                found["flush_scale"][group] += sums[1, 0]
-                found["flush"][group, at] += scale * sums[1]
+            self._owe(name, sums, signal, found)
+
+    def owed(self, tangent: Tangent, cotangent: Weights, signal: Signal, found: Parameters) -> None:
+        """See `Bound.owed`."""
+        for name, value in cotangent.items():
+            sums = dots(tangent[name], value, 1 + self.rule.flush, self._fishers[name])
+            self._owe(name, sums, signal, found)
+
+    def _owe(self, name: str, sums: Tensor, signal: Signal, found: Parameters) -> None:
+        """Add one tensor's `dots` to the parameters they belong to."""
+        rule = self.rule
+        features = rule.lane_features(self.memory, signal)
+        last = ("fisher",) if "fisher" in rule.features else ()
+        at = [rule.columns[column] for column in ("one", *features, *last)]
+        group = rule.group(self.memory, name)
+        found["update"][group, at] += sums[0]
+        if rule.flush:
+            found["flush_scale"][group] += sums[1, 0]
+            found["flush"][group, at] += self._scale(name) * sums[1]
 
     def _push_compiled(
         self,

@@ -162,7 +162,9 @@ def test_gradient_of_a_short_end_weighs_its_tokens() -> None:
     memory = tiny_memory(("softmax.bias",))
     text = articles((3,))
     piece = next(LaneStream(text, 1, memory.segment, EOS))
-    scored = score_segment(memory, open_articles(memory, begin(memory, 1), piece.new), piece)
+    scored = score_segment(
+        memory, open_articles(memory.start(), begin(memory, 1), piece.new), piece
+    )
     # d sum(nll) / d bias = sum over tokens of (softmax - one-hot): its entries sum to zero, and
     # the hit entries are at most count / M below zero.
     g = scored.gradients["softmax.bias"][0]
