@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import softmax
-from mlm.recurrence import lane_lstm
+from mlm.recurrence import is_plain, lane_lstm
 
 Weights = dict[str, Tensor]
 
@@ -79,7 +79,7 @@ class Read(NamedTuple):
     """A segment read by a language model."""
 
     nll: Tensor
-    """(B, T) nats; differentiable only where the model's plain operations are asked for."""
+    """(B, T) nats; differentiable only within `plain_operations` (mlm.recurrence)."""
     total: Tensor
     """Differentiable sum of nll times the shares that were asked for; zero without any."""
     output: Tensor
@@ -252,7 +252,7 @@ def _layer(
     """
     w_input, w_recurrent, bias = weights
     shared = w_input.dim() == w_recurrent.dim() == 2 and bias.dim() == 1
-    if shared and extra_BTG is None:
+    if shared and extra_BTG is None and not is_plain():
         flat = [w_input, w_recurrent, bias, torch.zeros_like(bias)]
         state = (h.unsqueeze(0), c.unsqueeze(0))
         grad = torch.is_grad_enabled()
@@ -328,7 +328,7 @@ def _fused_nll(
 ) -> tuple[Tensor, Tensor] | None:
     """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
     layer = softmax.Layer(weights["embedding"], weights["softmax.bias"], weights.get("softmax.low"))
-    if shape.cutoffs or not softmax.supports(output_BTE, layer):
+    if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
     return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, weights_BT)
@@ -337,12 +337,15 @@ def _fused_nll(
 def weighted_nll(
     weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Losses (B, T) in nats, detached, and their differentiable sum weighted by `weights_BT`."""
+    """Losses (B, T) in nats and their differentiable sum weighted by `weights_BT`.
+
+    The losses are detached but within `plain_operations`.
+    """
     fused = _fused_nll(weights, shape, output_BTE, targets_BT, weights_BT)
     if fused is not None:
         return fused
     nll = token_nll(weights, shape, output_BTE, targets_BT)
-    return nll.detach(), (nll * weights_BT).sum()
+    return nll if is_plain() else nll.detach(), (nll * weights_BT).sum()
 
 
 def token_nll(weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:

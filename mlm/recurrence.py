@@ -5,6 +5,8 @@ Letters: B lanes, T time, H hidden. Gate order is PyTorch's: input, forget, cell
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +16,25 @@ from mlm import kernels
 from mlm.buffers import take
 
 CACHE_BYTES = 8 << 20
+
+_plain = False
+
+
+@contextlib.contextmanager
+def plain_operations() -> Iterator[None]:
+    """Within it the language model is made of plain operations, which autograd can differentiate
+    any number of times (second order); slow."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
+def is_plain() -> bool:
+    """Whether plain operations are asked for."""
+    return _plain
 
 
 def _recur(h_BH: Tensor, recurrent: Tensor) -> Tensor:
@@ -184,9 +205,22 @@ class LaneLinear(torch.autograd.Function):
 
 def lane_linear(x_BTI: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x W^T + bias (B, T, O); W (O, I) and bias (O) are shared or have a leading B."""
-    if weight.dim() == 3:
+    if weight.dim() == 3 and not _plain:
         return LaneLinear.apply(x_BTI, weight, bias)  # type: ignore[return-value]
-    return x_BTI @ weight.t() + (bias if bias.dim() == 1 else bias.unsqueeze(1))
+    return x_BTI @ weight.mT + (bias if bias.dim() == 1 else bias.unsqueeze(1))
+
+
+def plain_lstm(
+    gates_BTG: Tensor, recurrent: Tensor, h_BH: Tensor, c_BH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`LaneRecurrence` step by step in plain operations; arguments and results as there."""
+    steps = []
+    for a_BG in gates_BTG.unbind(1):
+        i, f, g, o = (a_BG + _recur(h_BH, recurrent)).chunk(4, 1)
+        c_BH = f.sigmoid() * c_BH + i.sigmoid() * g.tanh()
+        h_BH = o.sigmoid() * c_BH.tanh()
+        steps.append(h_BH)
+    return torch.stack(steps, 1), h_BH, c_BH
 
 
 def lane_lstm(
@@ -205,10 +239,13 @@ def lane_lstm(
         extra_BTG: (B, T, 4H), added to the input projection.
 
     Returns:
-        outputs (B, T, H), last h and c (B, H). Differentiable once in every argument.
+        outputs (B, T, H), last h and c (B, H). Differentiable once in every argument, any number
+        of times within `plain_operations`.
     """
     w_input, w_recurrent, bias = weights
     gates = lane_linear(x_BTI, w_input, bias)
     gates = gates if extra_BTG is None else gates + extra_BTG
+    if _plain:
+        return plain_lstm(gates, w_recurrent, h_BH, c_BH)
     y, h, c = LaneRecurrence.apply(gates, w_recurrent, h_BH, c_BH)  # type: ignore[misc]
     return y, h, c
