@@ -1,0 +1,122 @@
+"""The exact meta-gradient: through the inner gradients, the signals and the hidden state too.
+
+Slow and with all of the unroll in memory: for small models, and to measure what the first order
+leaves out. Letters: B lanes, M tokens per segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mlm.learner import Parameters, Signal, UpdateRule
+from mlm.lm import LMState, Weights
+from mlm.memory import LongTerm, reset_lanes
+from mlm.recurrence import plain_operations
+from mlm.rollout import MetaGradient, Reader
+from mlm.streams import Segment
+
+
+def second_order(
+    memory: LongTerm,
+    rule: UpdateRule,
+    parameters: Parameters,
+    reader: Reader,
+    segments: Sequence[Segment],
+    learn: Sequence[str] = (),
+    ewc: float = 0.0,
+) -> MetaGradient:
+    """`rollout.meta_gradient` without its approximations; arguments and result as there.
+
+    Second order as in MAML (Finn et al. 2017): the inner gradients depend on theta, and so do the
+    losses that gates see and the hidden state that is carried on. What came before the unroll is a
+    constant: the lanes' distance from theta_0, and their hidden state.
+    """
+    with plain_operations(), torch.enable_grad():
+        phi = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+        weights = {n: memory.weights[n].detach().requires_grad_() for n in learn}
+        home = dataclasses.replace(memory, weights={**memory.weights, **weights})
+        moved = {
+            n: w - memory.weights[n] + weights[n] if n in weights else w
+            for n, w in reader.weights.items()
+        }
+        loss, tokens, penalty, reader, flushed = _unroll(
+            home, rule, phi, reader._replace(weights=moved), segments
+        )
+        objective = loss / max(tokens, 1) + 0.5 * ewc * penalty
+        inputs = [*phi.values(), *weights.values()]
+        found: Sequence[Tensor] = [torch.zeros_like(x) for x in inputs]
+        if objective.requires_grad:
+            found = torch.autograd.grad(objective, inputs, materialize_grads=True)
+    gradients = dict(zip([*phi, *weights], found, strict=True))
+    by_weights = {n: gradients.pop(n) for n in weights}
+    after = reader._replace(
+        weights={n: w.detach() for n, w in reader.weights.items()}, state=reader.state.detach()
+    )
+    mean = float(loss.detach()) / tokens if tokens else float("nan")
+    return MetaGradient(mean, tokens, gradients, by_weights, after, flushed)
+
+
+def _unroll(
+    memory: LongTerm,
+    rule: UpdateRule,
+    phi: Parameters,
+    reader: Reader,
+    segments: Sequence[Segment],
+) -> tuple[Tensor, int, Tensor, Reader, int]:
+    """Read all segments in one graph.
+
+    Returns:
+        nats and tokens of all segments but the first, the mean over lanes and updates of sum F
+        (theta_t - theta_0)^2, the reader afterwards, and how often the guard reset a lane.
+    """
+    start = {**memory.start(), **rule.state(memory)}
+    loss = penalty = torch.zeros_like(reader.age.sum())
+    tokens, flushed = 0, 0
+    for t, segment in enumerate(segments):
+        reader = _opened(start, reader, segment.new | reader.exploded)
+        nll, gradients, state = _inner(memory, reader, segment)
+        if t:
+            loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
+            penalty = penalty + _distance(memory, reader.weights)
+        own = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
+        signal = Signal(own, reader.age)
+        theta = rule.formula(phi, memory, reader.weights, gradients, signal)
+        exploded = (own.detach() > memory.limit) & (reader.age > 0)
+        flushed += int(exploded.sum())
+        reader = Reader(theta, state, reader.age + 1, exploded)
+    terms = len(reader.age) * max(1, len(segments) - 1)
+    return loss, tokens, penalty / terms, reader, flushed
+
+
+def _opened(start: Weights, reader: Reader, new_B: Tensor) -> Reader:
+    """`rollout.open_articles`, and every tensor a node of its own, by which one can differentiate.
+
+    A rule may hand a tensor on as it is, and earlier hidden states depend on it as well.
+    """
+    theta = reset_lanes(reader.weights, start, new_B)
+    theta = {n: w.view_as(w).requires_grad_(True) for n, w in theta.items()}
+    return Reader(theta, reader.state.keep(~new_B), reader.age * ~new_B, reader.exploded)
+
+
+def _inner(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Tensor, Weights, LMState]:
+    """Losses (B, M), the inner gradients and the state after a segment, all differentiable."""
+    theta = {n: reader.weights[n] for n in memory.dynamic}
+    share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]
+    full = {**memory.weights, **theta}
+    now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
+    found = torch.autograd.grad(
+        now.total, list(theta.values()), create_graph=True, materialize_grads=True
+    )
+    return now.nll * segment.mask, dict(zip(theta, found, strict=True)), now.state
+
+
+def _distance(memory: LongTerm, weights: Weights) -> Tensor:
+    """sum F (theta - theta_0)^2 over all lanes and weights."""
+    squares = [
+        (memory.rms[n] * (weights[n] - memory.weights[n])).square().sum() for n in memory.dynamic
+    ]
+    return torch.stack(squares).sum()
