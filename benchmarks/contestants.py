@@ -22,6 +22,7 @@ from torch.func import functional_call, grad_and_value, vmap
 
 from benchmarks.timing import Step, reading
 from mlm.learner import RMS
+from mlm.lm import LMShape
 from mlm.memory import LongTerm
 from mlm.streams import Segment
 
@@ -75,6 +76,7 @@ class PeerLM(nn.Module):
         super().__init__()
         self.table = nn.Parameter(memory.weights["embedding"].clone(), requires_grad=False)
         self.bias = nn.Parameter(memory.weights["softmax.bias"].clone(), requires_grad=False)
+        assert isinstance(memory.shape, LMShape)
         self.layers = nn.ModuleList(layer(*sizes) for sizes in memory.shape.layer_sizes())
         self.sizes = [hidden for _, hidden in memory.shape.layer_sizes()]
         self.to(self.table.device)

@@ -28,14 +28,16 @@ import tyro
 from benchmarks.pareto_picture import draw
 from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
 from mlm.checkpoint import RunFolder, load_lm, machine
+from mlm.config import MetaConfig
 from mlm.errors import UserError, run_cli
 from mlm.files import write_text
+from mlm.gates import LinearGates
 from mlm.learner import RMS, Bound
 from mlm.memory import LongTerm, has_low_rank
 from mlm.meta import MetaTrainer
-from mlm.pipeline import gates_rule, new_memory
 from mlm.run import Run, open_run, say
 from mlm.scoring import score_articles
+from mlm.stage_meta import new_memory
 from mlm.tuning import tune
 
 SETS = (
@@ -114,6 +116,11 @@ def choices(options: Options, layers: int, rank: int) -> list[Choice]:
         own = int(number or rank) if has_low_rank(dynamic) else 0
         found += [Choice(dynamic, own, segment) for segment in options.segment]
     return found
+
+
+def three_levels(meta: MetaConfig) -> LinearGates:
+    """The meta-learner with FLUSH, as the run's settings want it."""
+    return LinearGates("three_levels", True, meta.features, meta.per_tensor, meta.free_copy)
 
 
 class Bench:
@@ -198,7 +205,7 @@ class Bench:
         How long an update takes does not depend on what the gates have learned: they are used as
         they start.
         """
-        rule = gates_rule(self.run, "three_levels")
+        rule = three_levels(self.run.config.meta)
         work = {"static": self.static_work()}
         for number, row in enumerate(rows):
             choice = Choice(row["dynamic"], row["rank"], row["segment"])
@@ -230,7 +237,7 @@ class Bench:
         run = self.run
         memory = self.memory(choice, run.config.adapt.fisher_words)
         best = tune(memory, RMS(), run.tune_text, "article", self.options.budget)[0]
-        rule = gates_rule(run, "three_levels")
+        rule = three_levels(run.config.meta)
         start = rule.start_at_rms(memory, best.setting["rate"], best.setting["decay"])
         trainer = MetaTrainer(memory, rule, start, self.held, run.config.meta, run.config.seed)
         for _ in range(self.options.steps):

@@ -62,6 +62,18 @@ ENGINE: dict[str, dict[str, str]] = {
         "memory exponent": "exponent of memory",
         "ratio": "ratio",
     },
+    "rules": {
+        "row": "row",
+        "rule": "rule",
+        "article": "gain, article",
+        "stream": "gain, stream",
+        "parameters": "learned or tuned",
+        "training tokens/s": "training tokens/s",
+        "scoring tokens/s": "scoring tokens/s",
+        "MB per lane": "MB per lane",
+        "drift": "drift",
+        "resets": "resets",
+    },
     "pareto": {
         "dynamic": "weights that adapt",
         "rank": "rank",
@@ -157,6 +169,14 @@ def _cell(value: Any) -> str:
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def _with_interval(row: dict[str, Any], key: str) -> str:
+    """A cell, with its interval if the row has one."""
+    interval = row.get(f"{key} interval")
+    if interval is None or not isinstance(row.get(key), float):
+        return _cell(row.get(key))
+    return f"{row[key]:.3f}{_signed(interval)}"
+
+
 def engine(file: str) -> list[str]:
     """A speed benchmark's table, with the machine it ran on."""
     path = ROOT / file
@@ -172,7 +192,7 @@ def engine(file: str) -> list[str]:
         f"| {' | '.join(columns.values())} |",
         f"| {' | '.join(':--' if k in text else '--:' for k in columns)} |",
     ]
-    lines += [f"| {' | '.join(_cell(row.get(key)) for key in columns)} |" for row in rows]
+    lines += [f"| {' | '.join(_with_interval(row, key) for key in columns)} |" for row in rows]
     machine, packages = found["machine"], found["versions"]
     used = ", ".join(f"{name} {number}" for name, number in packages.items())
     return [*lines, "", f"{machine['cpu']}, {machine['threads']} threads; {used}."]

@@ -19,8 +19,9 @@ from torch import Tensor
 from mlm.config import Config, from_dict, to_dict
 from mlm.errors import UserError
 from mlm.files import atomic_path, naming, write_text
-from mlm.lm import LMShape
+from mlm.lm import BaseModel, LanguageModel, LMShape
 from mlm.memory import LongTerm
+from mlm.snail import SnailShape
 
 RESULTS = (
     "checkpoints/*.safetensors",
@@ -206,16 +207,30 @@ def load_adam(
 
 
 def save_lm(
-    path: Path, weights: dict[str, Tensor], shape: LMShape, vocabulary_hash: str, **more: Any
+    path: Path, weights: dict[str, Tensor], shape: BaseModel, vocabulary_hash: str, **more: Any
 ) -> None:
     """Write a language model's weights."""
-    about = {"shape": dataclasses.asdict(shape), "vocabulary": vocabulary_hash, **more}
+    about = {"shape": _record(shape), "vocabulary": vocabulary_hash, **more}
     save_tensors(path, weights, about)
 
 
-def _shape(about: dict[str, Any]) -> LMShape:
-    values = dict(about["shape"])
-    return LMShape(**{**values, "cutoffs": tuple(values["cutoffs"])})
+def _record(shape: LanguageModel) -> dict[str, Any]:
+    """A model's sizes, from which `_shape` makes it again.
+
+    Raises:
+        UserError: it is a module of the user's own, whose code no file holds.
+    """
+    if not isinstance(shape, (LMShape, SnailShape)):
+        raise UserError(
+            f"a {type(shape).__name__} cannot be written to a checkpoint, which holds no code. "
+            "Save the tensors of `memory.weights` and `memory.rms`, and make the model anew"
+        )
+    return dataclasses.asdict(shape)
+
+
+def _shape(about: dict[str, Any]) -> LMShape | SnailShape:
+    values = {**about["shape"], "cutoffs": tuple(about["shape"]["cutoffs"])}
+    return SnailShape(**values) if values.get("cell") == "snail" else LMShape(**values)
 
 
 def check_vocabulary(path: Path, about: dict[str, Any], vocabulary_hash: str) -> None:
@@ -231,7 +246,9 @@ def check_vocabulary(path: Path, about: dict[str, Any], vocabulary_hash: str) ->
         )
 
 
-def load_lm(path: Path, vocabulary_hash: str) -> tuple[dict[str, Tensor], LMShape, dict[str, Any]]:
+def load_lm(
+    path: Path, vocabulary_hash: str
+) -> tuple[dict[str, Tensor], BaseModel, dict[str, Any]]:
     """Weights, sizes and description of a language model.
 
     Raises:
@@ -247,7 +264,7 @@ def save_memory(path: Path, memory: LongTerm, vocabulary_hash: str) -> None:
     tensors = {f"theta_0/{n}": w for n, w in memory.weights.items()}
     tensors |= {f"rms/{n}": r for n, r in memory.rms.items()}
     about = {
-        "shape": dataclasses.asdict(memory.shape),
+        "shape": _record(memory.shape),
         "vocabulary": vocabulary_hash,
         "dynamic": list(memory.dynamic),
         "loss": memory.loss,

@@ -7,12 +7,25 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlm.errors import UserError
 
-LEARNED = ("two_levels", "three_levels")
-RULES = ("static", "sgd", "rms", *LEARNED)
+HAND_MADE = ("sgd", "momentum", "rms", "adam")
+LearnedRule = Literal[
+    "tensor_steps",
+    "weight_steps",
+    "two_levels",
+    "three_levels",
+    "surprise",
+    "adaptive",
+    "mlp",
+    "lstm",
+]
+LEARNED: tuple[LearnedRule, ...] = get_args(LearnedRule)
+RULES = ("static", *HAND_MADE, *LEARNED)
+CACHE = "+cache"
+"""Ending of a rule's name that stands for the rule with a neural cache on top."""
 PROTOCOLS = ("article", "stream")
 
 
@@ -34,18 +47,23 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Short-term memory: the LSTM."""
+    """Short-term memory: the base model."""
 
     embedding: int = 128
     """Size of the tied embedding and of the last layer."""
     hidden: int = 128
     """Size of the other layers."""
     layers: int = 1
-    """Number of LSTM layers."""
+    """Number of layers (snail: of blocks)."""
     adaptive_above: int = 50_000
     """Vocabularies larger than this get an adaptive softmax."""
     cutoffs: tuple[int, ...] = (20_000, 60_000)
     """Ends of the adaptive softmax's head and tails (word ids); those beyond the size drop out."""
+    cell: Literal["lstm", "qrnn", "snail"] = "lstm"
+    """Recurrent layers, LSTM or QRNN; or snail: no memory but the last tokens, which convolutions
+    and attention read, with as many weights as the LSTM of these sizes would have."""
+    context: int = 256
+    """Tokens that snail sees before the present segment."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +102,16 @@ class LMTrainingConfig:
     """Words of the validation split read for it; 0 = all."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """bfloat16 matrix products; auto = where the processor has them."""
+    init: Path | None = None
+    """Run folder of a language model to go on from, with the same text and sizes."""
+    through: Literal["none", "rms"] = "none"
+    """rms = train the weights through the adaptation from the start: every lane reads under
+    weights of its own that Krause's rule rewrites after each segment, and the loss of that reading
+    is what is trained (float32, no dropout)."""
+    through_rate: float = 3e-3
+    """Step size of that rule."""
+    through_decay: float = 0.01
+    """Decay of that rule towards the trained weights."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +129,9 @@ class AdaptConfig:
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
     """Training words the Fisher is estimated on."""
+    guard: float = 1.5
+    """A lane whose mean loss over a segment passes so many times ln(vocabulary), the loss of
+    guessing, starts again from theta_0 before its next segment; 0 = never. Reported."""
     threads: int = 1
     """CPU threads from stage 2 on; 0 = as in stage 1. A second thread pays from about 256 hidden
     units and four lanes on (presets small and awd: 0); smaller models are slower on two."""
@@ -112,8 +143,11 @@ class AdaptConfig:
 class MetaConfig:
     """Stage 2: the meta-learner."""
 
-    rules: tuple[Literal["two_levels", "three_levels"], ...] = ("two_levels", "three_levels")
-    """Without FLUSH, with FLUSH."""
+    rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
+    """Which to train: tensor_steps (a step size and a decay per tensor), weight_steps (a step size
+    per weight), two_levels (linear gates without FLUSH), three_levels (with FLUSH), surprise (with
+    momentum too), adaptive (with momentum and running second moment), mlp, lstm (gates that are
+    small networks; the latter with a hidden state for every weight)."""
     features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (
         "fisher",
         "loss",
@@ -124,18 +158,42 @@ class MetaConfig:
     """Every tensor has its own gates; False = one set for all."""
     free_copy: bool = False
     """COPY learned apart; False = COPY is 1 - FLUSH."""
-    start: Literal["rms", "sgd"] = "rms"
-    """The hand-made rule (tuned on validation) the gates start as."""
+    fisher: Literal["feature", "flush", "off"] = "feature"
+    """How the Fisher enters: as a feature of all gates, as the strength of FLUSH only (needs
+    another --meta.start than rms or adam), or not at all."""
+    hidden: int = 8
+    """Hidden units of mlp and lstm."""
+    start: str = "rms"
+    """The rule whose behaviour training starts from, exactly: sgd, momentum, rms or adam (tuned on
+    validation), or a learned rule that the run folder or --meta.rules holds already."""
+    learn: tuple[Literal["rule", "theta_0", "static"], ...] = ("rule",)
+    """What is trained: the rule, the dynamic weights' initial values, the weights that never
+    adapt; the last two end to end through the adaptation."""
+    text: Literal["held_out", "training", "all"] = "held_out"
+    """Which training articles: those held out from stage 1, those of stage 1, or both."""
+    theta_0: Literal["gradient", "reptile"] = "gradient"
+    """How initial values are learned: by the meta-gradient (MAML in effect), or by moving towards
+    where reading led (Reptile)."""
+    weight_rate: float = 1e-4
+    """Peak rate of Adam on theta_0 and static weights."""
+    ewc: float = 0.0
+    """Strength of the penalty on leaving theta_0, weighted by the Fisher, in the meta-loss."""
     lanes: int = 8
     """Articles read side by side."""
     stream_share: float = 0.5
     """Share of the lanes that are never reset at article borders."""
     unroll: int = 40
     """Updates per meta-gradient."""
-    gradient: Literal["reverse", "checkpoint", "forward"] = "reverse"
-    """The same meta-gradient, from every update kept (reverse, fastest), from a snapshot now and
-    then and the text between read twice (checkpoint), or along with the updates (forward: its
-    memory does not grow with the unroll)."""
+    gradient: Literal["reverse", "checkpoint", "forward", "second", "pes"] = "reverse"
+    """First order: the same meta-gradient from every update kept (reverse, fastest), from a
+    snapshot now and then and the text between read twice (checkpoint), or along with the updates
+    (forward: its memory does not grow with the unroll). second = exact, through the inner
+    gradients too: slow. pes = persistent evolution strategies: no back-propagation, no bias by
+    truncation, much noise; trains the rule only."""
+    pes_pairs: int = 4
+    """Antithetic pairs of perturbed rules that read side by side (pes)."""
+    pes_sigma: float = 0.05
+    """Standard deviation of a perturbation (pes)."""
     steps: int = 12
     """Meta-updates."""
     learning_rate: float = 0.1
@@ -148,8 +206,11 @@ class MetaConfig:
 class EvaluationConfig:
     """Scoring and tuning."""
 
-    rules: tuple[str, ...] = RULES
-    """Rules to score."""
+    rules: tuple[str, ...] = ("static", "sgd", "rms", "two_levels", "three_levels")
+    """Rules to score: static, sgd, momentum, rms, adam and those of --meta.rules; NAME+cache puts
+    a neural cache on top."""
+    cache_words: int = 2_000
+    """Words that a neural cache remembers."""
     protocols: tuple[Literal["article", "stream"], ...] = PROTOCOLS
     """article = weights and state reset at each border; stream = nothing reset."""
     split: Literal["valid", "test"] = "valid"
@@ -246,6 +307,32 @@ PRESETS: dict[str, Config] = {
 }
 
 
+def _meta_problems(m: MetaConfig) -> list[str]:
+    """What is wrong with stage 2's settings, one line each."""
+    found = []
+    starts = [*HAND_MADE, *LEARNED]
+    if m.start not in starts:
+        found.append(f"--meta.start is {m.start}; choose from {', '.join(starts)}")
+    seen = m.fisher == "feature" and "fisher" in m.features
+    if m.start in ("rms", "adam") and not seen:
+        found.append(
+            f"--meta.start is {m.start}, whose steps follow the Fisher; it needs --meta.fisher "
+            "feature and fisher among --meta.features, or use --meta.start sgd"
+        )
+    if not m.learn:
+        found.append("--meta.learn is empty; name at least one of rule, theta_0, static")
+    if m.free_copy and set(m.learn) - {"rule"}:
+        found.append(
+            "--meta.free-copy keeps COPY apart from FLUSH, and theta_0 then has no first-order "
+            "gradient here; use --meta.learn rule"
+        )
+    if m.gradient == "pes" and m.learn != ("rule",):
+        found.append("--meta.gradient pes trains the rule only; use --meta.learn rule")
+    if not 0 <= m.ewc < math.inf:
+        found.append(f"--meta.ewc is {m.ewc}; it must be 0 or more and finite")
+    return found
+
+
 def _problems(c: Config) -> list[str]:
     """Everything wrong with the values, one line each."""
     found = []
@@ -258,6 +345,7 @@ def _problems(c: Config) -> list[str]:
         "--model.embedding": c.model.embedding,
         "--model.hidden": c.model.hidden,
         "--model.layers": c.model.layers,
+        "--model.context": c.model.context,
         "--lm.lanes": c.lm.lanes,
         "--lm.segment": c.lm.segment,
         "--lm.validations": c.lm.validations,
@@ -268,6 +356,9 @@ def _problems(c: Config) -> list[str]:
         "--evaluation.budget": c.evaluation.budget,
         "--evaluation.tune-words": c.evaluation.tune_words,
         "--evaluation.resamples": c.evaluation.resamples,
+        "--evaluation.cache-words": c.evaluation.cache_words,
+        "--meta.hidden": c.meta.hidden,
+        "--meta.pes-pairs": c.meta.pes_pairs,
     }
     for flag, value in at_least_one.items():
         need(value >= 1, flag, value, "it must be at least 1")
@@ -287,6 +378,8 @@ def _problems(c: Config) -> list[str]:
         "--lm.learning-rate": c.lm.learning_rate,
         "--lm.clip": c.lm.clip,
         "--meta.learning-rate": c.meta.learning_rate,
+        "--meta.weight-rate": c.meta.weight_rate,
+        "--meta.pes-sigma": c.meta.pes_sigma,
         "--meta.clip": c.meta.clip,
     }.items():
         need(0 < value < math.inf, flag, value, "it must be above 0 and finite")
@@ -294,6 +387,12 @@ def _problems(c: Config) -> list[str]:
         rate = getattr(c.lm, f"dropout_{name}")
         need(0 <= rate < 1, f"--lm.dropout-{name}", rate, "it must be in [0, 1)")
     need(0 <= c.lm.weight_drop < 1, "--lm.weight-drop", c.lm.weight_drop, "it must be in [0, 1)")
+    need(
+        c.model.cell == "lstm" or c.lm.weight_drop == 0,
+        "--lm.weight-drop",
+        c.lm.weight_drop,
+        f"a {c.model.cell} has no recurrent weights to drop: use 0",
+    )
     need(0 < c.text.held_out < 1, "--text.held-out", c.text.held_out, "it must be in (0, 1)")
     need(5 <= c.adapt.segment <= 100, "--adapt.segment", c.adapt.segment, "M must be 5 to 100")
     need(
@@ -305,10 +404,15 @@ def _problems(c: Config) -> list[str]:
         c.meta.stream_share,
         "it must be in [0, 1]",
     )
-    needs_fisher = c.meta.start == "rms" and "fisher" not in c.meta.features
-    need(not needs_fisher, "--meta.features", c.meta.features, "--meta.start rms needs fisher")
-    unknown = [r for r in c.evaluation.rules if r not in RULES]
-    need(not unknown, "--evaluation.rules", " ".join(unknown), f"choose from {', '.join(RULES)}")
+    found += _meta_problems(c.meta)
+    need(0 <= c.adapt.guard < math.inf, "--adapt.guard", c.adapt.guard, "it must be 0 or more")
+    unknown = [r for r in c.evaluation.rules if r.removesuffix(CACHE) not in RULES]
+    need(
+        not unknown,
+        "--evaluation.rules",
+        " ".join(unknown),
+        f"choose from {', '.join(RULES)}, each also with {CACHE}",
+    )
     need(bool(c.stages), "--stages", "empty", "name at least one")
     need(bool(c.evaluation.protocols), "--evaluation.protocols", "empty", "name at least one")
     cutoffs = list(c.model.cutoffs)
@@ -347,7 +451,7 @@ def _build(kind: Any, default: Any, values: dict[str, Any], where: str) -> Any:
             value = _build(type(old), old, value, f"{where}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, str) and (isinstance(old, Path) or name == "out"):
+        elif isinstance(value, str) and (isinstance(old, Path) or name in ("out", "init")):
             value = Path(value)
         changes[name] = value
     return dataclasses.replace(default, **changes)

@@ -1,6 +1,7 @@
-"""The meta-learner: linear COPY / UPDATE / FLUSH gates shared by all coordinates (eq. 6).
+"""The meta-learner: COPY / UPDATE / FLUSH gates shared by all coordinates (eq. 6).
 
-Letters: B lanes, N weights of a tensor, G groups of tensors, F columns of a gate's features.
+Letters: B lanes, N weights of a tensor, G groups of tensors, F columns of a gate's features,
+O outputs of a network.
 """
 
 from __future__ import annotations
@@ -13,13 +14,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mlm.learner import Bound, ByFormula, Parameters, Signal, UpdateRule
+from mlm.errors import UserError
+from mlm.filters import filtered
+from mlm.learner import Bound, ByFormula, LaneByLane, Parameters, Signal, UpdateRule, per_lane
+from mlm.lm import Weights
 from mlm.memory import LongTerm
-from mlm.separable import FLUSH_UNIT, LANE, SeparableGates
+from mlm.networks import LSTM, MLP, Network
+from mlm.separable import FLUSH_UNIT, LANE, FilteredGates, SeparableGates
 
 Feature = Literal["fisher", "loss", "age", "gradient", "distance"]
 COORDINATE = ("gradient", "distance")
+GATES = ("update", "flush", "copy")
 P_LOG = 10.0
+LARGEST_MOMENTUM = 0.999
 
 
 def preprocess(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,6 +42,7 @@ def preprocess(x: Tensor) -> tuple[Tensor, Tensor]:
 class LinearGates(UpdateRule):
     """The meta-learner of eq. 6: gates linear in a few features, shared by all coordinates.
 
+        theta_t = f theta_{t-1} + i g~ + z theta_0
         i = -exp(w . x)               UPDATE, always a step against the gradient
         z = clip(s exp(v . x), 0, 1)  FLUSH towards theta_0
         f = 1 - z + k . x             COPY; k . x is absent unless `free_copy`
@@ -42,8 +50,13 @@ class LinearGates(UpdateRule):
     x holds a constant and `features`: `fisher` (log RMS of the weight), `loss` (tanh of segment
     loss minus corpus mean), `age` (1/sqrt(1 + updates since theta_0)), `gradient` (over its RMS)
     and `distance` theta - theta_0, both preprocessed as in Andrychowicz et al. 2016. With
-    `per_tensor` every tensor has its own w, s, v, k. The rule starts exactly at SGD or at
-    Krause's rule (`start_at_sgd`, `start_at_rms`) and is trained from there.
+    `per_tensor` every tensor has its own w, s, v, k. g~ is the gradient, after `momentum` and
+    `square` if the rule has them (`mlm.filters`), each with a number per group. `per_weight` adds
+    a number per weight to w . x (Meta-SGD, Li et al. 2017); `mlp` and `lstm` networks that see x
+    add to w . x and v . x (`mlm.networks`).
+
+    Every part is exactly without effect until it is trained: a rule starts as what any rule whose
+    parts it contains does (`mlm.rules.start_at`).
     """
 
     name: str = "three_levels"
@@ -52,6 +65,51 @@ class LinearGates(UpdateRule):
     per_tensor: bool = True
     free_copy: bool = False
     eps: float = 2e-5
+    momentum: bool = False
+    square: bool = False
+    per_weight: bool = False
+    mlp: int = 0
+    """Hidden units, 0 = without."""
+    lstm: int = 0
+    """Hidden units, 0 = without."""
+    fixed: tuple[str, ...] = ()
+    """What is not trained: features (or `one`, the constant) of all gates, or of one, such as
+    `flush.fisher`; whole gates `update`, `flush`, `copy`; or `flush_scale`, `momentum`, `square`,
+    `step`, `mlp`, `lstm`."""
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.fixed) - self.fixable)
+        if unknown:
+            raise UserError(
+                f"rule {self.name}: {', '.join(unknown)} cannot be fixed; choose from "
+                f"{', '.join(sorted(self.fixable))}"
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The gates that have parameters."""
+        has = {"update": True, "flush": self.flush, "copy": self.free_copy}
+        return tuple(kind for kind in GATES if has[kind])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have parameters, besides the gates' rows."""
+        has = {
+            "flush_scale": self.flush,
+            "momentum": self.momentum,
+            "square": self.square,
+            "step": self.per_weight,
+            "mlp": self.mlp,
+            "lstm": self.lstm,
+        }
+        return tuple(part for part, there in has.items() if there)
+
+    @property
+    def fixable(self) -> set[str]:
+        """What `fixed` may hold."""
+        columns = ("one", *self.features)
+        own = {f"{kind}.{column}" for kind in self.kinds for column in columns}
+        return {*columns, *own, *self.kinds, *self.parts}
 
     @cached_property
     def columns(self) -> dict[str, int]:
@@ -64,11 +122,19 @@ class LinearGates(UpdateRule):
     @property
     def separable(self) -> bool:
         """Gates are (one number per weight) x (one number per lane): the fast path applies."""
-        return not self.free_copy and not set(COORDINATE) & set(self.features)
+        return not (self.free_copy or self.networks or set(COORDINATE) & set(self.features))
+
+    @cached_property
+    def networks(self) -> tuple[Network, ...]:
+        """The networks that add to the gates."""
+        return tuple(
+            kind(hidden) for kind, hidden in ((MLP, self.mlp), (LSTM, self.lstm)) if hidden
+        )
 
     # -- parameters -------------------------------------------------------------------------
 
-    def _zeros(self, memory: LongTerm) -> Parameters:
+    def initial(self, memory: LongTerm) -> Parameters:
+        """Parameters of parts without effect: rows of zeros, and networks that say nothing."""
         groups = len(memory.dynamic) if self.per_tensor else 1
         like = next(iter(memory.rms.values()))
         phi = {"update": like.new_zeros(groups, len(self.columns))}
@@ -77,11 +143,18 @@ class LinearGates(UpdateRule):
             phi["flush_scale"] = like.new_zeros(groups)
         if self.free_copy:
             phi["copy"] = torch.zeros_like(phi["update"])
+        for part, there in (("momentum", self.momentum), ("square", self.square)):
+            if there:
+                phi[part] = like.new_zeros(groups)
+        if self.per_weight:
+            phi |= {f"step/{n}": torch.zeros_like(w) for n, w in memory.start().items()}
+        for network in self.networks:
+            phi |= network.initial(len(self.columns), 1 + self.flush, like)
         return phi
 
     def start_at_sgd(self, memory: LongTerm, rate: float) -> Parameters:
         """Parameters with which the rule is SGD with this rate."""
-        phi = self._zeros(memory)
+        phi = self.initial(memory)
         phi["update"][:, 0] = math.log(rate)
         return phi
 
@@ -89,7 +162,7 @@ class LinearGates(UpdateRule):
         """Parameters with which the rule is Krause's (`RMS`), without its decay if no flush."""
         if "fisher" not in self.features:
             raise ValueError("a start at the RMS rule needs the feature 'fisher'")
-        phi, column = self._zeros(memory), self.columns["fisher"]
+        phi, column = self.initial(memory), self.columns["fisher"]
         phi["update"][:, 0] = math.log(rate / memory.mean_rms)
         phi["update"][:, column] = -1.0
         if self.flush:
@@ -98,9 +171,36 @@ class LinearGates(UpdateRule):
         return phi
 
     def project(self, parameters: Parameters) -> None:
-        """Bring parameters back to where gates are alive, in place: a flush is never negative."""
+        """Bring parameters back to where their parts are alive and stable, in place."""
         if self.flush:
             parameters["flush_scale"].clamp_(min=0)
+        if self.momentum:
+            parameters["momentum"].clamp_(0, LARGEST_MOMENTUM)
+        if self.square:
+            parameters["square"].clamp_(0, 1)
+
+    def mask(self, gradients: Parameters) -> None:
+        """Zero the gradients of what is `fixed`, in place."""
+        for kind in self.kinds:
+            for column, k in self.columns.items():
+                feature = column.partition(".")[0]
+                if feature in self.fixed or f"{kind}.{feature}" in self.fixed:
+                    gradients[kind][:, k] = 0
+        for name, gradient in gradients.items():
+            if name.partition("/")[0].partition(".")[0] in self.fixed:
+                gradient.zero_()
+
+    def state(self, memory: LongTerm) -> Weights:
+        """S = 0, v = RMS^2, and what networks remember of every weight."""
+        found: Weights = {}
+        for name, weights in memory.start().items():
+            if self.momentum:
+                found[f"{name}/momentum"] = torch.zeros_like(weights)
+            if self.square:
+                found[f"{name}/square"] = memory.rms[name].square()
+            for network in self.networks:
+                found |= {f"{name}/{n}": x for n, x in network.state(weights).items()}
+        return found
 
     # -- features ---------------------------------------------------------------------------
 
@@ -134,22 +234,48 @@ class LinearGates(UpdateRule):
         ]
         return torch.stack(parts).sum(0) if parts else None
 
+    def _coordinate(
+        self, feature: str, memory: LongTerm, name: str, theta: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The two columns of a feature that differs for every lane and weight: (B, ...)."""
+        if feature == "gradient":
+            return preprocess(gradient / (memory.rms[name] + self.eps))
+        return preprocess(theta - memory.weights[name])
+
     def _coordinate_part(
         self, row_F: Tensor, memory: LongTerm, name: str, theta: Tensor, gradient: Tensor
     ) -> Tensor | None:
         """Part of w . x that differs for every lane and weight: (B, ...)."""
         total = None
         for feature in (f for f in COORDINATE if f in self.features):
-            x = theta - memory.weights[name]
-            if feature == "gradient":
-                x = gradient / (memory.rms[name] + self.eps)
-            log, sign = preprocess(x)
+            log, sign = self._coordinate(feature, memory, name, theta, gradient)
             column = self.columns[feature]
             part = row_F[column] * log + row_F[column + 1] * sign
             total = part if total is None else total + part
         return total
 
+    def inputs(
+        self, memory: LongTerm, name: str, theta: Tensor, gradient: Tensor, signal: Signal
+    ) -> Tensor:
+        """x of every weight, (B, F, ...), as networks see it: `fisher` is UPDATE's."""
+        lane = self.lane_features(memory, signal)
+        found = [torch.ones_like(theta)]
+        for feature in self.features:
+            if feature == "fisher":
+                found.append(self.fisher(memory, name, "update").expand_as(theta))
+            elif feature in lane:
+                found.append(per_lane(lane[feature], theta).expand_as(theta))
+            else:
+                found += self._coordinate(feature, memory, name, theta, gradient)
+        return torch.stack(found, 1)
+
     # -- the rule ---------------------------------------------------------------------------
+
+    def weight_logs(self, parameters: Parameters, memory: LongTerm, name: str, gate: str) -> Tensor:
+        """Logarithm of a gate's factor per weight: the tensor's shape."""
+        total = self.weight_part(parameters[gate][self.group(memory, name)], memory, name, gate)
+        own = self.per_weight and gate == "update"
+        return total + parameters[f"step/{name}"] if own else total
 
     def gates(
         self,
@@ -159,18 +285,23 @@ class LinearGates(UpdateRule):
         theta: Tensor,
         gradient: Tensor,
         signal: Signal,
+        said: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(f, i, z) of eq. 6 for one tensor, each broadcastable to (B, ...)."""
+        """(f, i, z) of eq. 6 for one tensor, each broadcastable to (B, ...).
+
+        `said` (B, O, ...) is what networks add to the logarithms of UPDATE and FLUSH.
+        """
         group = self.group(memory, name)
 
         def linear(kind: str) -> Tensor:
             row = parameters[kind][group]
-            total = self.weight_part(row, memory, name, kind).unsqueeze(0)
+            total = self.weight_logs(parameters, memory, name, kind).unsqueeze(0)
             lane = self.lane_part(row, memory, signal)
             if lane is not None:
-                total = total + lane.view(-1, *[1] * (theta.dim() - 1))
+                total = total + per_lane(lane, theta)
             own = self._coordinate_part(row, memory, name, theta, gradient)
-            return total if own is None else total + own
+            total = total if own is None else total + own
+            return total if said is None or kind == "copy" else total + said[:, GATES.index(kind)]
 
         i = -linear("update").exp()
         z = torch.zeros_like(i[:1])
@@ -182,16 +313,55 @@ class LinearGates(UpdateRule):
             f = f + FLUSH_UNIT * linear("copy")
         return f, i, z
 
+    def filter_numbers(
+        self, parameters: Parameters, memory: LongTerm, name: str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(mu, a) of a tensor's filters, None = without."""
+        group = self.group(memory, name)
+        mu = parameters["momentum"][group] if self.momentum else None
+        return mu, parameters["square"][group] if self.square else None
+
+    def _said(
+        self,
+        parameters: Parameters,
+        memory: LongTerm,
+        weights: Weights,
+        name: str,
+        gradient: Tensor,
+        signal: Signal,
+    ) -> tuple[Tensor | None, Weights]:
+        """(what the networks add to a tensor's gates (B, O, ...), their state after it)."""
+        if not self.networks:
+            return None, {}
+        x = self.inputs(memory, name, weights[name], gradient, signal)
+        said, after = [], {}
+        for network in self.networks:
+            before = {n: weights[f"{name}/{n}"] for n in network.remembers}
+            own, state = network.say(parameters, x, before)
+            said.append(own)
+            after |= {f"{name}/{n}": value for n, value in state.items()}
+        return torch.stack(said).sum(0), after
+
     def formula(self, parameters, memory, weights, gradients, signal):
         """Eq. 6, literally."""
-        new = {}
-        for name, theta in weights.items():
-            f, i, z = self.gates(parameters, memory, name, theta, gradients[name], signal)
-            new[name] = f * theta + i * gradients[name] + z * memory.weights[name]
+        new = dict(weights)
+        for name, gradient in gradients.items():
+            numbers = self.filter_numbers(parameters, memory, name)
+            scale = memory.rms[name] + self.eps
+            move, moments = filtered(name, weights, gradient, *numbers, scale, self.eps)
+            said, hidden = self._said(parameters, memory, weights, name, gradient, signal)
+            theta = weights[name]
+            f, i, z = self.gates(parameters, memory, name, theta, gradient, signal, said)
+            new[name] = f * theta + i * move + z * memory.weights[name]
+            new |= moments | hidden
         return new
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
-        """Separable gates get the fast form, the others their formula."""
-        if self.separable:
-            return SeparableGates(self, parameters, memory)
-        return ByFormula(self, parameters, memory)
+        """Separable gates get a fast form, networks their formula in pieces."""
+        if self.networks:
+            return LaneByLane(self, parameters, memory)
+        if not self.separable:
+            return ByFormula(self, parameters, memory)
+        if self.momentum or self.square or self.per_weight:
+            return FilteredGates(self, parameters, memory)
+        return SeparableGates(self, parameters, memory)

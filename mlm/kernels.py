@@ -3,7 +3,8 @@
 Every kernel has an eager twin beside its caller, which runs on other devices, without numba, or
 inside `eager()`; the tests hold both against slow references in float64. Lanes (or weights) are
 dealt to threads of our own that meet once per call, so no OpenMP barrier stands in a time loop.
-Letters: B lanes, T time, H hidden, G = 4H gates, V vocabulary, N weights of a tensor, K columns.
+Letters: B lanes, T time, H hidden, G = 4H gates (LSTM), V vocabulary, N weights of a tensor,
+K columns.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ def share_out(kernel: Callable[..., None], number: int, work: int, *arguments: A
         other.result()
 
 
-def _jit(function: Any) -> Any:
+def jit(function: Any) -> Any:
     if numba is None:
         return function
     settings = {"nogil": True, "fastmath": _FLAGS, "error_model": "numpy"}
@@ -124,7 +125,7 @@ if numba is not None:
         return _exp32 if x == numba.types.float32 else lambda x: math.exp(x)
 
 
-@_jit
+@jit
 def _add_product(weights, x, out):
     """out += W x for W (G, H), G a multiple of 4: eight rows at a time share every load of x."""
     rows = weights.shape[0]
@@ -155,7 +156,7 @@ def _add_product(weights, x, out):
         out[r] += s0
 
 
-@_jit
+@jit
 def _add_transposed(weights, d, out):
     """out += W^T d for W (G, H): eight rows at a time share every load and store of out."""
     rows = weights.shape[0]
@@ -178,7 +179,7 @@ def _add_transposed(weights, d, out):
             out[k] += d[r] * weights[r, k]
 
 
-@_jit
+@jit
 def matrix_vector(lo, hi, weights_BGH, x_BH, out_BG, times):
     """Lanes lo..hi: W x added `times` times, to measure how fast the time loop could be."""
     for lane in range(lo, hi):
@@ -186,12 +187,12 @@ def matrix_vector(lo, hi, weights_BGH, x_BH, out_BG, times):
             _add_product(weights_BGH[lane], x_BH[lane], out_BG[lane])
 
 
-@_jit
+@jit
 def _quarters(a, hidden):
     return a[:hidden], a[hidden : 2 * hidden], a[2 * hidden : 3 * hidden], a[3 * hidden :]
 
 
-@_jit
+@jit
 def lstm_forward(lo, hi, recurrent, gates_BTG, h_BTH, c_BTH, tanh_c_BTH):
     """Lanes lo..hi of the LSTM time loop, in place.
 
@@ -218,7 +219,7 @@ def lstm_forward(lo, hi, recurrent, gates_BTG, h_BTH, c_BTH, tanh_c_BTH):
                 after[k] = o[k] * squashed[k]
 
 
-@_jit
+@jit
 def lstm_backward(lo, hi, recurrent, gates_BTG, c_BTH, tanh_c_BTH, dy_BTH, dh_BH, dc_BH, dgates):
     """Lanes lo..hi of back-propagation through the time loop.
 
@@ -247,7 +248,57 @@ def lstm_backward(lo, hi, recurrent, gates_BTG, c_BTH, tanh_c_BTH, dy_BTH, dh_BH
             _add_transposed(weights, d, dh)
 
 
-@_jit
+@jit
+def _thirds(a, hidden):
+    return a[:hidden], a[hidden : 2 * hidden], a[2 * hidden :]
+
+
+@jit
+def qrnn_forward(lo, hi, gates_BTG, c_BTH, y_BTH):
+    """Lanes lo..hi of the QRNN time loop, in place.
+
+    `gates_BTG` (G = 3H) holds the convolution's output and receives the activated gates z, f, o;
+    `c_BTH` (B, T + 1, H) holds the cells before the first step at index 0 and receives the others;
+    `y_BTH` (B, T, H) receives the outputs.
+    """
+    steps, hidden = y_BTH.shape[1], y_BTH.shape[2]
+    one, two = gates_BTG.dtype.type(1), gates_BTG.dtype.type(2)
+    for lane in range(lo, hi):
+        for t in range(steps):
+            z, f, o = _thirds(gates_BTG[lane, t], hidden)
+            old, new, y = c_BTH[lane, t], c_BTH[lane, t + 1], y_BTH[lane, t]
+            for k in range(hidden):
+                z[k] = two / (one + fast_exp(-two * z[k])) - one
+                f[k] = one / (one + fast_exp(-f[k]))
+                o[k] = one / (one + fast_exp(-o[k]))
+                new[k] = f[k] * old[k] + (one - f[k]) * z[k]
+                y[k] = o[k] * new[k]
+
+
+@jit
+def qrnn_backward(lo, hi, gates_BTG, c_BTH, dy_BTH, dc_BH, dgates_BTG):
+    """Lanes lo..hi of back-propagation through the QRNN time loop.
+
+    `dc_BH` holds the gradient of the last cells and receives that of the first; `dgates_BTG`
+    receives the gradient before the gates' activations.
+    """
+    steps, hidden = dy_BTH.shape[1], dy_BTH.shape[2]
+    one = gates_BTG.dtype.type(1)
+    for lane in range(lo, hi):
+        dc = dc_BH[lane]
+        for t in range(steps - 1, -1, -1):
+            z, f, o = _thirds(gates_BTG[lane, t], hidden)
+            dz, df, do = _thirds(dgates_BTG[lane, t], hidden)
+            old, new, dy = c_BTH[lane, t], c_BTH[lane, t + 1], dy_BTH[lane, t]
+            for k in range(hidden):
+                down = dc[k] + dy[k] * o[k]
+                do[k] = dy[k] * new[k] * o[k] * (one - o[k])
+                dz[k] = down * (one - f[k]) * (one - z[k] * z[k])
+                df[k] = down * (old[k] - z[k]) * f[k] * (one - f[k])
+                dc[k] = down * f[k]
+
+
+@jit
 def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, want_gradient):
     """Groups lo..hi of `logits` (K, R, V): losses, and the gradient in place of the logits.
 
@@ -288,13 +339,13 @@ def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, wan
 # Loops run from 0 over slices: numba then knows that no index is negative and vectorises them.
 
 
-@_jit
+@jit
 def _step_tile(theta, gradient, step, a, out):
     for n in range(out.shape[0]):
         out[n] = theta[n] - a * step[n] * gradient[n]
 
 
-@_jit
+@jit
 def _relax_tile(theta, gradient, start, step, z, a, b, out):
     zero, one = out.dtype.type(0), out.dtype.type(1)
     for n in range(out.shape[0]):
@@ -303,7 +354,7 @@ def _relax_tile(theta, gradient, start, step, z, a, b, out):
         out[n] = theta[n] - a * step[n] * gradient[n] + flush * (start[n] - theta[n])
 
 
-@_jit
+@jit
 def relax(lo, hi, theta_BN, gradient_BN, start, step, z, step_B, z_B, out_BN):
     """Tiles lo..hi of every lane: theta - (step_B step) gradient + clip(z_B z) (start - theta).
 
@@ -321,7 +372,7 @@ def relax(lo, hi, theta_BN, gradient_BN, start, step, z, step_B, z_B, out_BN):
                 _relax_tile(theta, gradient, start[own], step[own], z[own], a, b, out)
 
 
-@_jit
+@jit
 def _pull_step_tile(lam, gradient, step, step_x, own):
     s0 = s1 = lam.dtype.type(0)
     for n in range(lam.shape[0]):
@@ -332,7 +383,7 @@ def _pull_step_tile(lam, gradient, step, step_x, own):
     return s0, s1
 
 
-@_jit
+@jit
 def _pull_flush_tile(lam, theta, start, unit, unit_x, b):
     zero, one = lam.dtype.type(0), lam.dtype.type(1)
     s0 = s1 = zero
@@ -347,7 +398,7 @@ def _pull_flush_tile(lam, theta, start, unit, unit_x, b):
     return s0, s1
 
 
-@_jit
+@jit
 def pull_back(
     lo, hi, theta_BN, gradient_BN, lam_BN, start, step_2N, unit_2N, unit_B, scale_own, sums
 ):
@@ -385,7 +436,7 @@ def pull_back(
                     lam[n] += own * gradient[n]
 
 
-@_jit
+@jit
 def _carry_tile(copy, gradient, fisher, keep, move, x):
     """copy <- keep copy + x move; returns <copy, gradient> before, plain and times `fisher`."""
     plain = weighted = copy.dtype.type(0)
@@ -397,13 +448,13 @@ def _carry_tile(copy, gradient, fisher, keep, move, x):
     return plain, weighted
 
 
-@_jit
+@jit
 def _move_tile(gradient, step, a, move):
     for n in range(move.shape[0]):
         move[n] = a * step[n] * gradient[n]
 
 
-@_jit
+@jit
 def _flush_tile(theta, start, unit, b, scale, keep, flush):
     zero, one = keep.dtype.type(0), keep.dtype.type(1)
     for n in range(keep.shape[0]):
@@ -415,7 +466,7 @@ def _flush_tile(theta, start, unit, b, scale, keep, flush):
         flush[n] = (start[n] - theta[n]) * own * inside
 
 
-@_jit
+@jit
 def push_forward(
     lo, hi, tangent_KBN, theta_BN, gradient_BN, start, step, unit, fishers, step_B, unit_B, scale,
     inputs_CB, sums,

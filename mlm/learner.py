@@ -11,13 +11,15 @@ Letters: B lanes, N weights of a tensor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from mlm import kernels
+from mlm.filters import Filter, root
 from mlm.forward import Tangent, dots_of_all, push_formula, zero_tangent
 from mlm.lm import Weights
 from mlm.memory import LongTerm
@@ -96,6 +98,11 @@ class Bound(Protocol):
     def owed(self, tangent: Tangent, cotangent: Weights, signal: Signal, found: Parameters) -> None:
         """found <- found + <S, cotangent>, in place; `advance` does so with the gradient."""
         ...
+
+
+def of_tensor(weights: Weights, name: str) -> Weights:
+    """A dynamic tensor and what the rule remembers beside it."""
+    return {n: w for n, w in weights.items() if n == name or n.startswith(f"{name}/")}
 
 
 def per_lane(value: Tensor, weights_B: Tensor) -> Tensor:
@@ -206,6 +213,53 @@ class ByFormula:
             value += part.view_as(value)
 
 
+class LaneByLane(ByFormula):
+    """`ByFormula`, one tensor of one lane at a time: what a formula needs in between stays small.
+
+    For formulas in which weights know nothing of each other, and parameters are not per lane.
+    """
+
+    def _pieces(
+        self, weights: Weights, gradients: Weights, signal: Signal
+    ) -> Iterator[tuple[slice, Weights, Weights, Signal]]:
+        """(lane, a tensor with its state, its gradient, signal), (1, ...) each."""
+        for name, gradient in gradients.items():
+            own = of_tensor(weights, name)
+            for k in range(len(gradient)):
+                lane = slice(k, k + 1)
+                some = {n: w[lane] for n, w in own.items()}
+                yield lane, some, {name: gradient[lane]}, Signal(*(x[lane] for x in signal))
+
+    def update(
+        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
+    ) -> Weights:
+        """See `Bound.update`."""
+        out = out or {n: torch.empty_like(w) for n, w in weights.items()}
+        for lane, some, gradient, felt in self._pieces(weights, gradients, signal):
+            for n, value in super().update(some, gradient, felt).items():
+                out[n][lane] = value
+        return out
+
+    def pullback(
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        cotangent: Weights,
+        own: float = 0.0,
+    ) -> tuple[Weights, Parameters]:
+        """See `Bound.pullback`."""
+        found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
+        for lane, some, gradient, felt in self._pieces(weights, gradients, signal):
+            lam = {n: cotangent[n][lane] for n in some}
+            back, part = super().pullback(some, gradient, felt, lam, own)
+            for n, value in back.items():
+                cotangent[n][lane] = value
+            for n, value in part.items():
+                found[n] += value
+        return cotangent, found
+
+
 @dataclass(frozen=True)
 class Static(UpdateRule):
     """Weights never change: the ordinary language model."""
@@ -218,16 +272,27 @@ class Static(UpdateRule):
         return weights
 
 
+# -- hand-made rules ----------------------------------------------------------------------------
+
+
+class HandMade(UpdateRule):
+    """A rule whose parameters are a few settings, each one number, or (B,): one per lane."""
+
+    settings: ClassVar[tuple[str, ...]]
+    """Names of its parameters."""
+
+
 @dataclass(frozen=True)
-class SGD(UpdateRule):
+class SGD(HandMade):
     """theta - rate * gradient: dynamic evaluation (Mikolov et al. 2010)."""
 
     name: str = "sgd"
+    settings: ClassVar[tuple[str, ...]] = ("rate",)
 
     def formula(self, parameters, memory, weights, gradients, signal):
         """Eq. 6 with f = 1, i = -rate, z = 0."""
         rate = parameters["rate"]
-        return {n: w - per_lane(rate, w) * gradients[n] for n, w in weights.items()}
+        return {n: weights[n] - per_lane(rate, g) * g for n, g in gradients.items()}
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """One fused pass."""
@@ -236,7 +301,47 @@ class SGD(UpdateRule):
 
 
 @dataclass(frozen=True)
-class RMS(UpdateRule):
+class Momentum(HandMade):
+    """Surprise with momentum, and forgetting (Titans, Behrouz et al. 2025, eqs. 9 to 13).
+
+    S = momentum * S + gradient; theta - rate * S + decay (theta_0 - theta), the paper's gates being
+    constants and what is forgotten giving way to theta_0: eq. 6 with f = 1 - decay on S.
+    """
+
+    name: str = "momentum"
+    settings: ClassVar[tuple[str, ...]] = ("rate", "momentum", "decay")
+
+    def state(self, memory: LongTerm) -> Weights:
+        """S = 0."""
+        return {f"{n}/momentum": torch.zeros_like(w) for n, w in memory.start().items()}
+
+    def formula(self, parameters, memory, weights, gradients, signal):
+        """The surprise, then the step and the decay."""
+        new = dict(weights)
+        for n, g in gradients.items():
+            rate, mu, decay = (per_lane(parameters[key], g) for key in self.settings)
+            surprise = mu * weights[f"{n}/momentum"] + g
+            pull = decay.clamp(0, 1) * (memory.weights[n] - weights[n])
+            new[n] = weights[n] + pull - rate * surprise
+            new[f"{n}/momentum"] = surprise
+        return new
+
+    def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
+        """A pass for the momentum, one for the weights."""
+        ones = {n: torch.ones_like(w) for n, w in memory.start().items()}
+        factors: Factors = {n: (one, one) for n, one in ones.items()}
+        filters = {n: Filter(n, momentum=parameters["momentum"]) for n in ones}
+        return Relaxation(self, parameters, memory, factors, filters)
+
+
+def scaled_by_rms(memory: LongTerm, name: str, eps: float) -> tuple[Tensor, Tensor]:
+    """(1 / (RMS + eps), RMS / mean RMS): what rate and decay multiply in Krause's rule."""
+    rms = memory.rms[name]
+    return 1 / (rms + eps), rms / memory.mean_rms
+
+
+@dataclass(frozen=True)
+class RMS(HandMade):
     """RMS-scaled dynamic evaluation with decay to theta_0 (Krause et al. 2018, eqs. 5 to 8).
 
     theta - rate * gradient / (RMS + eps) + z (theta_0 - theta), z = decay * RMS / mean(RMS)
@@ -245,26 +350,64 @@ class RMS(UpdateRule):
 
     name: str = "rms"
     eps: float = 2e-5
-
-    def _factors(self, memory: LongTerm, name: str) -> tuple[Tensor, Tensor]:
-        """(1 / (RMS + eps), RMS / mean RMS): what rate and decay multiply."""
-        rms = memory.rms[name]
-        return 1 / (rms + self.eps), rms / memory.mean_rms
+    settings: ClassVar[tuple[str, ...]] = ("rate", "decay")
 
     def formula(self, parameters, memory, weights, gradients, signal):
         """Krause's rule written as eq. 6."""
         new = {}
-        for n, w in weights.items():
-            scale, relative = self._factors(memory, n)
-            i = -per_lane(parameters["rate"], w) * scale
-            z = (per_lane(parameters["decay"], w) * relative).clamp(0, 1)
-            new[n] = (1 - z) * w + i * gradients[n] + z * memory.weights[n]
+        for n, g in gradients.items():
+            scale, relative = scaled_by_rms(memory, n, self.eps)
+            i = -per_lane(parameters["rate"], g) * scale
+            z = (per_lane(parameters["decay"], g) * relative).clamp(0, 1)
+            new[n] = (1 - z) * weights[n] + i * g + z * memory.weights[n]
         return new
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """Two factors per weight, computed once."""
-        factors: Factors = {n: self._factors(memory, n) for n in memory.dynamic}
+        factors: Factors = {n: scaled_by_rms(memory, n, self.eps) for n in memory.dynamic}
         return Relaxation(self, parameters, memory, factors)
+
+
+@dataclass(frozen=True)
+class Adam(HandMade):
+    """Adam (Kingma & Ba 2015, algorithm 1) from the moments of training, with Krause's decay.
+
+    m = momentum * m + (1 - momentum) gradient; v = (1 - square) v + square * gradient^2;
+    theta - rate * m / (sqrt(v) + eps) + z (theta_0 - theta), z as in `RMS`. m starts at 0 and v at
+    RMS^2, which needs no bias correction; with momentum = square = 0 the rule is `RMS`.
+    """
+
+    name: str = "adam"
+    eps: float = 2e-5
+    settings: ClassVar[tuple[str, ...]] = ("rate", "decay", "momentum", "square")
+
+    def state(self, memory: LongTerm) -> Weights:
+        """m = 0, v = RMS^2."""
+        first = {f"{n}/momentum": torch.zeros_like(w) for n, w in memory.start().items()}
+        return first | {f"{n}/square": memory.rms[n].square() for n in memory.dynamic}
+
+    def formula(self, parameters, memory, weights, gradients, signal):
+        """The moments, then Krause's rule with their ratio."""
+        new = dict(weights)
+        for n, g in gradients.items():
+            rate, decay, mu, a = (per_lane(parameters[key], g) for key in self.settings)
+            m = mu * weights[f"{n}/momentum"] + (1 - mu) * g
+            v = (1 - a) * weights[f"{n}/square"] + a * g.square()
+            z = (decay * scaled_by_rms(memory, n, self.eps)[1]).clamp(0, 1)
+            pull = z * (memory.weights[n] - weights[n])
+            new[n] = weights[n] - rate * m / (root(v) + self.eps) + pull
+            new |= {f"{n}/momentum": m, f"{n}/square": v}
+        return new
+
+    def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
+        """A pass for the moments, one for the weights."""
+        mu, square = parameters["momentum"], parameters["square"]
+        factors: Factors = {n: scaled_by_rms(memory, n, self.eps) for n in memory.dynamic}
+        filters = {
+            n: Filter(n, momentum=mu, gain=1 - mu, square=square, rms=memory.rms[n], eps=self.eps)
+            for n in memory.dynamic
+        }
+        return Relaxation(self, parameters, memory, factors, filters)
 
 
 Factors = dict[str, tuple[Tensor, Tensor | None]]
@@ -274,14 +417,19 @@ Factors = dict[str, tuple[Tensor, Tensor | None]]
 class Relaxation(ByFormula):
     """Fast `update` of the hand-made rules, whose gates are constants.
 
-    `rate` and `decay` may be (B,): as many settings are then read side by side, a lane each.
+    Their settings may be (B,): as many are then read side by side, a lane each.
     """
 
     def __init__(
-        self, rule: UpdateRule, parameters: Parameters, memory: LongTerm, factors: Factors
+        self,
+        rule: UpdateRule,
+        parameters: Parameters,
+        memory: LongTerm,
+        factors: Factors,
+        filters: dict[str, Filter] | None = None,
     ) -> None:
         super().__init__(rule, parameters, memory)
-        self.factors = factors
+        self.factors, self.filters = factors, filters or {n: Filter(n) for n in factors}
         decay = float(parameters["decay"].max()) if "decay" in parameters else 0.0
         self.clipped = [
             n for n, (_, z) in factors.items() if z is not None and decay * float(z.max()) > 1
@@ -294,13 +442,14 @@ class Relaxation(ByFormula):
         out = out or {n: torch.empty_like(w) for n, w in weights.items()}
         lanes = len(next(iter(weights.values())))
         rate = self.parameters["rate"].expand(lanes)
-        for n, w in weights.items():
+        for n, gradient in gradients.items():
             step, z = self.factors[n]
             if n in self.clipped:
-                super().update({n: w}, {n: gradients[n]}, signal, {n: out[n]})
+                super().update(of_tensor(weights, n), {n: gradient}, signal, of_tensor(out, n))
                 continue
             decay = None if z is None else self.parameters["decay"].expand(lanes)
-            relax(w, gradients[n], self.memory.weights[n], step, z, rate, decay, out[n])
+            with self.filters[n].pushed(weights, gradient, out) as move:
+                relax(weights[n], move, self.memory.weights[n], step, z, rate, decay, out[n])
         return out
 
 

@@ -1,9 +1,10 @@
-"""The base language model as functions of explicit weights (short-term memory).
+"""The base language models as functions of explicit weights (short-term memory).
 
-A standard LSTM with tied embedding and softmax (AWD-LSTM, Merity et al. 2018). Weights are a
-plain dict of tensors; each tensor is either shared by all lanes or has a leading lane dimension,
-so static training, scoring and reading with a memory in the weights are the same functions.
-A matrix `name` may come with a low-rank change `name.low` (see `mlm.lowrank`).
+`LanguageModel` is what reading needs of any model. Here are those with recurrent layers: a
+standard LSTM or QRNN with tied embedding and softmax (AWD-LSTM and AWD-QRNN, Merity et al. 2018).
+Weights are a plain dict of tensors; each tensor is either shared by all lanes or has a leading lane
+dimension, so static training, scoring and reading with a memory in the weights are the same
+functions. A matrix `name` may come with a low-rank change `name.low` (see `mlm.lowrank`).
 
 Letters: B lanes, T time, E embedding, H hidden, V vocabulary, L layers, r rank.
 """
@@ -12,67 +13,47 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import softmax
+from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_lstm
 
 Weights = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class LMShape:
-    """Sizes of the language model. The last layer's outputs have the embedding's size (tying)."""
+# -- what reading needs of any language model (`mlm.rollout`) -----------------------------------
 
-    vocabulary: int
-    embedding: int
-    hidden: int
-    layers: int
-    cutoffs: tuple[int, ...] = ()
-    """Adaptive softmax: ends (word ids) of the head and of all tails but the last; () = full."""
 
-    def layer_sizes(self) -> list[tuple[int, int]]:
-        """(input size, hidden size) of each layer."""
-        sizes = [self.embedding, *[self.hidden] * (self.layers - 1), self.embedding]
-        return list(itertools.pairwise(sizes))
+class State(Protocol):
+    """Short-term memory of B lanes: a value, never written in place."""
 
-    def clusters(self) -> list[tuple[int, int, int]]:
-        """(first id, end id, embedding size) of the head and the tails of the softmax."""
-        edges = [0, *self.cutoffs, self.vocabulary]
-        return [
-            (lo, hi, max(1, self.embedding // 4**k))
-            for k, (lo, hi) in enumerate(itertools.pairwise(edges))
-        ]
+    def keep(self, keep_B: Tensor) -> Self:
+        """The state in which lanes where `keep_B` (B,) is False begin a new article."""
+        ...
 
-    # -- what reading needs of any language model (`mlm.rollout`) ---------------------------
+    def select(self, lanes: Tensor) -> Self:
+        """The state of some lanes (their indices)."""
+        ...
 
-    def initial_state(
-        self, lanes: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> LMState:
-        """A zero state for `lanes` articles about to begin."""
-        return initial_state(self, lanes, device, dtype)
+    def detach(self) -> Self:
+        """The same state without its autograd history."""
+        ...
 
-    def read(
-        self,
-        weights: Weights,
-        tokens_BT: Tensor,
-        targets_BT: Tensor,
-        state: LMState,
-        share_BT: Tensor | None = None,
-    ) -> Read:
-        """Predict a segment; every weight is shared or has a leading B."""
-        hidden = run_lstm(weights, self, tokens_BT, state)
-        if share_BT is None:
-            nll = token_nll(weights, self, hidden.output, targets_BT)
-            return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
-        nll, total = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
-        return Read(nll, total, hidden.output, hidden.state)
+    def tensors(self) -> list[Tensor]:
+        """All tensors in a fixed order, lanes first, for files."""
+        ...
+
+    def of(self, tensors: Sequence[Tensor]) -> Self:
+        """The state made of such `tensors`."""
+        ...
 
 
 class Read(NamedTuple):
@@ -84,37 +65,252 @@ class Read(NamedTuple):
     """Differentiable sum of nll times the shares that were asked for; zero without any."""
     output: Tensor
     """(B, T, E): what the softmax sees."""
-    state: LMState
+    state: State
     """Short-term memory after the segment."""
 
 
+class LanguageModel(Protocol):
+    """A model of text as a function of its weights and of a state that it carries."""
+
+    def initial_state(
+        self, lanes: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """The state of `lanes` articles about to begin."""
+        ...
+
+    def read(
+        self,
+        weights: Weights,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        state: Any,
+        share_BT: Tensor | None = None,
+    ) -> Read:
+        """Predict a segment.
+
+        Args:
+            weights: each is shared by the lanes or has a leading B.
+            tokens_BT, targets_BT: what is read, and the next tokens, to be predicted.
+            state: `initial_state`, or what the segment before left (`Read.state`).
+            share_BT: of every token's loss in `Read.total`; None = no total is needed.
+        """
+        ...
+
+
+# -- models with tied embedding and softmax, which stage 1 trains -------------------------------
+
+Layout = dict[str, tuple[tuple[int, ...], float]]
+"""Of every weight: its size, and the bound of its uniform initial values (0 = it starts at 0)."""
+S = TypeVar("S", bound=State)
+
+
+class Hidden(NamedTuple, Generic[S]):
+    """Outputs of the layers below the softmax."""
+
+    output: Tensor
+    """Last layer's outputs (B, T, E), after output dropout."""
+    raw: Tensor
+    """The same before dropout (for TAR, Merity et al. 2018)."""
+    state: S
+    layers: tuple[Tensor, ...]
+    """Every layer's outputs (B, T, H_l), before dropout."""
+
+
+class BaseModel(ABC):
+    """A language model that stage 1 trains: layers between a tied embedding and softmax.
+
+    Subclasses are frozen dataclasses with these sizes; all weights are kept outside.
+    """
+
+    vocabulary: int
+    embedding: int
+    """The last layer's outputs have the embedding's size (tying)."""
+    layers: int
+    cutoffs: tuple[int, ...]
+    """Adaptive softmax: ends (word ids) of the head and of all tails but the last; () = full."""
+
+    @abstractmethod
+    def layer_layout(self) -> Layout:
+        """The weights of the layers."""
+
+    @abstractmethod
+    def initial_state(
+        self, lanes: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> State:
+        """The state of `lanes` articles about to begin."""
+
+    @abstractmethod
+    def run(
+        self,
+        weights: Weights,
+        tokens_BT: Tensor,
+        state: Any,
+        dropout: Dropout | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Hidden[Any]:
+        """Read `tokens_BT` (B, T) from `state`; every weight is shared or has a leading B.
+
+        `dropout` is for training with shared weights only; `generator` makes it repeatable.
+        """
+
+    def clusters(self) -> list[tuple[int, int, int]]:
+        """(first id, end id, embedding size) of the head and the tails of the softmax."""
+        edges = [0, *self.cutoffs, self.vocabulary]
+        return [
+            (lo, hi, max(1, self.embedding // 4**k))
+            for k, (lo, hi) in enumerate(itertools.pairwise(edges))
+        ]
+
+    def layout(self) -> Layout:
+        """All weights: embedding and softmax (+-0.1 as in AWD-LSTM), then the layers'."""
+        found: Layout = {}
+        for k, (lo, hi, width) in enumerate(self.clusters()):
+            if k == 0:
+                found["embedding"] = (hi, width), 0.1
+            else:
+                found[f"embedding.tail{k}"] = (hi - lo, width), 0.1
+                found[f"projection.tail{k}"] = (
+                    (self.embedding, width),
+                    1 / math.sqrt(self.embedding),
+                )
+                found[f"softmax.tail{k}.bias"] = (hi - lo,), 0.0
+        tails = len(self.cutoffs)
+        if tails:
+            found["softmax.cluster"] = (tails, self.embedding), 0.1
+        found["softmax.bias"] = (self.clusters()[0][1] + tails,), 0.0
+        return found | self.layer_layout()
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return sum(math.prod(size) for size, _ in self.layout().values())
+
+    def initial_weights(self, generator: torch.Generator) -> Weights:
+        """Fresh weights."""
+        return {
+            name: (torch.rand(*size, generator=generator) * 2 - 1) * bound
+            if bound
+            else torch.zeros(size)
+            for name, (size, bound) in self.layout().items()
+        }
+
+    def read(
+        self,
+        weights: Weights,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        state: Any,
+        share_BT: Tensor | None = None,
+    ) -> Read:
+        """See `LanguageModel.read`."""
+        hidden = self.run(weights, tokens_BT, state)
+        if share_BT is None:
+            nll = token_nll(weights, self, hidden.output, targets_BT)
+            return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
+        nll, total = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
+        return Read(nll, total, hidden.output, hidden.state)
+
+
+@dataclass(frozen=True)
+class LMShape(BaseModel):
+    """Sizes of a language model with recurrent layers."""
+
+    vocabulary: int
+    embedding: int
+    hidden: int
+    layers: int
+    cutoffs: tuple[int, ...] = ()
+    cell: Literal["lstm", "qrnn"] = "lstm"
+
+    def layer_sizes(self) -> list[tuple[int, int]]:
+        """(input size, hidden size) of each layer."""
+        sizes = [self.embedding, *[self.hidden] * (self.layers - 1), self.embedding]
+        return list(itertools.pairwise(sizes))
+
+    def windows(self) -> list[int]:
+        """Tokens under a QRNN layer's convolution: 2 in the first layer, 1 above (AWD-QRNN)."""
+        return [2, *[1] * (self.layers - 1)]
+
+    def layer_layout(self) -> Layout:
+        """LSTM: +-1/sqrt(H). QRNN: +-1/sqrt(inputs). Biases are zero but for the forget gate's."""
+        found: Layout = {}
+        for layer, (size, hidden) in enumerate(self.layer_sizes()):
+            if self.cell == "qrnn":
+                inputs = self.windows()[layer] * size
+                found[f"qrnn.{layer}.input"] = (3 * hidden, inputs), 1 / math.sqrt(inputs)
+                found[f"qrnn.{layer}.bias"] = (3 * hidden,), 0.0
+                continue
+            bound = 1 / math.sqrt(hidden)
+            found[f"lstm.{layer}.input"] = (4 * hidden, size), bound
+            found[f"lstm.{layer}.recurrent"] = (4 * hidden, hidden), bound
+            found[f"lstm.{layer}.bias"] = (4 * hidden,), 0.0
+        return found
+
+    def initial_weights(self, generator: torch.Generator) -> Weights:
+        """Fresh weights; the bias of the forget gates, the second of either cell's, is 1."""
+        weights = super().initial_weights(generator)
+        for layer, (_, hidden) in enumerate(self.layer_sizes()):
+            weights[f"{self.cell}.{layer}.bias"][hidden : 2 * hidden] = 1.0
+        return weights
+
+    def initial_state(
+        self, lanes: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> LMState:
+        """A zero state for `lanes` articles about to begin."""
+
+        def zeros(*sizes: int) -> tuple[Tensor, ...]:
+            return tuple(torch.zeros(lanes, n, device=device, dtype=dtype) for n in sizes)
+
+        sizes = [hidden for _, hidden in self.layer_sizes()]
+        if self.cell == "qrnn":
+            return LMState((), zeros(*sizes), zeros(self.embedding))
+        return LMState(zeros(*sizes), zeros(*sizes))
+
+    def run(
+        self,
+        weights: Weights,
+        tokens_BT: Tensor,
+        state: LMState,
+        dropout: Dropout | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Hidden[LMState]:
+        """See `run_lstm`."""
+        return run_lstm(weights, self, tokens_BT, state, dropout, generator)
+
+
 class LMState(NamedTuple):
-    """Hidden state of every layer: tuples of L tensors (B, H_l)."""
+    """Hidden state of the recurrent layers: tuples of tensors (B, size)."""
 
     h: tuple[Tensor, ...]
+    """Outputs of every LSTM layer, L of (B, H_l); none of a QRNN, which does not read them."""
     c: tuple[Tensor, ...]
+    """Cells of every layer, L of (B, H_l)."""
+    x: tuple[Tensor, ...] = ()
+    """Last input (B, E) of a QRNN's first layer, whose window holds it beside the next one."""
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LMState:
+        return LMState(*(tuple(change(t) for t in part) for part in self))
 
     def keep(self, keep_B: Tensor) -> LMState:
         """Zero the lanes where `keep_B` (B,) is False: a new article starts there."""
-        mask = keep_B.to(self.h[0].dtype).unsqueeze(1)
-        return LMState(tuple(h * mask for h in self.h), tuple(c * mask for c in self.c))
+        return self._each(lambda t: t.masked_fill(~keep_B.unsqueeze(1), 0))
 
     def select(self, lanes: Tensor) -> LMState:
         """The state of some lanes (their indices)."""
-        return LMState(tuple(h[lanes] for h in self.h), tuple(c[lanes] for c in self.c))
+        return self._each(lambda t: t[lanes])
 
     def detach(self) -> LMState:
         """The same state without its autograd history."""
-        return LMState(tuple(h.detach() for h in self.h), tuple(c.detach() for c in self.c))
+        return self._each(lambda t: t.detach())
 
     def tensors(self) -> list[Tensor]:
         """All tensors in a fixed order, for files."""
-        return [*self.h, *self.c]
+        return [*self.h, *self.c, *self.x]
 
     def of(self, tensors: Sequence[Tensor]) -> LMState:
         """The state made of such `tensors`."""
-        layers = len(self.h)
-        return LMState(tuple(tensors[:layers]), tuple(tensors[layers:]))
+        rest = iter(tensors)
+        return self._each(lambda _: next(rest))
 
 
 @dataclass(frozen=True)
@@ -130,37 +326,12 @@ class Dropout:
     output: float = 0.0
     """Locked dropout before the softmax."""
     weight: float = 0.0
-    """DropConnect on the recurrent weights ("weight drop")."""
+    """DropConnect on the recurrent weights ("weight drop"), which only an LSTM has."""
 
 
-def initial_weights(shape: LMShape, generator: torch.Generator) -> Weights:
-    """Fresh weights: uniform +-0.1 embeddings (AWD-LSTM), +-1/sqrt(H) LSTM, forget bias 1."""
-
-    def uniform(bound: float, *size: int) -> Tensor:
-        return (torch.rand(*size, generator=generator) * 2 - 1) * bound
-
-    weights: Weights = {}
-    for k, (lo, hi, width) in enumerate(shape.clusters()):
-        if k == 0:
-            weights["embedding"] = uniform(0.1, hi, width)
-        else:
-            weights[f"embedding.tail{k}"] = uniform(0.1, hi - lo, width)
-            weights[f"projection.tail{k}"] = uniform(
-                1 / math.sqrt(shape.embedding), shape.embedding, width
-            )
-            weights[f"softmax.tail{k}.bias"] = torch.zeros(hi - lo)
-    tails = len(shape.cutoffs)
-    if tails:
-        weights["softmax.cluster"] = uniform(0.1, tails, shape.embedding)
-    weights["softmax.bias"] = torch.zeros(shape.clusters()[0][1] + tails)
-    for layer, (size, hidden) in enumerate(shape.layer_sizes()):
-        bound = 1 / math.sqrt(hidden)
-        weights[f"lstm.{layer}.input"] = uniform(bound, 4 * hidden, size)
-        weights[f"lstm.{layer}.recurrent"] = uniform(bound, 4 * hidden, hidden)
-        bias = torch.zeros(4 * hidden)
-        bias[hidden : 2 * hidden] = 1.0
-        weights[f"lstm.{layer}.bias"] = bias
-    return weights
+def initial_weights(shape: BaseModel, generator: torch.Generator) -> Weights:
+    """Fresh weights (`BaseModel.initial_weights`)."""
+    return shape.initial_weights(generator)
 
 
 def initial_state(
@@ -170,8 +341,7 @@ def initial_state(
     dtype: torch.dtype = torch.float32,
 ) -> LMState:
     """A zero state for `lanes` articles about to begin."""
-    zeros = [torch.zeros(lanes, h, device=device, dtype=dtype) for _, h in shape.layer_sizes()]
-    return LMState(tuple(zeros), tuple(torch.zeros_like(z) for z in zeros))
+    return shape.initial_state(lanes, device, dtype)
 
 
 def _linear(x_BTI: Tensor, weight: Tensor) -> Tensor:
@@ -209,7 +379,7 @@ def _lookup(table: Tensor, ids_BT: Tensor) -> Tensor:
     return F.embedding(ids_BT + offset, table.reshape(lanes * size, width))
 
 
-def embed(weights: Weights, shape: LMShape, tokens_BT: Tensor) -> Tensor:
+def embed(weights: Weights, shape: BaseModel, tokens_BT: Tensor) -> Tensor:
     """Input embedding (B, T, E); tails are narrow tables projected up (Baevski & Auli 2019)."""
     if not shape.cutoffs:
         return _lookup(weights["embedding"], tokens_BT)
@@ -222,7 +392,7 @@ def embed(weights: Weights, shape: LMShape, tokens_BT: Tensor) -> Tensor:
     return out
 
 
-def _locked(x_BTE: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
+def locked(x_BTE: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
     """Locked (variational) dropout: one mask per lane, the same at every step."""
     if not rate:
         return x_BTE
@@ -261,29 +431,59 @@ def _layer(
     return lane_lstm(x, weights, h, c, extra_BTG)
 
 
-def _input_weight(weights: Weights, layer: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _input_weight(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """(input matrix, what is added to its product with x) of a layer.
 
     A low-rank change per lane is cheaper as a term of its own; a shared one is folded in, so that
     static reading keeps the fused kernel.
     """
-    name = f"lstm.{layer}.input"
     low = weights.get(f"{name}.low")
     if low is not None and low.dim() == 3:
         return weights[name], _low_rank(weights, name, x)
     return _dense(weights, name), None
 
 
-class Hidden(NamedTuple):
-    """Outputs of the LSTM."""
+def dropped_input(
+    weights: Weights,
+    shape: BaseModel,
+    tokens_BT: Tensor,
+    drop: Dropout,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Input embedding (B, T, E) after embedding and input dropout."""
+    if drop.embedding:
+        weights = dict(weights)
+        for name in [n for n in weights if n.startswith("embedding")]:
+            weights[name] = _drop_words(weights[name], drop.embedding, generator)
+    return locked(embed(weights, shape, tokens_BT), drop.input, generator)
 
-    output: Tensor
-    """Last layer's outputs (B, T, E), after output dropout."""
-    raw: Tensor
-    """The same before dropout (for TAR, Merity et al. 2018)."""
-    state: LMState
-    layers: tuple[Tensor, ...]
-    """Every layer's outputs (B, T, H_l), before dropout."""
+
+def _lstm_layer(
+    weights: Weights,
+    layer: int,
+    x: Tensor,
+    state: LMState,
+    weight_drop: float,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, LMState]:
+    """Outputs (B, T, H) of an LSTM layer and its part of the state."""
+    recurrent = _dense(weights, f"lstm.{layer}.recurrent")
+    if weight_drop:
+        keep = torch.rand(recurrent.shape, generator=generator, device=recurrent.device)
+        recurrent = recurrent * (keep.ge(weight_drop).to(recurrent.dtype) / (1 - weight_drop))
+    w_input, extra = _input_weight(weights, f"lstm.{layer}.input", x)
+    own = (w_input, recurrent, weights[f"lstm.{layer}.bias"])
+    y, h, c = _layer(x, own, state.h[layer], state.c[layer], extra)
+    exact = state.c[layer].dtype  # not the half precision of an autocast
+    return y, LMState((h.to(exact),), (c.to(exact),))
+
+
+def _qrnn_layer(weights: Weights, layer: int, x: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+    """Outputs (B, T, H) of a QRNN layer and its part of the state."""
+    before = state.x[layer] if layer < len(state.x) else None
+    own = weights[f"qrnn.{layer}.input"], weights[f"qrnn.{layer}.bias"]
+    y, c = lane_qrnn(x, own, state.c[layer], before)
+    return y, LMState((), (c,), () if before is None else (x[:, -1],))
 
 
 def run_lstm(
@@ -293,38 +493,32 @@ def run_lstm(
     state: LMState,
     dropout: Dropout | None = None,
     generator: torch.Generator | None = None,
-) -> Hidden:
-    """Read `tokens_BT` (B, T) from `state`; every weight is shared or has a leading B.
+) -> Hidden[LMState]:
+    """Read `tokens_BT` (B, T) from `state` through recurrent layers of either cell.
 
-    A low-rank change of the recurrent weights is folded into them: a full matrix per lane, exact
-    and no cheaper than one that adapts itself.
+    Every weight is shared or has a leading B. A low-rank change of an LSTM's recurrent weights is
+    folded into them: a full matrix per lane, exact and no cheaper than one that adapts itself.
     `dropout` is for training with shared weights only; `generator` makes it repeatable.
     """
     drop = dropout or Dropout()
-    if drop.embedding:
-        weights = dict(weights)
-        for name in [n for n in weights if n.startswith("embedding")]:
-            weights[name] = _drop_words(weights[name], drop.embedding, generator)
-    x = _locked(embed(weights, shape, tokens_BT), drop.input, generator)
-    hs, cs, raws = [], [], []
+    x = dropped_input(weights, shape, tokens_BT, drop, generator)
+    raws: list[Tensor] = []
+    ends: list[LMState] = []
     for layer in range(shape.layers):
-        recurrent = _dense(weights, f"lstm.{layer}.recurrent")
-        if drop.weight:
-            keep = torch.rand(recurrent.shape, generator=generator, device=recurrent.device)
-            recurrent = recurrent * (keep.ge(drop.weight).to(recurrent.dtype) / (1 - drop.weight))
-        w_input, extra = _input_weight(weights, layer, x)
-        own = (w_input, recurrent, weights[f"lstm.{layer}.bias"])
-        raw, h, c = _layer(x, own, state.h[layer], state.c[layer], extra)
+        if shape.cell == "qrnn":
+            raw, end = _qrnn_layer(weights, layer, x, state)
+        else:
+            raw, end = _lstm_layer(weights, layer, x, state, drop.weight, generator)
         raws.append(raw)
-        hs.append(h)
-        cs.append(c)
+        ends.append(end)
         last = layer == shape.layers - 1
-        x = _locked(raw, drop.output if last else drop.hidden, generator)
-    return Hidden(x, raws[-1], LMState(tuple(hs), tuple(cs)), tuple(raws))
+        x = locked(raw, drop.output if last else drop.hidden, generator)
+    after = state.of([t for part in zip(*ends, strict=True) for ts in part for t in ts])
+    return Hidden(x, raws[-1], after, tuple(raws))
 
 
 def _fused_nll(
-    weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
+    weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
     layer = softmax.Layer(weights["embedding"], weights["softmax.bias"], weights.get("softmax.low"))
@@ -335,7 +529,7 @@ def _fused_nll(
 
 
 def weighted_nll(
-    weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
+    weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Losses (B, T) in nats and their differentiable sum weighted by `weights_BT`.
 
@@ -348,7 +542,7 @@ def weighted_nll(
     return nll if is_plain() else nll.detach(), (nll * weights_BT).sum()
 
 
-def token_nll(weights: Weights, shape: LMShape, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
+def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood in nats (B, T) under the tied (adaptive) softmax."""
     if not torch.is_grad_enabled():
         ones = torch.ones_like(output_BTE[..., 0])

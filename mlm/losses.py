@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mlm.config import CACHE
 from mlm.errors import UserError
 from mlm.files import atomic_path
 
@@ -25,9 +26,17 @@ PROTOCOLS = ("article", "stream")
 RULE_LABELS = {
     STATIC: "static",
     "sgd": "SGD dynamic evaluation",
+    "momentum": "momentum dynamic evaluation",
     "rms": "RMS dynamic evaluation",
+    "adam": "Adam-like dynamic evaluation",
+    "tensor_steps": "learned steps per tensor",
+    "weight_steps": "learned steps per weight",
     "two_levels": "2 levels",
     "three_levels": "3 levels",
+    "surprise": "3 levels with momentum",
+    "adaptive": "3 levels with momentum and second moment",
+    "mlp": "3 levels, MLP gates",
+    "lstm": "3 levels, LSTM gates",
 }
 _KEYS = {
     "split": pa.string(),
@@ -53,13 +62,17 @@ def rule_of(column: str) -> tuple[str, str]:
 
 def rule_label(rule: str) -> str:
     """Return the name of `rule` for readers."""
-    return RULE_LABELS.get(rule, rule.replace("_", " "))
+    base = rule.removesuffix(CACHE)
+    if base == STATIC and rule != base:
+        return "neural cache"
+    label = RULE_LABELS.get(base, base.replace("_", " "))
+    return label if rule == base else f"{label} + cache"
 
 
 def rule_order(rule: str) -> tuple[int, str]:
     """Sort key: known rules first, in the order of `RULE_LABELS`, then the others by name."""
-    known = list(RULE_LABELS)
-    return (known.index(rule) if rule in known else len(known), rule)
+    known, base = list(RULE_LABELS), rule.removesuffix(CACHE)
+    return (known.index(base) if base in known else len(known), rule)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlm.errors import UserError
-from mlm.lm import LMShape, LMState, Weights, embed, initial_state, run_lstm
+from mlm.lm import LanguageModel, LMShape, LMState, Weights, embed, initial_state, run_lstm
 from mlm.memory import DIRECTIONS, LOW
 from mlm.streams import LaneStream, Segment
 from mlm.training import Text
@@ -100,16 +100,29 @@ def principal_directions(moment_II: Tensor, rank: int) -> Tensor:
 
 @torch.no_grad()
 def add_low_rank(
-    weights: Weights, shape: LMShape, dynamic: tuple[str, ...], rank: int, text: Text, words: int
+    weights: Weights,
+    shape: LanguageModel,
+    dynamic: tuple[str, ...],
+    rank: int,
+    text: Text,
+    words: int,
 ) -> Weights:
     """`weights` and, for every name in `dynamic` that ends in `.low`, its D = 0 and its P.
 
     P are the principal directions of the vectors that the matrix multiplies in the first `words`
     words of `text`.
+
+    Raises:
+        UserError: the model has no recurrent layers.
     """
     names = [name.removesuffix(LOW) for name in dynamic if name.endswith(LOW)]
     if not names:
         return weights
+    if not isinstance(shape, LMShape):
+        raise UserError(
+            f"--adapt.dynamic: low-rank changes ({', '.join(n + LOW for n in names)}) need an LSTM "
+            "or QRNN; name full weights, for example softmax.bias"
+        )
     moments = second_moments(weights, shape, names, text, words)
     added: Weights = {}
     for name in names:

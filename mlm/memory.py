@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from mlm.errors import UserError
-from mlm.lm import LMShape, Weights
+from mlm.lm import LanguageModel, Weights
 
 DYNAMIC_SETS = {
     "all": ("*",),
-    "lstm": ("lstm.*",),
+    "lstm": ("lstm.*", "qrnn.*"),
     "output": ("embedding*", "softmax.*", "projection.*"),
     "bias": ("*bias",),
     "low": ("*.low",),
@@ -38,7 +39,7 @@ class LongTerm:
     token of the text it was estimated on.
     """
 
-    shape: LMShape
+    shape: LanguageModel
     weights: Weights
     dynamic: tuple[str, ...]
     rms: Weights
@@ -47,7 +48,7 @@ class LongTerm:
     limit: float = math.inf
     """Mean loss of a segment, in nats per token, above which a lane is reset (the guard)."""
 
-    @property
+    @cached_property
     def mean_rms(self) -> float:
         """Mean of `rms` over all dynamic weights (the normaliser of Krause's decay)."""
         total = sum(float(r.double().sum()) for r in self.rms.values())
@@ -80,23 +81,26 @@ def has_low_rank(wanted: str) -> bool:
     return any(p.endswith(LOW) for patterns in _patterns(wanted).values() for p in patterns)
 
 
-def choose_dynamic(weights: Weights, wanted: str) -> tuple[str, ...]:
+def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
     """Names of the weights that adapt.
 
     Low-rank changes, which a model has only once they are asked for (`mlm.lowrank`), are matched
-    by patterns that end in `.low`, and by no others.
+    by patterns that end in `.low`, and by no others. An LSTM's matrices and the softmax over
+    recurrent layers may have them.
 
     Args:
-        weights: those of a language model, with or without low-rank changes.
+        weights: names of a language model's weights, with or without low-rank changes.
         wanted: comma-separated sets (all, lstm, output, bias, low) or name patterns such as
-            `lstm.*.recurrent`, `softmax.bias` or `softmax.low`.
+            `lstm.*.recurrent`, `softmax.bias` or `softmax.low`. `lstm` is the recurrent layers,
+            a QRNN's too.
 
     Raises:
         UserError: a pattern matches nothing.
     """
     names = [name for name in weights if not name.endswith((LOW, DIRECTIONS))]
     matrices = [n for n in names if n.startswith("lstm.") and n.endswith((".input", ".recurrent"))]
-    names += [name + LOW for name in (*matrices, "softmax")]
+    if {"lstm.0.bias", "qrnn.0.bias"} & set(names):
+        names += [name + LOW for name in (*matrices, "softmax")]
     chosen: list[str] = []
     for word, patterns in _patterns(wanted).items():
         found = [

@@ -1,10 +1,11 @@
-"""Stage 2: estimate the Fisher, then train the meta-learner by its first-order gradient.
+"""Stage 2: estimate the Fisher, then train the meta-learner, or the weights it starts from.
 
 Letters: B lanes, M tokens per segment, A articles.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +20,21 @@ from mlm import buffers
 from mlm.checkpoint import RunFolder, adam_tensors, load_adam, load_tensors, save_tensors
 from mlm.config import MetaConfig
 from mlm.errors import UserError, uninterrupted
+from mlm.evolution import Evolution
 from mlm.gates import LinearGates
 from mlm.learner import Parameters
-from mlm.lm import LMShape, Weights
+from mlm.lm import LanguageModel, Weights
 from mlm.memory import LongTerm
-from mlm.rollout import Reader, begin, meta_gradient, open_articles, score_segment
+from mlm.rollout import (
+    MetaGradient,
+    Reader,
+    begin,
+    meta_gradient,
+    open_articles,
+    score_segment,
+)
 from mlm.scoring import score_articles
+from mlm.second_order import second_order
 from mlm.streams import LaneStream, Segment
 from mlm.training import Text, cosine
 from mlm.tuning import TuneText
@@ -33,7 +43,7 @@ from mlm.tuning import TuneText
 @torch.no_grad()
 def estimate_fisher(
     weights: Weights,
-    shape: LMShape,
+    shape: LanguageModel,
     dynamic: tuple[str, ...],
     text: Text,
     segment: int,
@@ -175,6 +185,32 @@ def static_of(memory: LongTerm, text: TuneText, protocols: Sequence[str]) -> dic
     return found
 
 
+def _norm(tensors: Parameters) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
+
+
+def weights_to_learn(memory: LongTerm, learn: Sequence[str]) -> tuple[str, ...]:
+    """Names of the language model's weights that meta-training moves.
+
+    `theta_0`: those that adapt; `static`: those that never do. Low-rank changes start at zero and
+    stay there.
+    """
+    found = [
+        name
+        for name in memory.static
+        if ("theta_0" if name in memory.dynamic else "static") in learn
+    ]
+    return tuple(found)
+
+
+def reptile(memory: LongTerm, reader: Reader, learn: Sequence[str]) -> Weights:
+    """theta_0 minus the lanes' mean weights: a step along minus this moves towards them.
+
+    Reptile (Nichol et al. 2018, eq. 2), with where reading has led as the inner solution.
+    """
+    return {n: memory.weights[n] - reader.weights[n].mean(0) for n in learn if n in memory.dynamic}
+
+
 class MetaTrainer:
     """State of stage 2 for one rule: parameters, Adam, readers, cursor; saved and resumed."""
 
@@ -187,58 +223,122 @@ class MetaTrainer:
         settings: MetaConfig,
         seed: int,
     ) -> None:
-        self.memory, self.rule, self.settings = memory, rule, settings
+        self.rule, self.settings = rule, settings
+        self.learn = weights_to_learn(memory, settings.learn)
+        own = {n: memory.weights[n].clone() for n in self.learn}
+        self.memory = dataclasses.replace(memory, weights={**memory.weights, **own})
         self.parameters = {n: p.clone() for n, p in start.items()}
-        self.optimizer = torch.optim.Adam(
-            list(self.parameters.values()), lr=settings.learning_rate, betas=(0.9, 0.99)
-        )
+        self.trained = {**self.parameters, **{f"weights/{n}": w for n, w in own.items()}}
+        """What Adam moves, in its order."""
+        groups = [
+            {"params": list(self.parameters.values()), "peak": settings.learning_rate},
+            {"params": list(own.values()), "peak": settings.weight_rate},
+        ]
+        self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
         self.lanes = MixedLanes(
             text, settings.lanes, settings.stream_share, memory.segment, seed + 2
         )
-        self.reader = begin(memory, settings.lanes, rule.bind(self.parameters, memory))
+        self.reader = begin(self.memory, settings.lanes, rule.bind(self.parameters, self.memory))
+        self.evolution: Evolution | None = None
+        if settings.gradient == "pes":
+            self.evolution = Evolution(
+                self.memory,
+                rule,
+                self.parameters,
+                settings.lanes,
+                pairs=settings.pes_pairs,
+                sigma=settings.pes_sigma,
+                seed=seed + 3,
+                scale={n: 10.0 for n in start if n == "flush_scale"},  # it is in thousandths
+                ewc=settings.ewc,
+            )
         self.step = 0
         self.judged = -1
         """The step at which the validation gain was last measured."""
         self.best: tuple[float, Parameters] = (-math.inf, {})
-        """(gain, parameters) of the best step so far."""
+        """(gain, what was trained) of the best step so far."""
+        self.flushed = 0
+        """How often the guard reset a lane."""
+
+    def gradient(self, unroll: Sequence[Segment]) -> MetaGradient:
+        """The meta-gradient of an unroll, as `settings.gradient` says."""
+        mode, ewc = self.settings.gradient, self.settings.ewc
+        if self.evolution is not None:
+            found = self.evolution.step(self.parameters, unroll)
+            return MetaGradient(*found[:3], {}, self.reader, found.flushed)
+        learn = self.learn
+        if self.settings.theta_0 == "reptile":
+            learn = tuple(n for n in learn if n not in self.memory.dynamic)
+        state = self.parameters, self.reader, unroll
+        if mode == "second":
+            found = second_order(self.memory, self.rule, *state, learn, ewc)
+        else:
+            assert mode != "pes"
+            bound = self.rule.bind(self.parameters, self.memory)
+            found = meta_gradient(self.memory, bound, *state, mode, learn, ewc)
+        if self.settings.theta_0 == "reptile":
+            found.weights.update(reptile(self.memory, found.reader, self.learn))
+        return found
 
     def train_step(self) -> tuple[float, int]:
         """One meta-update; returns (meta-loss in nats per token, tokens read).
 
         Raises:
-            UserError: loss or gradient is not finite; the parameters are untouched by it.
+            UserError: loss or gradient is not finite; nothing is moved by it.
         """
         device = self.reader.age.device
         unroll = [self.lanes.next().to(device) for _ in range(self.settings.unroll)]
-        bound = self.rule.bind(self.parameters, self.memory)
-        found = meta_gradient(
-            self.memory, bound, self.parameters, self.reader, unroll, self.settings.gradient
-        )
-        norm = math.sqrt(sum(float(g.double().square().sum()) for g in found.gradients.values()))
-        if not (math.isfinite(found.loss) and math.isfinite(norm)):
+        found = self.gradient(unroll)
+        self.rule.mask(found.gradients)
+        parts = [found.gradients, found.weights]
+        norms = [_norm(part) for part in parts]
+        if not all(map(math.isfinite, (found.loss, *norms))):
             raise UserError(
                 f"stage 2, rule {self.rule.name}, step {self.step}: loss {found.loss}, gradient "
-                f"norm {norm}. The best parameters so far are kept; lower --meta.learning-rate "
-                f"(now {self.settings.learning_rate})"
+                f"norm {max(norms)}. The best parameters so far are kept; lower "
+                f"--meta.learning-rate (now {self.settings.learning_rate})"
             )
+        self._move(parts, norms)
+        self.reader = found.reader
+        if self.settings.theta_0 == "gradient":
+            self._carry_along()
+        self.step += 1
+        self.flushed += found.flushed
+        return found.loss, sum(int(s.mask.sum()) for s in unroll)
+
+    def _move(self, parts: Sequence[Parameters], norms: Sequence[float]) -> None:
+        """One step of Adam; the gradients of the rule and of the weights are clipped apart."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * cosine(self.step, self.settings.steps)
-        shrink = min(1.0, self.settings.clip / max(norm, 1e-12))
-        for name, parameter in self.parameters.items():
-            parameter.grad = found.gradients[name] * shrink
+            group["lr"] = group["peak"] * cosine(self.step, self.settings.steps)
+        if "rule" not in self.settings.learn:
+            parts[0].clear()
+        self._before = {n: self.memory.weights[n].clone() for n in self.learn}
+        for gradients, norm, prefix in zip(parts, norms, ("", "weights/"), strict=True):
+            shrink = min(1.0, self.settings.clip / max(norm, 1e-12))
+            for name, value in gradients.items():
+                self.trained[prefix + name].grad = value * shrink
         self.optimizer.step()
         self.rule.project(self.parameters)
-        self.reader = found.reader
-        self.step += 1
-        return found.loss, sum(int(s.mask.sum()) for s in unroll)
+
+    def _carry_along(self) -> None:
+        """Move the lanes by what theta_0 moved: their distance from it is what they have learned.
+
+        The readers' weights are written in place: they are this trainer's own.
+        """
+        for name in self.learn:
+            if name in self.memory.dynamic:
+                self.reader.weights[name].add_(self.memory.weights[name] - self._before[name])
 
     def save(self, run: RunFolder, identity: str) -> None:
         """Write everything the next step depends on, and the best parameters so far."""
         tensors: dict[str, Tensor] = {"reader/age": self.reader.age}
         tensors |= {f"best/{n}": p for n, p in self.best[1].items()}
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             tensors[f"parameters/{name}"] = parameter
-        tensors |= adam_tensors(self.optimizer, self.parameters)
+        tensors |= adam_tensors(self.optimizer, self.trained)
+        if self.evolution is not None:
+            own = self.evolution.state_tensors()
+            tensors |= {f"evolution/{n}": t for n, t in own.items()}
         tensors |= {f"reader/weights/{n}": w for n, w in self.reader.weights.items()}
         state = self.reader.state.tensors()
         tensors |= {f"reader/state/{k}": t for k, t in enumerate(state)}
@@ -249,6 +349,7 @@ class MetaTrainer:
             "judged": self.judged,
             "gain": self.best[0] if self.best[1] else None,
             "cursor": self.lanes.state_dict(),
+            "flushed": self.flushed,
         }
         save_tensors(run.checkpoint(f"{self.rule.name}_last"), tensors, about)
 
@@ -261,9 +362,14 @@ class MetaTrainer:
         if about.get("identity") != identity:
             return
         device = self.reader.age.device
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.trained.items():
             parameter.copy_(tensors[f"parameters/{name}"])
-        load_adam(self.optimizer, self.parameters, tensors)
+        load_adam(self.optimizer, self.trained, tensors)
+        if self.evolution is not None:
+            own = {n: t for n, t in tensors.items() if n.startswith("evolution/")}
+            self.evolution.load_state_tensors(
+                {n.removeprefix("evolution/"): t for n, t in own.items()}
+            )
         state = self.reader.state
         parts = [tensors[f"reader/state/{k}"].to(device) for k in range(len(state.tensors()))]
         self.reader = Reader(
@@ -273,15 +379,15 @@ class MetaTrainer:
             tensors["reader/exploded"].to(device),
         )
         self.lanes.load_state_dict(about["cursor"])
-        self.step, self.judged = about["step"], about["judged"]
+        self.step, self.judged, self.flushed = (about[k] for k in ("step", "judged", "flushed"))
         if about["gain"] is not None:
-            best = {n: tensors[f"best/{n}"].to(device) for n in self.parameters}
+            best = {n: tensors[f"best/{n}"].to(device) for n in self.trained}
             self.best = (about["gain"], best)
 
 
 def train_meta(
     trainer: MetaTrainer,
-    judge: Callable[[Parameters], float],
+    judge: Callable[[MetaTrainer], float],
     run: RunFolder,
     budget: int,
     tokens_per_word: float,
@@ -295,7 +401,7 @@ def train_meta(
     `checkpoints/<rule>_last.safetensors`; `identity` names what the run depends on.
 
     Returns:
-        the best parameters and their gain.
+        the best of what was trained (`MetaTrainer.trained`) and its gain.
     """
     name, steps = trainer.rule.name, trainer.settings.steps
     marks = sorted({round(k * steps / max(1, budget - 1)) for k in range(budget)})
@@ -319,11 +425,13 @@ def train_meta(
                         step=trainer.step,
                         train_loss=loss,
                         words_per_second=speed,
+                        flushed=trainer.flushed or None,
                     )
                 ppl = math.exp(min(50.0, loss * tokens_per_word))
                 bar.set_postfix_str(
                     f"loss {loss:.3f}, ppl {ppl:.0f}, gain {trainer.best[0]:.3f} nats/token, "
                     f"{speed:,.0f} words/s"
+                    + (f", {trainer.flushed} lanes reset by the guard" if trainer.flushed else "")
                 )
                 bar.update()
         except KeyboardInterrupt:
@@ -344,13 +452,13 @@ def _ahead(row: dict[str, Any], trainer: MetaTrainer) -> bool:
 
 def _judge(
     trainer: MetaTrainer,
-    judge: Callable[[Parameters], float],
+    judge: Callable[[MetaTrainer], float],
     run: RunFolder,
     tokens_per_word: float,
     identity: str,
 ) -> None:
     """Measure the gain on validation, keep the parameters if it is the best, save."""
-    gain = judge(trainer.parameters)
+    gain = judge(trainer)
     finite = math.isfinite(gain)
     if not finite and not trainer.best[1]:
         raise UserError(
@@ -367,5 +475,5 @@ def _judge(
         )
         trainer.judged = trainer.step
         if gain > trainer.best[0]:
-            trainer.best = (gain, {n: p.clone() for n, p in trainer.parameters.items()})
+            trainer.best = (gain, {n: p.clone() for n, p in trainer.trained.items()})
         trainer.save(run, identity)

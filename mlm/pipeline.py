@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from mlm.checkpoint import (
-    load_lm,
-    load_tensors,
-    save_memory,
-    save_tensors,
-)
-from mlm.config import LEARNED, RULES, AdaptConfig, Config, to_dict
+from mlm.checkpoint import load_lm
+from mlm.config import Config
 from mlm.errors import UserError
-from mlm.files import write_text
-from mlm.gates import LinearGates
-from mlm.learner import RMS, SGD, Bound, Parameters
-from mlm.lm import LMShape, Weights
-from mlm.lowrank import add_low_rank
-from mlm.memory import LongTerm, choose_dynamic, has_low_rank
-from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
 from mlm.run import Run, check_folder, check_text, clear, open_run, say, use_threads
 from mlm.scoring import Scores, check_finite, score_protocol, word_losses
+from mlm.stage_meta import check_learned, ready_rule, stage_meta
 from mlm.text import open_corpus
 from mlm.tokens import TokenFile, encode_split
-from mlm.training import Text, shape_of, train_lm
-from mlm.tuning import tune
+from mlm.training import shape_of, train_lm
 
 # -- stages ---------------------------------------------------------------------------------
 
@@ -51,165 +35,23 @@ def stage_lm(run: Run) -> None:
     train_lm(run.config, shape, text, valid, run.folder, vocabulary.hash, run.device, run.quiet)
 
 
-def identity(run: Run) -> str:
-    """Hash of what a stage-2 result depends on; a changed one is not reused."""
-    config = to_dict(run.config)
-    keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
-    for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
-        keys["evaluation"].pop(name)
-    for part, name in (("adapt", "threads"), ("adapt", "kernels"), ("meta", "gradient")):
-        keys[part].pop(name)  # how it is computed; results agree to rounding
-    if not has_low_rank(run.config.adapt.dynamic):
-        keys["adapt"].pop("rank")
-    path = run.folder.checkpoint("lm")
-    weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-    return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
-
-
-def new_memory(
-    weights: Weights, shape: LMShape, adapt: AdaptConfig, text: Text, quiet: bool = True
-) -> LongTerm:
-    """theta_0 with the low-rank changes that are asked for, and its Fisher, from held-out text."""
-    dynamic = choose_dynamic(weights, adapt.dynamic)
-    weights = add_low_rank(weights, shape, dynamic, adapt.rank, text, adapt.fisher_words)
-    return estimate_fisher(
-        weights, shape, dynamic, text, adapt.segment, adapt.fisher_words, quiet=quiet
-    )
-
-
-def build_memory(run: Run) -> LongTerm:
-    """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder."""
-    weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
-    weights = {n: w.to(run.device) for n, w in weights.items()}
-    memory = new_memory(weights, shape, run.config.adapt, run.training_text(1), run.quiet)
-    save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
-    return memory
-
-
-def tuned_settings(run: Run, memory: LongTerm, rule: SGD | RMS, protocol: str) -> dict[str, float]:
-    """The best settings of a hand-made rule on validation; remembered in tuning.json."""
-    path = run.folder.path / "tuning.json"
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not tuned yet, or damaged: tune again
-        known = {}
-    key, mark = f"{rule.name}/{protocol}", identity(run)
-    if known.get(key, {}).get("identity") == mark:
-        return known[key]["setting"]
-    budget = run.config.evaluation.budget
-    say(f"tuning {rule.name} on validation, protocol {protocol}: {budget} settings")
-    trials = tune(memory, rule, run.tune_text, protocol, budget)
-    known[key] = {
-        "identity": mark,
-        "setting": trials[0].setting,
-        "trials": [{**t.setting, "nll": t.nll if math.isfinite(t.nll) else None} for t in trials],
-    }
-    write_text(path, json.dumps(known, indent=1) + "\n")
-    return trials[0].setting
-
-
-def gates_rule(run: Run, name: str) -> LinearGates:
-    """The meta-learner of this name: with FLUSH (three_levels) or without."""
-    meta = run.config.meta
-    return LinearGates(name, name == "three_levels", meta.features, meta.per_tensor, meta.free_copy)
-
-
-def stage_meta(run: Run) -> None:
-    """Stage 2: Fisher, a tuned starting point, then the meta-learner."""
-    memory = build_memory(run)
-    meta = run.config.meta
-    start_rule = RMS() if meta.start == "rms" else SGD()
-    start = tuned_settings(run, memory, start_rule, "article")
-    text, tune_text = run.training_text(1), run.tune_text
-    static = static_of(memory, tune_text, run.config.evaluation.protocols)
-    mark = identity(run)
-    for name in meta.rules:
-        rule = gates_rule(run, name)
-        first: Parameters
-        if meta.start == "rms":
-            first = rule.start_at_rms(memory, start["rate"], start["decay"])
-        else:
-            first = rule.start_at_sgd(memory, start["rate"])
-        trainer = MetaTrainer(memory, rule, first, text, meta, run.config.seed)
-        best, gain = train_meta(
-            trainer,
-            lambda p, rule=rule: validation_gain(memory, rule, p, tune_text, static),
-            run.folder,
-            run.config.evaluation.budget,
-            text.tokens_per_word,
-            mark,
-            run.config.resume,
-            run.quiet,
-        )
-        about = {
-            "rule": {
-                "flush": rule.flush,
-                "features": list(rule.features),
-                "per_tensor": rule.per_tensor,
-                "free_copy": rule.free_copy,
-            },
-            "dynamic": list(memory.dynamic),
-            "columns": list(rule.columns),
-            "gain": gain,
-            "identity": mark,
-        }
-        save_tensors(run.folder.checkpoint(name), best, about)
-        say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
-
-
-def load_gates(run: Run, name: str, memory: LongTerm) -> tuple[LinearGates, Parameters]:
-    """A trained meta-learner from the run folder.
-
-    Raises:
-        UserError: missing, or trained for other dynamic weights.
-    """
-    path = run.folder.checkpoint(name)
-    tensors, about = load_tensors(path, "train the meta-learner first (`--stages meta`)")
-    if tuple(about["dynamic"]) != memory.dynamic:
-        raise UserError(
-            f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
-            f"adapt now are {', '.join(memory.dynamic)}; run `--stages meta` again"
-        )
-    settings = {**about["rule"], "features": tuple(about["rule"]["features"])}
-    parameters: dict[str, Tensor] = {n: t.to(run.device) for n, t in tensors.items()}
-    return LinearGates(name, **settings), parameters
-
-
-def _load_learned(run: Run) -> None:
-    """Load the memory and every meta-learner to score: what is amiss shows now, not hours later.
-
-    Raises:
-        UserError: see `Run.memory` and `load_gates`.
-    """
-    memory = run.memory
-    for name in set(run.config.evaluation.rules) & set(LEARNED):
-        load_gates(run, name, memory)
-
-
-def bound_rule(
-    run: Run, memory: LongTerm, name: str, protocol: str
-) -> tuple[Bound | None, dict[str, Any]]:
-    """(the rule ready to read, its settings for the table); None = static."""
-    if name == "static":
-        return None, {}
-    if name in ("sgd", "rms"):
-        rule = SGD() if name == "sgd" else RMS()
-        setting = tuned_settings(run, memory, rule, protocol)
-        like = next(iter(memory.rms.values()))
-        return rule.bind({k: like.new_tensor(v) for k, v in setting.items()}, memory), setting
-    rule, parameters = load_gates(run, name, memory)
-    count = sum(p.numel() for p in parameters.values())
-    return rule.bind(parameters, memory), {
-        "parameters": count,
-        "features": ", ".join(rule.features),
-    }
-
-
 def _evaluation_file(run: Run, corpus: str) -> TokenFile:
     """The split to score, encoded with the run's own vocabulary."""
     evaluation, cache = run.config.evaluation, run.config.text.data_dir
     source = open_corpus(corpus)
     return encode_split(source, evaluation.split, run.vocabulary, cache, progress=not run.quiet)
+
+
+def _resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> dict[str, int]:
+    """Report what the guard did: to the person at the terminal, and for the table."""
+    if not scores.flushes:
+        return {}
+    article, token = min(scores.flushes)
+    say(
+        f"{name}, protocol {protocol}: the guard reset the weights {len(scores.flushes)} times, "
+        f"first at token {token} of {titles[article]!r}"
+    )
+    return {"guard resets": len(scores.flushes)}
 
 
 def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict[str, Any]]]:
@@ -220,7 +62,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     Returns:
         where the results are, and all rows of its evaluation.json.
     """
-    from mlm.losses import LossTable, column_name, write_losses
+    from mlm.losses import STATIC, LossTable, column_name, rule_order, write_losses
     from mlm.report import evaluate_rows, merge_evaluation, read_evaluation, write_evaluation
 
     evaluation = run.config.evaluation
@@ -230,8 +72,8 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     corpus = corpus or run.config.corpus
     existing = read_evaluation(folder)
     file = _evaluation_file(run, corpus)
-    memory, vocabulary = run.memory, run.vocabulary
-    _load_learned(run)
+    vocabulary = run.vocabulary
+    check_learned(run)
     number = min(len(file), evaluation.max_articles or len(file))
     chosen = [a for a in range(number) if file.words[a] > 0]
     if not chosen:
@@ -239,16 +81,25 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     articles = [np.asarray(file.article(a), dtype=np.int64) for a in chosen]
     titles = [file.titles[a] for a in chosen]
     words = int(sum(file.words[a] for a in chosen))
-    rules = [r for r in RULES if r in {"static", *evaluation.rules}]
+    rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
     columns: dict[str, np.ndarray] = {}
     speed, settings = {}, {}
     for protocol in evaluation.protocols:
         for name in rules:
-            rule, setting = bound_rule(run, memory, name, protocol)
+            ready = ready_rule(run, name, protocol)
             title = None if run.quiet else f"{evaluation.split}, {protocol}, {name}"
             scores: Scores = score_protocol(
-                memory, rule, articles, vocabulary.eos_id, protocol, evaluation.lanes, title
+                ready.memory,
+                ready.bound,
+                articles,
+                vocabulary.eos_id,
+                protocol,
+                evaluation.lanes,
+                title,
+                ready.cache,
             )
+            resets = _resets(scores, name, protocol, titles)
+            scores = scores.cached[0] if ready.cache else scores
             check_finite(scores, name, protocol, titles)
             parts = [
                 word_losses(nll, tokens, vocabulary.starts_word)
@@ -256,7 +107,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
             ]
             columns[column_name(name, protocol)] = np.concatenate(parts)
             speed[name, protocol] = words / scores.seconds
-            settings[name, protocol] = setting
+            settings[name, protocol] = {**ready.setting, **resets}
     table = LossTable(
         split=evaluation.split,
         article_N=np.repeat(chosen, [int(file.words[a]) for a in chosen]).astype(np.int32),
@@ -338,4 +189,4 @@ def _check_models(run: Run) -> None:
     if "meta" in stages:
         load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     elif "evaluate" in stages:
-        _load_learned(run)
+        check_learned(run)

@@ -93,12 +93,12 @@ def bootstrap_interval(
     return interval if np.isfinite(interval).all() else None
 
 
-def _mean_gain(gain_A: np.ndarray, words_A: np.ndarray, axis: int = -1) -> np.ndarray:
+def mean_gain(gain_A: np.ndarray, words_A: np.ndarray, axis: int = -1) -> np.ndarray:
     """Nats gained per word: a ratio of sums, so that every word counts alike."""
     return gain_A.sum(axis=axis) / words_A.sum(axis=axis)
 
 
-def _gain_ratio(gain_A: np.ndarray, against_A: np.ndarray, axis: int = -1) -> np.ndarray:
+def gain_ratio(gain_A: np.ndarray, against_A: np.ndarray, axis: int = -1) -> np.ndarray:
     return gain_A.sum(axis=axis) / against_A.sum(axis=axis)
 
 
@@ -151,7 +151,7 @@ def position_gains(
                 articles=len(words_A),
                 words=int(words_A.sum()),
                 nll=float(loss_N[inside].sum()),
-                gain=float(_mean_gain(gain_A, words_A)),
+                gain=float(mean_gain(gain_A, words_A)),
                 interval=interval,
             )
         )
@@ -164,7 +164,7 @@ def _gain_interval(
     """The interval of nats gained per word; [0, 0] for static, which by definition gains 0."""
     if rule == STATIC:
         return [0.0, 0.0] if len(words_A) > 1 else None
-    return bootstrap_interval(_mean_gain, gain_A, words_A, resamples=resamples, seed=seed)
+    return bootstrap_interval(mean_gain, gain_A, words_A, resamples=resamples, seed=seed)
 
 
 # ---------------------------------------------------------------- rows
@@ -320,13 +320,13 @@ def _comparison(
         "against": against,
         "ratio": _finite(gain_A.sum() / total) if total > 0 else None,
         "interval": (
-            bootstrap_interval(_gain_ratio, gain_A, against_A, resamples=resamples, seed=seed)
+            bootstrap_interval(gain_ratio, gain_A, against_A, resamples=resamples, seed=seed)
             if ratio
             else None
         ),
-        "difference": float(_mean_gain(more_A, words_A)),
+        "difference": float(mean_gain(more_A, words_A)),
         "difference_interval": bootstrap_interval(
-            _mean_gain, more_A, words_A, resamples=resamples, seed=seed
+            mean_gain, more_A, words_A, resamples=resamples, seed=seed
         ),
     }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlm import buffers
 from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
-from mlm.lm import LMState, Weights
+from mlm.lm import State, Weights
 from mlm.memory import LongTerm, lanes_of, reset_lanes
 from mlm.streams import Segment
 
@@ -27,7 +27,7 @@ class Reader(NamedTuple):
 
     weights: Weights
     """Medium-term memory: the dynamic tensors and the rule's own state beside them, (B, ...)."""
-    state: LMState
+    state: State
     """Short-term memory."""
     age: Tensor
     """(B,) updates since the lane's weights were last theta_0."""
@@ -67,7 +67,7 @@ class Scored(NamedTuple):
     """(B,) mean over the lane's tokens, nats per token."""
     gradients: Weights
     """Of (1/M) sum of the lane's nll by its own dynamic weights, (B, ...)."""
-    state: LMState
+    state: State
     output: Tensor
     """(B, M, E): what the softmax saw."""
     shared: Weights
@@ -104,7 +104,7 @@ def score_segment(
 
 
 @torch.no_grad()
-def score_static(memory: LongTerm, state: LMState, segment: Segment) -> tuple[Tensor, LMState]:
+def score_static(memory: LongTerm, state: State, segment: Segment) -> tuple[Tensor, State]:
     """Loss (B, M) of one segment under theta_0, without a gradient."""
     now = memory.shape.read(memory.static, segment.inputs, segment.targets, state)
     return now.nll * segment.mask, now.state
@@ -138,15 +138,17 @@ def step(
     Lanes flagged `segment.new` are reset first. `out` receives the new weights (for speed; it must
     not be the reader's own).
 
-    The guard: a lane whose weights give no finite loss, which shows before any target does, is
-    reset to theta_0 and reads the segment from there; a lane whose mean loss passes `memory.limit`
-    is scored as it is and reset before its next segment. No other lane notices.
+    The guard: a lane whose weights are not finite, or give no finite loss, which shows before any
+    target does, is reset to theta_0 and reads the segment from there; a lane whose mean loss
+    passes `memory.limit` is scored as it is and reset before its next segment. No other lane
+    notices.
     """
     start = rule.start()
     new = segment.new | reader.exploded
     reader = open_articles(start, reader, new)
     scored = score_segment(memory, reader, segment, learn)
-    broken = ~(scored.loss.isfinite() & _finite(scored.gradients))
+    whole = torch.stack([w.flatten(1).sum(1).isfinite() for w in reader.weights.values()]).all(0)
+    broken = ~(whole & scored.loss.isfinite() & _finite(scored.gradients))
     if bool(broken.any()):
         reader = open_articles(start, reader, broken)
         buffers.give(scored.gradients.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import sys
@@ -14,11 +15,10 @@ import numpy as np
 import torch
 
 from mlm.checkpoint import RunFolder, check_vocabulary, load_memory
-from mlm.config import LEARNED, Config
+from mlm.config import CACHE, LEARNED, AdaptConfig, Config
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.kernels import use_kernels
-from mlm.lm import LMShape, initial_weights
 from mlm.lowrank import check_rank
 from mlm.memory import LongTerm, choose_dynamic
 from mlm.text import open_corpus
@@ -155,7 +155,13 @@ class Run:
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, memory.weights, adapt.rank)
-        return memory
+        return guarded(memory, adapt, self.vocabulary.size)
+
+
+def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongTerm:
+    """The memory with the loss above which a lane starts afresh (--adapt.guard)."""
+    limit = adapt.guard * math.log(vocabulary_size) if adapt.guard else math.inf
+    return dataclasses.replace(memory, limit=limit)
 
 
 def open_run(config: Config, quiet: bool = False) -> Run:
@@ -206,7 +212,8 @@ def check_folder(run: Run) -> None:
             raise UserError(
                 f"--stages {stage}: {file} is missing; run --stages {' '.join(makers)} first"
             )
-    for name in config.evaluation.rules if "evaluate" in config.stages else ():
+    scored = [rule.removesuffix(CACHE) for rule in config.evaluation.rules]
+    for name in scored if "evaluate" in config.stages else ():
         known = name in trained or (not fresh and folder.checkpoint(name).exists())
         if name in LEARNED and not known:
             raise UserError(
@@ -233,10 +240,7 @@ def check_text(run: Run) -> None:
             f"has {longest} tokens. Use a smaller M, more text, or a larger --text.held-out"
         )
     shape = shape_of(config, run.data.vocabulary.size)
-    small = LMShape(
-        len(shape.cutoffs) + 1, 1, 1, shape.layers, tuple(range(1, len(shape.cutoffs) + 1))
-    )
-    choose_dynamic(initial_weights(small, torch.Generator()), config.adapt.dynamic)
+    choose_dynamic(shape.layout(), config.adapt.dynamic)
 
 
 def clear(run: Run) -> None:

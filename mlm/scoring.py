@@ -1,6 +1,6 @@
 """Score articles under an update rule, in protocol `article` or `stream`; words from tokens.
 
-Letters: B lanes, A articles, S settings of a rule tried side by side.
+Letters: B lanes, A articles, M tokens per segment, E width of what the softmax sees.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mlm import buffers
+from mlm.cache import Cache, CacheSetting
 from mlm.errors import UserError
 from mlm.learner import Bound
 from mlm.memory import LongTerm
-from mlm.rollout import begin, read, score_static
-from mlm.streams import LaneStream
+from mlm.rollout import begin, step
+from mlm.streams import LaneStream, Segment
 
 
 class Scores(NamedTuple):
@@ -27,12 +29,76 @@ class Scores(NamedTuple):
     nll: list[np.ndarray]
     """Per article: nats of every token, float64."""
     seconds: float
+    flushes: list[tuple[int, int]]
+    """(article, first token of the segment) wherever the guard reset a lane."""
+    cached: list[Scores]
+    """The same pass with a neural cache on top: one for each setting asked for."""
 
     @property
     def total(self) -> float:
         """Nats of all tokens; infinite if any is not a number."""
         total = float(sum(a.sum() for a in self.nll))
         return total if np.isfinite(total) else float("inf")
+
+
+class _Heard(NamedTuple):
+    """A segment as it was predicted."""
+
+    nll: Tensor
+    """(B, M) nats."""
+    output: Tensor
+    """(B, M, E): what the softmax saw."""
+    flushed: list[int]
+    """Lanes that the guard reset."""
+
+
+class _Static:
+    """Lanes that read under theta_0."""
+
+    def __init__(self, memory: LongTerm, lanes: int) -> None:
+        some = memory.weights[memory.dynamic[0]]
+        self.memory = memory
+        self.state = memory.shape.initial_state(lanes, some.device, some.dtype)
+
+    def select(self, lanes: Tensor) -> None:
+        """Go on with some of the lanes (their indices)."""
+        self.state = self.state.select(lanes)
+
+    @torch.no_grad()
+    def read(self, segment: Segment) -> _Heard:
+        """Predict a segment, without a gradient."""
+        state = self.state.keep(~segment.new)
+        now = self.memory.shape.read(self.memory.static, segment.inputs, segment.targets, state)
+        self.state = now.state
+        return _Heard(now.nll * segment.mask, now.output, [])
+
+
+class _Adapting:
+    """Lanes whose weights a rule rewrites, in two sets of buffers by turns."""
+
+    def __init__(self, memory: LongTerm, rule: Bound, lanes: int) -> None:
+        self.memory, self.rule = memory, rule
+        self.reader = begin(memory, lanes, rule)
+        weights = self.reader.weights
+        self.spare, self.other = (
+            {n: torch.empty_like(w) for n, w in weights.items()} for _ in range(2)
+        )
+
+    def select(self, lanes: Tensor) -> None:
+        """Go on with some of the lanes (their indices)."""
+        self.reader = self.reader.select(lanes)
+        self.spare, self.other = (
+            {n: w[: len(lanes)] for n, w in some.items()} for some in (self.spare, self.other)
+        )
+
+    def read(self, segment: Segment) -> _Heard:
+        """Predict a segment, then learn from it."""
+        now = step(self.memory, self.rule, self.reader, segment, self.spare)
+        buffers.give(now.scored.gradients.values())
+        self.reader = now.after
+        self.spare, self.other = self.other, self.spare
+        flushed = now.flushed.nonzero().flatten().tolist()
+        return _Heard(now.scored.nll, now.scored.output, flushed)
 
 
 def score_articles(
@@ -42,48 +108,67 @@ def score_articles(
     eos: int,
     lanes: int,
     title: str | None = None,
+    cache: Sequence[CacheSetting] = (),
 ) -> Scores:
     """Read every article once, predict -> score -> update; `rule` None = static.
 
-    Each article starts from theta_0 and a zero state, so the result does not depend on the number
-    of lanes. `title` shows a progress bar.
+    Each article starts from theta_0, a zero state and an empty cache, so the result does not
+    depend on the number of lanes. `title` shows a progress bar; `cache` names the neural caches to
+    put on top of the same reading.
     """
-    device = memory.weights[memory.dynamic[0]].device
     filled = sum(len(a) > 0 for a in articles)
-    out = [np.zeros(len(a)) for a in articles]
+    columns = [[np.zeros(len(a)) for a in articles] for _ in range(1 + len(cache))]
+    flushes: list[tuple[int, int]] = []
     if not filled:
-        return Scores(out, 0.0)
+        return _scores(columns, 0.0, flushes)
+    device = memory.weights[memory.dynamic[0]].device
     stream = LaneStream(articles, min(lanes, filled), memory.segment, eos)
-    reader = begin(memory, stream.lanes if rule else 1, rule)
-    spare = [{n: torch.empty_like(w) for n, w in reader.weights.items()} for _ in range(2)]
-    state = memory.shape.initial_state(stream.lanes, device, reader.age.dtype)
+    readers = (
+        _Static(memory, stream.lanes) if rule is None else _Adapting(memory, rule, stream.lanes)
+    )
+    caches: Cache | None = None
     clock = time.perf_counter()
     tokens = sum(len(a) for a in articles)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:
         lanes_left = np.arange(stream.lanes)
-        for step, full in enumerate(stream):
+        for full in stream:
             busy = full.article[lanes_left] >= 0
             if not busy.all():  # lanes without a next article: nothing to compute there any more
                 keep = torch.from_numpy(np.flatnonzero(busy)).to(device)
                 lanes_left = lanes_left[busy]
-                state = state.select(keep)
-                reader = reader.select(keep) if rule else reader
-                spare = [{n: w[: len(keep)] for n, w in some.items()} for some in spare]
+                readers.select(keep)
+                caches = caches.select(keep) if caches else None
             raw = full.select(lanes_left)
             segment = raw.to(device)
-            if rule is None:
-                nll, state = score_static(memory, state.keep(~segment.new), segment)
-            else:
-                reader, nll = read(memory, rule, reader, segment, spare[step % 2])
+            now = readers.read(segment)
+            losses = [now.nll]
+            if cache:
+                caches = caches or Cache(cache, now.output)
+                losses += caches.mix(now.nll, now.output, segment)
             counts = raw.mask.sum(1).tolist()
-            rows = nll.double().cpu().numpy()
-            for lane, count in enumerate(counts):
-                if count:
-                    at = segment.start[lane]
-                    out[segment.article[lane]][at : at + count] = rows[lane, :count]
+            for column, nll in zip(columns, losses, strict=True):
+                _keep(column, nll, raw, counts)
+            flushes += [(int(raw.article[k]), int(raw.start[k])) for k in now.flushed]
             bar.update(sum(counts))
     buffers.clear()
-    return Scores(out, time.perf_counter() - clock)
+    return _scores(columns, time.perf_counter() - clock, flushes)
+
+
+def _keep(column: list[np.ndarray], nll_BM: Tensor, segment: Segment, counts: list[int]) -> None:
+    """Write a segment's losses where they belong; `counts` are its tokens, lane by lane."""
+    rows = nll_BM.double().cpu().numpy()
+    for lane, count in enumerate(counts):
+        if count:
+            at = segment.start[lane]
+            column[segment.article[lane]][at : at + count] = rows[lane, :count]
+
+
+def _scores(
+    columns: list[list[np.ndarray]], seconds: float, flushes: list[tuple[int, int]]
+) -> Scores:
+    """The model's own losses (the first column), and those with each cache."""
+    nll, *mixed = columns
+    return Scores(nll, seconds, flushes, [Scores(m, seconds, flushes, []) for m in mixed])
 
 
 def score_stream(
@@ -92,11 +177,17 @@ def score_stream(
     articles: Sequence[np.ndarray],
     eos: int,
     title: str | None = None,
+    cache: Sequence[CacheSetting] = (),
 ) -> Scores:
-    """Read the articles as one long text in which neither weights nor state are reset."""
-    whole = score_articles(memory, rule, [np.concatenate(list(articles))], eos, 1, title)
-    ends = np.cumsum([len(a) for a in articles])[:-1]
-    return Scores(np.split(whole.nll[0], ends), whole.seconds)
+    """Read the articles as one long text in which weights, state and cache are never reset."""
+    whole = score_articles(memory, rule, [np.concatenate(list(articles))], eos, 1, title, cache)
+    ends = np.cumsum([len(a) for a in articles])
+    columns = [np.split(s.nll[0], ends[:-1]) for s in (whole, *whole.cached)]
+    flushes = []
+    for _, at in whole.flushes:
+        article = int(np.searchsorted(ends, at, side="right"))
+        flushes.append((article, at - int(ends[article]) + len(articles[article])))
+    return _scores(columns, whole.seconds, flushes)
 
 
 def score_protocol(
@@ -107,11 +198,12 @@ def score_protocol(
     protocol: str,
     lanes: int,
     title: str | None = None,
+    cache: Sequence[CacheSetting] = (),
 ) -> Scores:
     """`score_articles` or `score_stream` by the protocol's name."""
     if protocol == "stream":
-        return score_stream(memory, rule, articles, eos, title)
-    return score_articles(memory, rule, articles, eos, lanes, title)
+        return score_stream(memory, rule, articles, eos, title, cache)
+    return score_articles(memory, rule, articles, eos, lanes, title, cache)
 
 
 def word_losses(nll: np.ndarray, tokens: np.ndarray, starts_word: np.ndarray) -> np.ndarray:

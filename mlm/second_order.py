@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlm.learner import Parameters, Signal, UpdateRule
-from mlm.lm import LMState, Weights
+from mlm.lm import State, Weights
 from mlm.memory import LongTerm, reset_lanes
 from mlm.recurrence import plain_operations
 from mlm.rollout import MetaGradient, Reader
@@ -102,7 +102,7 @@ def _opened(start: Weights, reader: Reader, new_B: Tensor) -> Reader:
     return Reader(theta, reader.state.keep(~new_B), reader.age * ~new_B, reader.exploded)
 
 
-def _inner(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Tensor, Weights, LMState]:
+def _inner(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Tensor, Weights, State]:
     """Losses (B, M), the inner gradients and the state after a segment, all differentiable."""
     theta = {n: reader.weights[n] for n in memory.dynamic}
     share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]

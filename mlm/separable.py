@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mlm import kernels
+from mlm import buffers, kernels
+from mlm.filters import Filter
 from mlm.forward import Tangent, dots, push_tensor, zero_tangent
-from mlm.learner import ByFormula, Parameters, Signal, relax
+from mlm.learner import ByFormula, Parameters, Signal, of_tensor, relax
 from mlm.lm import Weights
 from mlm.memory import LongTerm
 
@@ -47,20 +48,17 @@ class SeparableGates(ByFormula):
         self._z: dict[str, Tensor | None] = dict.fromkeys(memory.dynamic)
         self._highest: dict[str, float] = {}
         for name in memory.dynamic:
-            group = rule.group(memory, name)
-            row = parameters["update"][group]
-            step = rule.weight_part(row, memory, name, "update").exp()
+            step = rule.weight_logs(parameters, memory, name, "update").exp()
             fisher = rule.fisher(memory, name, "update")
             self._steps[name] = torch.stack([step, step * fisher]).view(2, -1)
             self._step[name] = self._steps[name][0].view_as(step)
             self._units[name] = self._steps[name][:, :0].contiguous()
             if rule.flush:
-                row = parameters["flush"][group]
-                unit = FLUSH_UNIT * rule.weight_part(row, memory, name, "flush").exp()
+                unit = FLUSH_UNIT * rule.weight_logs(parameters, memory, name, "flush").exp()
                 fisher = rule.fisher(memory, name, "flush")
                 self._units[name] = torch.stack([unit, unit * fisher]).view(2, -1)
                 self._flush[name] = self._units[name][0].view_as(unit)
-                z = self._z[name] = unit * parameters["flush_scale"][group]
+                z = self._z[name] = unit * self._scale(name)
                 self._highest[name] = float(z.max())
 
     def _lane(self, kind: str, name: str, signal: Signal) -> Tensor | None:
@@ -93,21 +91,25 @@ class SeparableGates(ByFormula):
         out = out or {n: torch.empty_like(w) for n, w in weights.items()}
         inside, outside, factors = self._split(signal)
         for name in inside:
-            relax(
-                weights[name],
-                gradients[name],
-                self.memory.weights[name],
-                self._step[name],
-                self._z[name],
-                self._lane("update", name, signal),
-                factors.get(name),
-                out[name],
-            )
+            self._push(name, weights, gradients[name], signal, factors.get(name), out)
         for name in outside:
-            super().update(
-                {name: weights[name]}, {name: gradients[name]}, signal, {name: out[name]}
-            )
+            own, gradient = of_tensor(weights, name), {name: gradients[name]}
+            super().update(own, gradient, signal, of_tensor(out, name))
         return out
+
+    def _push(
+        self,
+        name: str,
+        weights: Weights,
+        gradient: Tensor,
+        signal: Signal,
+        z_B: Tensor | None,
+        out: Weights,
+    ) -> None:
+        """One tensor's update with this gradient, into `out`; `z_B` is FLUSH's factor per lane."""
+        step_B = self._lane("update", name, signal)
+        rest = self._step[name], self._z[name], step_B, z_B, out[name]
+        relax(weights[name], gradient, self.memory.weights[name], *rest)
 
     def pullback(
         self,
@@ -120,20 +122,36 @@ class SeparableGates(ByFormula):
         """See `Bound.pullback`."""
         inside, outside, factors = self._split(signal)
         found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
-        back = {}
+        back: Weights = {}
         for name in outside:
-            one, more = super().pullback(
-                {name: weights[name]}, {name: gradients[name]}, signal, {name: cotangent[name]}, own
-            )
-            back.update(one)
+            some, gradient = of_tensor(weights, name), {name: gradients[name]}
+            lam = {n: cotangent[n] for n in some}
+            one, more = super().pullback(some, gradient, signal, lam, own)
+            back |= one
             for key, value in more.items():
                 found[key] += value
         for name in inside:
-            tensors = weights[name], gradients[name], cotangent[name]
-            pull = self._pull_compiled if kernels.usable(*tensors) else self._pull_eager
-            back[name], sums_B4 = pull(name, *tensors, factors.get(name), own)
-            self._collect(name, sums_B4, signal, factors.get(name), found)
+            given = of_tensor(weights, name), gradients[name], of_tensor(cotangent, name)
+            back |= self._pull(name, *given, signal, factors.get(name), own, found)
         return {name: back[name] for name in weights}, found
+
+    def _pull(
+        self,
+        name: str,
+        weights: Weights,
+        gradient: Tensor,
+        cotangent: Weights,
+        signal: Signal,
+        z_B: Tensor | None,
+        own: float,
+        found: Parameters,
+    ) -> Weights:
+        """One tensor's part of `pullback`; what it says of the parameters is added to `found`."""
+        tensors = weights[name], gradient, cotangent[name]
+        pull = self._pull_compiled if kernels.usable(*tensors) else self._pull_eager
+        back, sums_B4 = pull(name, *tensors, z_B, own)
+        self._collect(name, sums_B4, signal, z_B, found)
+        return {name: back}
 
     def _pull_compiled(
         self,
@@ -320,3 +338,68 @@ class SeparableGates(ByFormula):
             sums,
         )
         return sums.sum((0, 1))[:, : columns + bool(fishers)]
+
+
+class FilteredGates(SeparableGates):
+    """`SeparableGates` that act on a filtered gradient, or have a factor of their own per weight.
+
+    Update and pullback are fast; forward mode differentiates the formula.
+    """
+
+    def __init__(self, rule: LinearGates, parameters: Parameters, memory: LongTerm) -> None:
+        super().__init__(rule, parameters, memory)
+        self._filters: dict[str, Filter] = {}
+        for name in memory.dynamic:
+            mu, a = rule.filter_numbers(parameters, memory, name)
+            given = {"momentum": mu, "square": a, "rms": memory.rms[name], "eps": rule.eps}
+            self._filters[name] = Filter(name, **given)
+
+    def _push(
+        self,
+        name: str,
+        weights: Weights,
+        gradient: Tensor,
+        signal: Signal,
+        z_B: Tensor | None,
+        out: Weights,
+    ) -> None:
+        with self._filters[name].pushed(weights, gradient, out) as move:
+            super()._push(name, weights, move, signal, z_B, out)
+
+    def _pull(
+        self,
+        name: str,
+        weights: Weights,
+        gradient: Tensor,
+        cotangent: Weights,
+        signal: Signal,
+        z_B: Tensor | None,
+        own: float,
+        found: Parameters,
+    ) -> Weights:
+        filter, lam = self._filters[name], cotangent[name]
+        step, step_B = self._step[name], self._lane("update", name, signal)
+        move, state, sums = filter.pull(weights, gradient, lam, step, step_B, cotangent)
+        group = self.rule.group(self.memory, name)
+        for part, value in zip(("momentum", "square"), sums, strict=True):
+            if part in found:
+                found[part][group] += value
+        if self.rule.per_weight:
+            found[f"step/{name}"] -= step * _products(lam, move, step_B)
+        back = super()._pull(name, weights, move, {name: lam}, signal, z_B, 0.0, found)
+        back[name].add_(gradient, alpha=own)
+        buffers.give([move])
+        return back | state
+
+    tangent = ByFormula.tangent
+    advance = ByFormula.advance
+    owed = ByFormula.owed
+
+
+def _products(a: Tensor, b: Tensor, factor_B: Tensor | None) -> Tensor:
+    """sum over lanes of factor_B a b: (B, ...) -> (...)."""
+    total = torch.zeros_like(a[0])
+    factors = [1.0] * len(a) if factor_B is None else factor_B.tolist()
+    for k, factor in enumerate(factors):
+        total.addcmul_(a[k], b[k], value=factor)
+    return total

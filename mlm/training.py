@@ -17,20 +17,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm.checkpoint import RunFolder, adam_tensors, load_adam, load_tensors, save_lm, save_tensors
+from mlm.checkpoint import (
+    RunFolder,
+    adam_tensors,
+    load_adam,
+    load_lm,
+    load_tensors,
+    save_lm,
+    save_tensors,
+)
 from mlm.config import Config, LMTrainingConfig
 from mlm.errors import UserError, uninterrupted
-from mlm.lm import (
-    Dropout,
-    LMShape,
-    LMState,
-    Weights,
-    initial_state,
-    initial_weights,
-    run_lstm,
-    score,
-    token_nll,
-)
+from mlm.lm import BaseModel, Dropout, LMShape, State, Weights, token_nll
+from mlm.snail import snail_like
 from mlm.streams import LaneStream, Segment
 
 WARM_UP = 0.02
@@ -55,13 +54,16 @@ class Text:
         return self.tokens / self.words
 
 
-def shape_of(config: Config, vocabulary_size: int) -> LMShape:
-    """Sizes of the model for this vocabulary."""
+def shape_of(config: Config, vocabulary_size: int) -> BaseModel:
+    """The model that the settings ask for, with its sizes for this vocabulary."""
     cutoffs: tuple[int, ...] = ()
     if vocabulary_size > config.model.adaptive_above:
         cutoffs = tuple(c for c in config.model.cutoffs if 0 < c < vocabulary_size)
     model = config.model
-    return LMShape(vocabulary_size, model.embedding, model.hidden, model.layers, cutoffs)
+    sizes = (vocabulary_size, model.embedding, model.hidden, model.layers, cutoffs)
+    if model.cell == "snail":
+        return snail_like(LMShape(*sizes), model.context)
+    return LMShape(*sizes, model.cell)
 
 
 def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
@@ -87,7 +89,7 @@ def cosine(step: int, steps: int, warm_up: float = 0.0) -> float:
 @torch.no_grad()
 def static_loss(
     weights: Weights,
-    shape: LMShape,
+    shape: BaseModel,
     text: Text,
     lanes: int,
     segment: int,
@@ -96,14 +98,15 @@ def static_loss(
     """Mean loss in nats per token of `text` under fixed weights, state reset at borders."""
     device = weights["embedding"].device
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
-    state = initial_state(shape, stream.lanes, device)
+    state = shape.initial_state(stream.lanes, device)
     total, tokens = 0.0, 0
     for raw in stream:
         piece = raw.to(device)
         state = state.keep(~piece.new)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            nll, state = score(weights, shape, piece.inputs, piece.targets, state)
-        total += float((nll * piece.mask).sum())
+            now = shape.read(weights, piece.inputs, piece.targets, state)
+        state = now.state
+        total += float((now.nll * piece.mask).sum())
         tokens += int(piece.mask.sum())
     return total / tokens
 
@@ -111,13 +114,13 @@ def static_loss(
 class LMTrainer:
     """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit."""
 
-    def __init__(self, config: Config, shape: LMShape, text: Text, device: torch.device) -> None:
+    def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         self.settings: LMTrainingConfig = config.lm
         self.shape, self.text, self.device = shape, text, device
         self.precision = resolve_precision(config.lm.precision, device)
         seed = torch.Generator().manual_seed(config.seed)
         self.weights = {
-            n: w.to(device).requires_grad_() for n, w in initial_weights(shape, seed).items()
+            n: w.to(device).requires_grad_() for n, w in shape.initial_weights(seed).items()
         }
         self.optimizer = torch.optim.AdamW(
             list(self.weights.values()),
@@ -129,7 +132,7 @@ class LMTrainer:
         lanes = min(config.lm.lanes, len(text.articles))
         self.stream = LaneStream(text.articles, lanes, config.lm.segment, text.eos, config.seed)
         self.dropout_generator = torch.Generator(device).manual_seed(config.seed + 1)
-        self.state = initial_state(shape, lanes, device)
+        self.state: State = shape.initial_state(lanes, device)
         self.steps = max(1, math.ceil(config.lm.epochs * text.tokens / (lanes * config.lm.segment)))
         self.step = 0
         self.validated = 0
@@ -142,17 +145,12 @@ class LMTrainer:
             s.dropout_embedding, s.dropout_input, s.dropout_hidden, s.dropout_output, s.weight_drop
         )
 
-    def loss(self, segment: Segment) -> tuple[Tensor, Tensor, LMState]:
+    def loss(self, segment: Segment) -> tuple[Tensor, Tensor, State]:
         """(objective, nats per token, state): cross-entropy plus AR and TAR."""
         use = self.precision == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
-            hidden = run_lstm(
-                self.weights,
-                self.shape,
-                segment.inputs,
-                self.state,
-                self.dropout,
-                self.dropout_generator,
+            hidden = self.shape.run(
+                self.weights, segment.inputs, self.state, self.dropout, self.dropout_generator
             )
             nll = token_nll(self.weights, self.shape, hidden.output, segment.targets)
         count = segment.mask.sum()
@@ -167,11 +165,7 @@ class LMTrainer:
             change = (hidden.raw[:, 1:] - hidden.raw[:, :-1]).float().square().sum(-1) * both
             change_mean = change.sum() / (both.sum().clamp(min=1) * width)
             objective = objective + self.settings.tar * change_mean
-        state = LMState(
-            tuple(h.detach().float() for h in hidden.state.h),
-            tuple(c.detach().float() for c in hidden.state.c),
-        )
-        return objective, loss.detach(), state
+        return objective, loss.detach(), hidden.state.detach()
 
     def train_step(self) -> tuple[float, int]:
         """One update of the weights; returns (nats per token, tokens).
@@ -199,7 +193,35 @@ class LMTrainer:
         self.step += 1
         return value, int(segment.mask.sum())
 
+    def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """Begin with the language model of another run.
+
+        Raises:
+            UserError: missing, damaged, of other sizes, or from another vocabulary.
+        """
+        path = run.checkpoint("lm")
+        weights, shape, _ = load_lm(path, vocabulary_hash)
+        if shape != self.shape:
+            raise UserError(
+                f"--lm.init {run.path}: its model is {shape}, but the settings say {self.shape}; "
+                "use the same --model.* and --text.* settings"
+            )
+        for name, weight in self.weights.items():
+            weight.data.copy_(weights[name])
+
+    def validation_loss(self, valid: Text) -> float:
+        """Mean loss on validation, nats per token: what chooses the best weights."""
+        weights, s = {n: w.detach() for n, w in self.weights.items()}, self.settings
+        return static_loss(weights, self.shape, valid, s.lanes, s.segment, self.precision)
+
     # -- checkpoints ------------------------------------------------------------------------
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """What a kind of training carries on beside weights, Adam and state."""
+        return {}
+
+    def load_more(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `more_tensors`."""
 
     def save(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Write everything that the next step depends on."""
@@ -207,9 +229,9 @@ class LMTrainer:
         for name, weight in self.weights.items():
             tensors[f"weights/{name}"] = weight
         tensors |= adam_tensors(self.optimizer, self.weights)
-        for kind, parts in (("h", self.state.h), ("c", self.state.c)):
-            tensors |= {f"state/{kind}/{k}": t for k, t in enumerate(parts)}
+        tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
         tensors["dropout"] = self.dropout_generator.get_state()
+        tensors |= {f"more/{n}": t for n, t in self.more_tensors().items()}
         about = {
             "vocabulary": vocabulary_hash,
             "step": self.step,
@@ -229,11 +251,12 @@ class LMTrainer:
         """
         path = run.checkpoint("lm_last")
         tensors, about = load_tensors(path, "nothing to resume")
-        sizes = {n: tuple(w.shape) for n, w in self.weights.items()}
+        carried = [f"state/{k}" for k in range(len(self.state.tensors()))]
+        mine = {f"weights/{n}": w for n, w in self.weights.items()}
+        mine |= dict(zip(carried, self.state.tensors(), strict=True))
+        sizes = {n: tuple(t.shape) for n, t in mine.items()}
         found = {
-            n.removeprefix("weights/"): tuple(t.shape)
-            for n, t in tensors.items()
-            if n.startswith("weights/")
+            n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights/", "state/"))
         }
         if about["vocabulary"] != vocabulary_hash or sizes != found or about["steps"] != self.steps:
             raise UserError(
@@ -243,12 +266,10 @@ class LMTrainer:
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weights/{name}"])
         load_adam(self.optimizer, self.weights, tensors)
-        layers = range(self.shape.layers)
-        self.state = LMState(
-            tuple(tensors[f"state/h/{k}"].to(self.device) for k in layers),
-            tuple(tensors[f"state/c/{k}"].to(self.device) for k in layers),
-        )
+        self.state = self.state.of([tensors[name].to(self.device) for name in carried])
         self.dropout_generator.set_state(tensors["dropout"])
+        more = {n.removeprefix("more/"): t for n, t in tensors.items() if n.startswith("more/")}
+        self.load_more(more)
         self.stream.load_state_dict(about["cursor"])
         self.step = about["step"]
         self.validated = about.get("validated", self.step)
@@ -266,7 +287,7 @@ def _progress(title: str, total: int, done: int, quiet: bool) -> Iterator[tqdm]:
 
 def train_lm(
     config: Config,
-    shape: LMShape,
+    shape: BaseModel,
     text: Text,
     valid: Text,
     run: RunFolder,
@@ -279,13 +300,18 @@ def train_lm(
     Writes `checkpoints/lm.safetensors` (best) and `lm_last.safetensors` (for `--resume`), and rows
     of metrics.jsonl. On Ctrl-C the state of training is saved first.
     """
-    trainer = LMTrainer(config, shape, text, device)
+    kind = LMTrainer
+    if config.lm.through != "none":
+        from mlm.through import ThroughTrainer as kind
+    trainer = kind(config, shape, text, device)
     last = run.checkpoint("lm_last")
     if config.resume and last.exists():
         trainer.load(run, vocabulary_hash)
         run.save_config(config)  # not before: a refused --resume changes nothing
         run.keep_rows(lambda row: row.get("stage") != "lm" or row["step"] <= trainer.validated)
     else:
+        if config.lm.init is not None:
+            trainer.start_from(RunFolder(config.lm.init), vocabulary_hash)
         run.keep_rows(lambda row: row.get("stage") != "lm")
         static_loss(trainer.weights, shape, _few_segments(valid, config), 1, config.lm.segment)
     try:
@@ -338,7 +364,7 @@ def _validate(
 ) -> None:
     weights = {n: w.detach() for n, w in trainer.weights.items()}
     s = trainer.settings
-    loss = static_loss(weights, trainer.shape, valid, s.lanes, s.segment, trainer.precision)
+    loss = trainer.validation_loss(valid)
     if not math.isfinite(loss):
         raise UserError(
             f"stage 1, step {trainer.step}: the validation loss is {loss}. The last checkpoint is "

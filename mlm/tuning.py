@@ -5,6 +5,7 @@ Letters: A articles, S settings.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,14 +13,19 @@ import numpy as np
 import torch
 
 from mlm.errors import UserError
-from mlm.learner import RMS, SGD, Parameters
+from mlm.learner import RMS, Adam, HandMade, Momentum, Parameters
 from mlm.memory import LongTerm
 from mlm.scoring import score_articles, score_protocol
 
 RATES = (3e-5, 3e-3)
 """Step sizes tried at first, in weight units per update and unit RMS gradient."""
-KRAUSE_DECAY = 2e-3
-"""Krause et al.'s decay at M = 5; it scales with M / 5."""
+KRAUSE_RATE, KRAUSE_DECAY = 5e-5, 2e-3
+"""Krause et al.'s published setting at M = 5; both scale with M / 5."""
+USUAL = {"momentum": 0.9, "square": 1e-3}
+"""What step sizes are first tried with: Adam's published moments (Kingma & Ba 2015), and the
+momentum usual in deep learning, as in Titans."""
+OTHERS = {"momentum": (0.0, 0.5, 0.98), "square": (0.1, 0.0, 0.01)}
+"""What else is tried."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class TuneText:
 
 @dataclass(frozen=True)
 class Trial:
-    """One evaluation: a setting and its loss in nats (infinite = diverged)."""
+    """One evaluation: a setting and its loss in nats (infinite = not a number somewhere)."""
 
     setting: dict[str, float]
     nll: float
@@ -41,7 +47,7 @@ class Trial:
 
 def losses_of(
     memory: LongTerm,
-    rule: SGD | RMS,
+    rule: HandMade,
     settings: Sequence[dict[str, float]],
     text: TuneText,
     protocol: str,
@@ -49,6 +55,8 @@ def losses_of(
     """Total loss in nats of each setting.
 
     In protocol `stream` one text is one lane, so the settings are read side by side, a lane each.
+    Steps so large that weights explode cost what they cost: reading resets such lanes and goes on
+    (`mlm.rollout.step`). Infinite is the loss of a model that is broken before it adapts.
     """
     like = next(iter(memory.rms.values()))
 
@@ -87,9 +95,55 @@ def _neighbours(best: float, tried: Sequence[float], gap: float) -> list[float]:
     return [up, down]
 
 
+class _Search:
+    """The settings of one rule: where to start, what to try, in which units.
+
+    Settings are searched as they move the weights: of momentum that adds up gradients, the step
+    size is `rate / (1 - momentum)`, so that another momentum alone is another memory, not another
+    step size.
+    """
+
+    def __init__(self, rule: HandMade, memory: LongTerm) -> None:
+        self.names, pace = rule.settings, memory.segment / 5
+        self.sums = isinstance(rule, Momentum)
+        scaled = isinstance(rule, RMS | Adam)
+        self.unit = 1.0 if scaled else 1 / memory.mean_rms
+        """Of step sizes: only those over the RMS gradient are in weight units."""
+        self.published = KRAUSE_RATE * pace if scaled else None
+        usual = {"decay": KRAUSE_DECAY * pace, **USUAL}
+        self.usual = {name: usual[name] for name in self.names if name != "rate"}
+        decay = usual["decay"]
+        values = {"decay": (0.0, decay * 3, decay / 3, decay * 9), **OTHERS}
+        order = ("decay", "momentum", "square")
+        self.others = {name: values[name] for name in order if name in self.names}
+
+    def rates(self, number: int) -> list[float]:
+        """Step sizes over two decades; the one nearest to a published one gives way to it."""
+        rates, published = (
+            _spaced(RATES[0] * self.unit, RATES[1] * self.unit, number),
+            self.published,
+        )
+        if published is not None:
+            nearest = min(range(number), key=lambda k: abs(math.log(rates[k] / published)))
+            rates[nearest] = published
+        return rates
+
+    def setting(self, point: dict[str, float]) -> dict[str, float]:
+        """The rule's own settings at a point of the search."""
+        share = 1 - point["momentum"] if self.sums else 1.0
+        return {name: point[name] for name in self.names} | {"rate": point["rate"] * share}
+
+
+def _shares(budget: int, stages: int) -> tuple[int, list[int]]:
+    """(coarse step sizes, values of each other setting): at most 4/5 of the budget together."""
+    coarse = min(budget, max(2, round(budget * (0.4 if stages else 0.5))))
+    rest = round(budget * (0.25 if stages == 1 else 0.4)) if stages else 0
+    return coarse, [rest // stages + (k < rest % stages) for k in range(stages)]
+
+
 def tune(
     memory: LongTerm,
-    rule: SGD | RMS,
+    rule: HandMade,
     text: TuneText,
     protocol: str,
     budget: int,
@@ -97,42 +151,41 @@ def tune(
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on a rule's settings; best trial first.
 
-    First step sizes over two decades (at Krause's decay), then decays at the best step size, then
-    step sizes next to it; further outwards when the best lies at the edge.
+    First step sizes over two decades, a published one among them, at the published values of what
+    else the rule has; then other decays, momentums and second moments, one after the other at the
+    best setting so far; then step sizes next to the best, further outwards when it lies at the
+    edge.
     """
+    search = _Search(rule, memory)
     trials: list[Trial] = []
+    points: list[dict[str, float]] = []
 
-    def spend(settings: list[dict[str, float]]) -> None:
-        settings = settings[: budget - len(trials)]
-        if not settings:
+    def spend(wanted: list[dict[str, float]]) -> None:
+        wanted = wanted[: budget - len(trials)]
+        if not wanted:
             return
-        for setting, nll in zip(
-            settings, losses_of(memory, rule, settings, text, protocol), strict=True
-        ):
+        settings = [search.setting(point) for point in wanted]
+        found = losses_of(memory, rule, settings, text, protocol)
+        for point, setting, nll in zip(wanted, settings, found, strict=True):
+            points.append(point)
             trials.append(Trial(setting, nll))
             note(trials[-1])
 
-    def best() -> Trial:
-        return min(trials, key=lambda t: t.nll)
+    def best() -> dict[str, float]:
+        return min(zip(points, trials, strict=True), key=lambda pair: pair[1].nll)[0]
 
-    share = 0.4 if isinstance(rule, RMS) else 0.5
-    coarse = min(budget, max(2, round(budget * share)))
-    unit = 1.0 if isinstance(rule, RMS) else 1 / memory.mean_rms
-    rates = _spaced(RATES[0] * unit, RATES[1] * unit, coarse)
-    usual = KRAUSE_DECAY * memory.segment / 5
-    fixed = {"decay": usual} if isinstance(rule, RMS) else {}
-    spend([{"rate": rate, **fixed} for rate in rates])
-    if isinstance(rule, RMS):
-        decays = [0.0, usual * 3, usual / 3, usual * 9][: round(budget * 0.25)]
-        spend([{**best().setting, "decay": decay} for decay in decays])
-    gap = rates[1] / rates[0] if len(rates) > 1 else 3.0
+    coarse, shares = _shares(budget, len(search.others))
+    spend([{"rate": rate, **search.usual} for rate in search.rates(coarse)])
+    for (name, values), share in zip(search.others.items(), shares, strict=True):
+        spend([{**best(), name: value} for value in values[:share]])
+    gap = (RATES[1] / RATES[0]) ** (1 / (coarse - 1)) if coarse > 1 else 3.0
     while len(trials) < budget:
-        top = best().setting
-        tried = [t.setting["rate"] for t in trials]
+        top, tried = best(), [point["rate"] for point in points]
         spend([{**top, "rate": rate} for rate in _neighbours(top["rate"], tried, gap)])
-    if not np.isfinite(best().nll):
+    trials.sort(key=lambda trial: trial.nll)
+    if not np.isfinite(trials[0].nll):
         raise UserError(
             f"rule {rule.name}, protocol {protocol}: every setting tried diverged. Check the "
             "language model's loss (metrics.jsonl) and the Fisher (--adapt.fisher-words)"
         )
-    return sorted(trials, key=lambda t: t.nll)
+    return trials

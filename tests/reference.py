@@ -78,15 +78,17 @@ def read_lane(
     return torch.stack(losses), h, c
 
 
+def pair(x: Tensor) -> list[Tensor]:
+    """Andrychowicz et al. 2016, appendix A, p = 10."""
+    tiny = math.exp(-10.0)
+    big = x.abs() > tiny
+    log = torch.where(big, torch.where(big, x, torch.ones_like(x)).abs().log() / 10, -1.0)
+    return [log, torch.where(big, x.sign(), x / tiny)]
+
+
 def gates(memory: LongTerm, rule):
     """Eq. 6 for one tensor of one lane, written out from the definition of `LinearGates`."""
     mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
-
-    def pair(x):
-        tiny = math.exp(-10.0)
-        big = x.abs() > tiny
-        log = torch.where(big, torch.where(big, x, torch.ones_like(x)).abs().log() / 10, -1.0)
-        return [log, torch.where(big, x.sign(), x / tiny)]
 
     def update(phi, name, theta, gradient, theta_0, loss, age) -> Tensor:
         k = memory.dynamic.index(name) if rule.per_tensor else 0
@@ -132,8 +134,118 @@ def hand_made(memory: LongTerm, name: str):
     return update
 
 
+def moments(memory: LongTerm, name: str):
+    """Titans' rule with constant gates, or Adam from training's moments, for a tensor of a lane."""
+    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+
+    def titans(phi, tensor, theta, gradient, theta_0, loss, age, own):
+        s = phi["momentum"] * own["momentum"] - phi["rate"] * gradient
+        alpha = phi["decay"].clamp(max=1)
+        return (1 - alpha) * theta + alpha * theta_0 + s, {"momentum": s}
+
+    def adam(phi, tensor, theta, gradient, theta_0, loss, age, own):
+        b1, b2 = phi["momentum"], 1 - phi["square"]
+        m = b1 * own["momentum"] + (1 - b1) * gradient
+        v = b2 * own["square"] + (1 - b2) * gradient**2
+        z = (phi["decay"] * memory.rms[tensor] / mean).clamp(max=1)
+        step = phi["rate"] * m / (v**0.5 + 2e-5)
+        return theta - step - z * (theta - theta_0), {"momentum": m, "square": v}
+
+    return titans if name == "momentum" else adam
+
+
+def moments_state(memory: LongTerm):
+    """What `moments` and `family` remember of a tensor at the start of an article."""
+
+    def state(name: str) -> Weights:
+        rms = memory.rms[name]
+        return {"momentum": torch.zeros_like(rms), "square": rms**2}
+
+    return state
+
+
+def dot(row: Tensor, values: list[Tensor]) -> Tensor:
+    """A row of numbers times as many features or units of every weight."""
+    return torch.stack([w * v for w, v in zip(row, values, strict=True)]).sum(0)
+
+
+def family(memory: LongTerm, rule):
+    """Eq. 6 with all parts of `LinearGates`, one tensor of one lane, hidden units one by one.
+
+    `own` is what the rule remembers of the tensor: `momentum`, `square`, and lists `h` and `c`.
+    """
+    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+
+    def network(phi, kind, x, own):
+        rows, size = phi[f"{kind}.input"], getattr(rule, kind)
+        if kind == "mlp":
+            hidden = [torch.tanh(dot(row, x)) for row in rows]
+        else:
+            back = phi["lstm.recurrent"]
+            a = [dot(rows[u], x) + dot(back[u], own["h"]) for u in range(4 * size)]
+            own["c"] = [
+                torch.sigmoid(a[size + u]) * own["c"][u]
+                + torch.sigmoid(a[u]) * torch.tanh(a[2 * size + u])
+                for u in range(size)
+            ]
+            hidden = own["h"] = [
+                torch.sigmoid(a[3 * size + u]) * torch.tanh(own["c"][u]) for u in range(size)
+            ]
+        return [dot(row, hidden) for row in phi[f"{kind}.output"]]
+
+    def update(phi, name, theta, gradient, theta_0, loss, age, own):
+        own = dict(own)
+        k = memory.dynamic.index(name) if rule.per_tensor else 0
+        rms, one = memory.rms[name], torch.ones_like(theta)
+        values = {
+            "loss": [one * math.tanh(loss - memory.loss)],
+            "age": [one / math.sqrt(1 + age)],
+            "gradient": pair(gradient / (rms + 2e-5)),
+            "distance": pair(theta - theta_0),
+        }
+
+        def inputs(fisher):
+            known = {**values, "fisher": [fisher]}
+            return [one, *(v for feature in rule.features for v in known[feature])]
+
+        with_eps, plain = ((rms + 2e-5) / mean).log(), (rms / mean).log()
+        w, v = dot(phi["update"][k], inputs(with_eps)), dot(phi["flush"][k], inputs(plain))
+        if rule.per_weight:
+            w = w + phi[f"step/{name}"]
+        for kind in ("mlp", "lstm"):
+            if getattr(rule, kind):
+                said = network(phi, kind, inputs(with_eps), own)
+                w, v = w + said[0], v + said[1]
+        move = gradient
+        if rule.momentum:
+            move = own["momentum"] = phi["momentum"][k] * own["momentum"] + gradient
+        if rule.square:
+            a = phi["square"][k]
+            own["square"] = own["square"] + a * (gradient**2 - own["square"])
+            move = move * (rms + 2e-5) / (own["square"] ** 0.5 + 2e-5)
+        z = (phi["flush_scale"][k] * 1e-3 * v.exp()).clamp(0, 1)
+        return theta - w.exp() * move + z * (theta_0 - theta), own
+
+    return update
+
+
+def family_state(memory: LongTerm, rule):
+    """What `family` remembers of a tensor at the start of an article."""
+
+    def state(name: str):
+        zero = torch.zeros_like(memory.rms[name])
+        return moments_state(memory)(name) | {n: [zero] * rule.lstm for n in ("h", "c")}
+
+    return state
+
+
 def unroll(
-    memory: LongTerm, update, parameters: Weights, segments: list[Segment], reader=None
+    memory: LongTerm,
+    update,
+    parameters: Weights,
+    segments: list[Segment],
+    reader=None,
+    state=None,
 ) -> tuple[Tensor, list[Weights]]:
     """Meta-loss of a hand-unrolled loop in which autograd sees every update of the weights.
 
@@ -141,8 +253,12 @@ def unroll(
     Gradients and hidden states are constants between segments (first order). Returns the mean loss
     over all tokens but the first segment's, and every lane's final weights. Lanes start at
     theta_0, or where `reader` (weights, state, age) stands.
+
+    A rule that remembers something of a tensor starts an article with `state(name)`; its `update`
+    takes it last and returns (theta, what it remembers).
     """
     shape = memory.shape
+    assert isinstance(shape, LMShape)
     lanes = segments[0].inputs.shape[0]
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     finals = []
@@ -151,7 +267,7 @@ def unroll(
         theta: Weights = {}
         h: list[Tensor] = []
         c: list[Tensor] = []
-        age = 0
+        age, own = 0, {}
         if reader is not None:
             theta = {n: w[lane] for n, w in reader.weights.items()}
             h, c = ([x[lane] for x in some] for some in (reader.state.h, reader.state.c))
@@ -159,6 +275,7 @@ def unroll(
         for t, segment in enumerate(segments):
             if (t == 0 and reader is None) or bool(segment.new[lane]):
                 theta = {n: memory.weights[n] for n in memory.dynamic}
+                own = {n: state(n) for n in theta} if state else {}
                 h = [torch.zeros(s, dtype=torch.float64) for s in sizes]
                 c, age = [torch.zeros_like(x) for x in h], 0
             count = int(segment.mask[lane].sum())
@@ -172,10 +289,12 @@ def unroll(
             objective = again[:count].sum() / segment.inputs.shape[1]
             gradients = torch.autograd.grad(objective, list(leaves.values()))
             loss = float(losses.detach().mean())
-            theta = {
-                n: update(parameters, n, theta[n], g, memory.weights[n], loss, age)
-                for n, g in zip(leaves, gradients, strict=True)
-            }
+            for n, g in zip(leaves, gradients, strict=True):
+                given = parameters, n, theta[n], g, memory.weights[n], loss, age
+                if state:
+                    theta[n], own[n] = update(*given, own[n])
+                else:
+                    theta[n] = update(*given)
             h, c = [x.detach() for x in h_new], [x.detach() for x in c_new]
             age += 1
         finals.append(theta)

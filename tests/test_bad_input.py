@@ -187,7 +187,7 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "M below 5": (("--adapt.segment", "4"), "--adapt.segment is 4; M must be 5 to 100"),
     "M above 100": (("--adapt.segment", "101"), "--adapt.segment is 101; M must be 5 to 100"),
     "preset": (("--preset", "nonsense"), "--preset nonsense: unknown; choose from pydocs"),
-    "rule": (("--evaluation.rules", "static", "adam"), "--evaluation.rules is adam; choose from"),
+    "rule": (("--evaluation.rules", "static", "lamb"), "--evaluation.rules is lamb; choose from"),
     "no rule trained": (("--meta.rules", "two_levels"), "three_levels is not trained in this run"),
     "weights": (("--adapt.dynamic", "lstn"), "--adapt.dynamic: 'lstn' matches no weight"),
     "no weights": (("--adapt.dynamic", ","), "--adapt.dynamic is empty"),
@@ -198,7 +198,7 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "dropout": (("--lm.dropout-input", "1"), "--lm.dropout-input is 1.0; it must be in [0, 1)"),
     "held out": (("--text.held-out", "1"), "--text.held-out is 1.0; it must be in (0, 1)"),
     "cutoffs": (("--model.cutoffs", "9", "3"), "--model.cutoffs is [9, 3]; they must rise"),
-    "start": (("--meta.features", "loss"), "--meta.start rms needs fisher"),
+    "start": (("--meta.features", "loss"), "--meta.start is rms, whose steps follow"),
     "unroll": (("--meta.unroll", "1"), "--meta.unroll is 1; it must be at least 2"),
     "no protocol": (("--evaluation.protocols",), "--evaluation.protocols is empty"),
     "nothing to resume": (("--resume",), "holds no run to continue"),
@@ -510,7 +510,7 @@ def test_nan_when_the_start_is_judged(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.pipeline.validation_gain", 1, float("-inf"))
+    patch(monkeypatch, "mlm.stage_meta.validation_gain", 1, float("-inf"))
     error = command(*META, folder).error
     assert "stage 2, rule two_levels, step 0: the validation loss is not finite" in error
 
@@ -529,15 +529,31 @@ def test_every_setting_diverges(
 def test_nan_in_evaluation(
     finished: Finished, command: Command, tmp_path: Path, contents: Contents
 ) -> None:
-    """Gates that ruin the weights: the rule is named, and no table is touched."""
+    """Gates that would ruin the weights: the rule is named, and no table is touched."""
     folder = finished.copy(tmp_path / "run")
     path = folder / "checkpoints" / "two_levels.safetensors"
     tensors, about = load_tensors(path, "")
     save_tensors(path, {n: torch.full_like(t, float("nan")) for n, t in tensors.items()}, about)
     before = contents(folder)
     error = command("evaluate", folder, "--rules", "two_levels").error
-    assert "rule two_levels, protocol article: the loss is nan at token" in error
+    assert "of rule two_levels are not finite; run `--stages meta` again" in error
     assert contents(folder) == before
+
+
+def test_gates_that_ruin_the_weights_are_reported(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    """The guard resets lane after lane, says so and writes it into the table."""
+    folder = finished.copy(tmp_path / "run")
+    path = folder / "checkpoints" / "two_levels.safetensors"
+    tensors, about = load_tensors(path, "")
+    save_tensors(path, {n: torch.full_like(t, 30.0) for n, t in tensors.items()}, about)
+    done = command("evaluate", folder, "--rules", "two_levels")
+    assert done.code == 0
+    assert "two_levels, protocol article: the guard reset the weights" in done.err
+    rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    total = next(r for r in rows if (r["kind"], r["rule"]) == ("total", "two_levels"))
+    assert total["settings"]["guard resets"] > 10
 
 
 def test_nan_in_the_language_model(finished: Finished, command: Command, tmp_path: Path) -> None:

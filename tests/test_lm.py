@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import reference
@@ -10,7 +10,16 @@ import torch
 from worlds import tiny_memory
 
 from mlm import recurrence
-from mlm.lm import Dropout, LMState, initial_state, run_lstm, score, token_nll
+from mlm.lm import (
+    Dropout,
+    LMShape,
+    LMState,
+    initial_state,
+    initial_weights,
+    run_lstm,
+    score,
+    token_nll,
+)
 from mlm.memory import lanes_of
 from mlm.recurrence import lane_lstm
 
@@ -117,6 +126,23 @@ def test_fused_kernel_equals_lanes_of_equal_weights() -> None:
     shared, _ = score(memory.weights, memory.shape, ids, ids, state)
     lanes, _ = score(lanes_of(memory.weights, 3), memory.shape, ids, ids, state)
     torch.testing.assert_close(shared, lanes, **EXACT)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "qrnn"])
+def test_fresh_weights_are_bounded_and_forget_gates_open(cell: Literal["lstm", "qrnn"]) -> None:
+    """Each tensor fills its range; biases are zero but the forget gates', which are 1."""
+    shape = LMShape(500, 40, 60, 2, (200,), cell)
+    weights = initial_weights(shape, torch.Generator().manual_seed(0))
+    assert {n: tuple(w.shape) for n, w in weights.items()} == {
+        name: size for name, (size, _) in shape.layout().items()
+    }
+    for name, (_, bound) in shape.layout().items():
+        if bound:
+            assert 0.9 * bound < float(weights[name].abs().max()) <= bound, name
+    assert not weights["softmax.bias"].any()
+    for layer, hidden in enumerate((60, 40)):
+        gates = weights[f"{cell}.{layer}.bias"].view(-1, hidden).mean(1).tolist()
+        assert gates == [0.0, 1.0, *[0.0] * (len(gates) - 2)]
 
 
 def test_dropout_scales_what_it_keeps_and_is_locked_over_time() -> None:

@@ -12,7 +12,7 @@ import pytest
 import reference
 import torch
 from conftest import Command, Finished
-from worlds import EOS, articles, segments, tiny_memory
+from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
 from mlm.checkpoint import RunFolder, load_memory, load_tensors, save_memory
@@ -23,10 +23,10 @@ from mlm.lm import initial_state, score, token_nll
 from mlm.lowrank import add_low_rank, principal_directions, second_moments
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank, lanes_of
 from mlm.meta import estimate_fisher
-from mlm.pipeline import identity
 from mlm.rollout import begin, meta_gradient, read
 from mlm.run import open_run
 from mlm.scoring import score_articles
+from mlm.stage_meta import identity
 from mlm.training import Text
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
@@ -45,12 +45,12 @@ def _text(lengths: tuple[int, ...] = LENGTHS) -> Text:
     return Text(articles(lengths), sum(lengths), EOS)
 
 
-def _low_memory(dynamic: tuple[str, ...], rank: int = RANK, **shape: Any) -> LongTerm:
+def _low_memory(dynamic: tuple[str, ...], rank: int = RANK, **shape: Any) -> TinyMemory:
     """A tiny memory whose low-rank changes among `dynamic` have their directions."""
     plain = tiny_memory((), **shape)
     weights = add_low_rank(plain.weights, plain.shape, dynamic, rank, _text(), 1000)
     rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(dynamic)}
-    return LongTerm(plain.shape, weights, dynamic, rms, 2.3, plain.segment)
+    return TinyMemory(plain.shape, weights, dynamic, rms, 2.3, plain.segment)
 
 
 def _busy(memory: LongTerm, lanes: int) -> dict[str, torch.Tensor]:
@@ -187,7 +187,7 @@ def test_the_adaptive_softmax_stays_a_distribution() -> None:
 # ---------------------------------------------------------------- directions
 
 
-def _vectors(memory: LongTerm, text: Text) -> dict[str, np.ndarray]:
+def _vectors(memory: TinyMemory, text: Text) -> dict[str, np.ndarray]:
     """(N, I) vectors that each matrix multiplies, read one lane and one token at a time."""
     w, found = memory.weights, {}
     for article in text.articles:

@@ -43,6 +43,8 @@ BENCHMARK_FLAGS = {
     "benchmarks.ceiling": "--rounds 1 --lanes 2 --segments 5 --unroll 2 --updates 1",
     "benchmarks.peers": "--rounds 1 --lanes 2 --segment 5 --unroll 2 --updates 1",
     "benchmarks.busy": "--rounds 1 --lanes 2 --segment 5 --updates 1",
+    "benchmarks.rules": "--rows hand-made --budget 1 --steps 1 --words 100 --articles 1 "
+    "--timing-tokens 100 --repetitions 1 --updates 2",
     "benchmarks.growth": "--only lanes --rounds 1 --updates 1 --unroll 2",
 }
 #: The libraries that benchmarks compare with: they are not installed for the tests.

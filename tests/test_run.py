@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from tiny import as_flags, tiny_config, write_corpus
 
 from mlm.checkpoint import RunFolder
-from mlm.config import PROTOCOLS, RULES, Config
+from mlm.config import PROTOCOLS, Config, EvaluationConfig
 from mlm.meta import MetaTrainer
 from mlm.pipeline import run_stages
 from mlm.text import count_words, open_corpus
 from mlm.training import LMTrainer
 
+RULES = EvaluationConfig().rules
 PICTURES = ("figure2", "gain_by_position", "words_start", "words_middle", "training")
 TOTAL_KEYS = {
     "rule",
@@ -417,7 +418,7 @@ def test_stage_2_resumes_bit_for_bit(
     for file in (folder / "checkpoints").glob("*levels*"):
         file.unlink()
     words = ("--out", folder, "--stages", "meta")
-    module = importable("mlm.pipeline")
+    module = importable("mlm.stage_meta")
     interrupt.before(module, "validation_gain", 1)
     assert command("train", *words).code == 130
     interrupt.before(MetaTrainer, "train_step", 2)

@@ -78,9 +78,7 @@ def test_the_penalty_equals_autograd_through_the_same_updates(features) -> None:
         assert with_it.loss == without.loss
         for (name, g), expected in zip(with_it.gradients.items(), want, strict=True):
             assert float(expected.abs().max()) > 1e-6, f"{name}: nothing to compare"
-            torch.testing.assert_close(
-                g - without.gradients[name], expected, rtol=1e-8, atol=1e-11
-            )
+            torch.testing.assert_close(g - without.gradients[name], expected, rtol=1e-8, atol=1e-11)
 
 
 def test_lanes_share_what_their_weights_owe() -> None:

@@ -14,7 +14,9 @@ from mlm.errors import UserError
 from mlm.learner import RMS, SGD
 from mlm.lm import initial_state, run_lstm, token_nll
 from mlm.meta import MixedLanes, estimate_fisher
+from mlm.rollout import score_static
 from mlm.scoring import score_protocol
+from mlm.streams import LaneStream
 from mlm.training import LMTrainer, Text, cosine, shape_of
 from mlm.tuning import RATES, TuneText, losses_of, tune
 
@@ -33,8 +35,8 @@ def test_objective_adds_ar_and_tar_over_real_tokens_only() -> None:
     trainer = LMTrainer(config, shape_of(config, 12), _text((6, 3)), torch.device("cpu"))
     segment = next(trainer.stream)
     objective, loss, _ = trainer.loss(segment)
-    zero = initial_state(trainer.shape, 2)
-    hidden = run_lstm(trainer.weights, trainer.shape, segment.inputs, zero)
+    zero = trainer.shape.initial_state(2)
+    hidden = trainer.shape.run(trainer.weights, segment.inputs, zero)
     nll = token_nll(trainer.weights, trainer.shape, hidden.output, segment.targets)
     rows = [(lane, t) for lane in range(2) for t in range(int(segment.mask[lane].sum()))]
     assert len(rows) == 9
@@ -137,12 +139,25 @@ def test_the_search_leaves_its_grid_when_the_best_lies_at_the_edge() -> None:
     assert trials[0].nll < at_edge < static
 
 
-def test_diverging_settings_count_as_infinite(monkeypatch) -> None:
+def test_exploding_settings_count_what_they_cost() -> None:
+    """Reading resets such a lane before every segment: it knows nothing but theta_0."""
     memory = tiny_memory()
     text = TuneText(articles((60,)), EOS, 1)
-    nll = losses_of(memory, SGD(), [{"rate": 1e200}, {"rate": 1e-3}], text, "stream")
-    assert nll[0] == float("inf")
-    assert np.isfinite(nll[1])
-    monkeypatch.setattr("mlm.tuning.RATES", (1e200, 1e220))
+    zero = memory.shape.initial_state(1, dtype=torch.float64)
+    pieces = LaneStream(text.articles, 1, memory.segment, EOS)
+    want = sum(float(score_static(memory, zero, piece)[0].sum()) for piece in pieces)
+    for protocol in ("article", "stream"):
+        settings = [{"rate": 1e200}, {"rate": 1e-3}]
+        exploding, small = losses_of(memory, SGD(), settings, text, protocol)
+        assert exploding == pytest.approx(want, rel=1e-12)
+        assert small != pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["article", "stream"])
+def test_a_model_that_is_broken_before_it_adapts_cannot_be_tuned(protocol: str) -> None:
+    memory = tiny_memory(("softmax.bias",))
+    memory.weights["embedding"][3] = np.nan
+    text = TuneText(articles((60,)), EOS, 1)
+    assert losses_of(memory, SGD(), [{"rate": 1e-3}], text, protocol) == [np.inf]
     with pytest.raises(UserError, match="every setting tried diverged"):
-        tune(memory, SGD(), text, "article", 2)
+        tune(memory, SGD(), text, protocol, 2)

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import numpy as np
 import torch
 
-from mlm.lm import LMShape, initial_weights
+from mlm.lm import LMShape, Weights, initial_weights
 from mlm.memory import LongTerm
 from mlm.streams import LaneStream, Segment
 
 EOS = 0
+
+
+@dataclass(frozen=True)
+class TinyMemory(LongTerm):
+    """A memory whose model has recurrent layers: its sizes may be asked for."""
+
+    shape: LMShape
+
+
+def made_up_rms(weights: Weights, names: Sequence[str], generator: torch.Generator) -> Weights:
+    """A Fisher's root for some weights, every number between 0.01 and 0.21."""
+    return {
+        n: torch.rand(weights[n].shape, generator=generator, dtype=torch.float64) * 0.2 + 0.01
+        for n in names
+    }
 
 
 def tiny_memory(
@@ -19,17 +38,15 @@ def tiny_memory(
     cutoffs: tuple[int, ...] = (),
     segment: int = 5,
     seed: int = 0,
-) -> LongTerm:
+    cell: Literal["lstm", "qrnn"] = "lstm",
+) -> TinyMemory:
     """A model of a dozen words with a made-up Fisher, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    shape = LMShape(12, 4, 6, layers, cutoffs)
+    shape = LMShape(12, 4, 6, layers, cutoffs, cell)
     weights = {n: w.double() * 2 for n, w in initial_weights(shape, generator).items()}
     names = tuple(weights) if dynamic is None else dynamic
-    rms = {
-        n: torch.rand(weights[n].shape, generator=generator, dtype=torch.float64) * 0.2 + 0.01
-        for n in names
-    }
-    return LongTerm(shape, weights, names, rms, 2.3, segment)
+    rms = made_up_rms(weights, names, generator)
+    return TinyMemory(shape, weights, names, rms, 2.3, segment)
 
 
 def articles(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:

@@ -1,0 +1,306 @@
+"""Stage 2: long-term memory, tuned and learned rules; made, kept in the run folder, loaded.
+
+Letters: A articles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mlm.cache import CacheSetting, tune_cache
+from mlm.checkpoint import load_lm, load_tensors, save_memory, save_tensors
+from mlm.config import CACHE, HAND_MADE, LEARNED, AdaptConfig, MetaConfig, to_dict
+from mlm.errors import UserError
+from mlm.files import write_text
+from mlm.gates import Feature, LinearGates
+from mlm.learner import Bound, Parameters, UpdateRule
+from mlm.lm import BaseModel, Weights
+from mlm.lowrank import add_low_rank
+from mlm.memory import LongTerm, choose_dynamic, has_low_rank
+from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
+from mlm.rules import HAND_MADE_RULES, describe, learned_rule, rule_of, start_at
+from mlm.run import Run, guarded, say
+from mlm.training import Text
+from mlm.tuning import Trial, tune
+
+WEIGHTS = "weights/"
+"""Beginning of the names of the language model's weights beside a rule's parameters."""
+FIRST_ORDER = ("reverse", "checkpoint", "forward")
+
+# -- long-term memory ---------------------------------------------------------------------------
+
+
+def identity(run: Run, learned: bool = True) -> str:
+    """Hash of what a stage-2 result depends on; a changed one is not reused.
+
+    `learned`: what is learned matters; hand-made rules do not depend on it.
+    """
+    config = to_dict(run.config)
+    keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
+    for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
+        keys["evaluation"].pop(name)
+    for part, name in (("adapt", "threads"), ("adapt", "kernels")):
+        keys[part].pop(name)  # how it is computed; results agree to rounding
+    if keys["meta"]["gradient"] in FIRST_ORDER:
+        keys["meta"].pop("gradient")
+    if not learned:
+        keys.pop("meta")
+    if not has_low_rank(run.config.adapt.dynamic):
+        keys["adapt"].pop("rank")
+    path = run.folder.checkpoint("lm")
+    weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
+
+
+def new_memory(
+    weights: Weights, shape: BaseModel, adapt: AdaptConfig, text: Text, quiet: bool = True
+) -> LongTerm:
+    """theta_0 with the low-rank changes that are asked for, and its Fisher, from held-out text."""
+    dynamic = choose_dynamic(weights, adapt.dynamic)
+    weights = add_low_rank(weights, shape, dynamic, adapt.rank, text, adapt.fisher_words)
+    return estimate_fisher(
+        weights, shape, dynamic, text, adapt.segment, adapt.fisher_words, quiet=quiet
+    )
+
+
+def build_memory(run: Run) -> LongTerm:
+    """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder."""
+    weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
+    weights = {n: w.to(run.device) for n, w in weights.items()}
+    memory = new_memory(weights, shape, run.config.adapt, run.training_text(1), run.quiet)
+    save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
+    return guarded(memory, run.config.adapt, run.data.vocabulary.size)
+
+
+def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
+    """The best setting under this key of tuning.json, tried and remembered there if need be."""
+    path = run.folder.path / "tuning.json"
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # not tuned yet, or damaged: tune again
+        known = {}
+    mark = identity(run, key.partition("/")[0].removesuffix(CACHE) in LEARNED)
+    if known.get(key, {}).get("identity") == mark:
+        return known[key]["setting"]
+    say(f"tuning {key} on validation: {run.config.evaluation.budget} settings")
+    found = trials()
+    known[key] = {
+        "identity": mark,
+        "setting": found[0].setting,
+        "trials": [{**t.setting, "nll": t.nll if math.isfinite(t.nll) else None} for t in found],
+    }
+    write_text(path, json.dumps(known, indent=1) + "\n")
+    return found[0].setting
+
+
+def tuned_rule(
+    run: Run, memory: LongTerm, name: str, protocol: str
+) -> tuple[UpdateRule, dict[str, float]]:
+    """A hand-made rule and its best settings on validation."""
+    rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
+    setting = _tuned(
+        run, f"{name}/{protocol}", lambda: tune(memory, rule, run.tune_text, protocol, budget)
+    )
+    return rule, setting
+
+
+def _parameters(setting: dict[str, float], memory: LongTerm) -> Parameters:
+    like = next(iter(memory.rms.values()))
+    return {name: like.new_tensor(value) for name, value in setting.items()}
+
+
+# -- learned rules ------------------------------------------------------------------------------
+
+
+class Learned(NamedTuple):
+    """A rule with its parameters, and the long-term memory it starts from."""
+
+    rule: UpdateRule
+    parameters: Parameters
+    memory: LongTerm
+
+    def bound(self) -> Bound:
+        """Ready to read."""
+        return self.rule.bind(self.parameters, self.memory)
+
+
+def starting_point(run: Run, memory: LongTerm) -> Learned:
+    """The rule that --meta.start names, tuned or trained before.
+
+    Raises:
+        UserError: a learned rule that is not trained yet.
+    """
+    start = run.config.meta.start
+    if start in HAND_MADE:
+        rule, setting = tuned_rule(run, memory, start, "article")
+        return Learned(rule, _parameters(setting, memory), memory)
+    return load_learned(run, start, memory)
+
+
+def new_rule(meta: MetaConfig, name: str, start: Learned) -> tuple[LinearGates, Parameters]:
+    """The learned rule of this name as these settings want it, and where its training starts.
+
+    Raises:
+        UserError: it cannot be trained in this way.
+    """
+    fixed: tuple[str, ...] = ()
+    features: tuple[Feature, ...] = meta.features
+    if meta.fisher == "off":
+        features = tuple(f for f in features if f != "fisher")
+    elif meta.fisher == "flush":
+        fixed = ("update.fisher", "flush.fisher")
+    rule = learned_rule(
+        name,
+        features=features,
+        per_tensor=meta.per_tensor,
+        free_copy=meta.free_copy,
+        hidden=meta.hidden,
+        fixed=fixed,
+        start=start.rule,
+    )
+    parameters = start_at(rule, start.rule, start.parameters, start.memory)
+    if rule.per_weight and meta.gradient == "forward":
+        raise UserError(
+            f"--meta.gradient forward: {name} has a parameter per weight, and forward mode holds a "
+            "copy of the weights for each; use reverse or checkpoint"
+        )
+    if meta.fisher == "flush" and rule.flush and "fisher" in rule.columns:
+        parameters["flush"][:, rule.columns["fisher"]] = 1.0
+    return rule, parameters
+
+
+def meta_text(run: Run) -> Text:
+    """The training articles that --meta.text names."""
+    wanted = run.config.meta.text
+    if wanted != "all":
+        return run.training_text(1 if wanted == "held_out" else 0)
+    parts = [run.training_text(part) for part in (0, 1)]
+    articles = [article for part in parts for article in part.articles]
+    return Text(articles, sum(part.words for part in parts), parts[0].eos)
+
+
+def stage_meta(run: Run) -> None:
+    """Stage 2: Fisher, a tuned starting point, then the meta-learner."""
+    memory, meta = build_memory(run), run.config.meta
+    text, tune_text = meta_text(run), run.tune_text
+    static = static_of(memory, tune_text, run.config.evaluation.protocols)
+    mark = identity(run)
+    for name in meta.rules:
+        start = starting_point(run, memory)
+        rule, first = new_rule(meta, name, start)
+        trainer = MetaTrainer(start.memory, rule, first, text, meta, run.config.seed)
+        best, gain = train_meta(
+            trainer,
+            lambda t: validation_gain(t.memory, t.rule, t.parameters, tune_text, static),
+            run.folder,
+            run.config.evaluation.budget,
+            text.tokens_per_word,
+            mark,
+            run.config.resume,
+            run.quiet,
+        )
+        about = {
+            "rule": describe(rule),
+            "dynamic": list(memory.dynamic),
+            "columns": list(rule.columns),
+            "gain": gain,
+            "identity": mark,
+        }
+        save_tensors(run.folder.checkpoint(name), best, about)
+        say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
+        if trainer.flushed:
+            say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
+
+
+def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
+    """A trained meta-learner from the run folder, with the weights it was trained to start from.
+
+    Raises:
+        UserError: missing, not finite, or trained for other dynamic weights.
+    """
+    path = run.folder.checkpoint(name)
+    tensors, about = load_tensors(path, "train the meta-learner first (`--stages meta`)")
+    if tuple(about["dynamic"]) != memory.dynamic:
+        raise UserError(
+            f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
+            f"adapt now are {', '.join(memory.dynamic)}; run `--stages meta` again"
+        )
+    broken = [n for n, t in tensors.items() if not bool(t.isfinite().all())]
+    if broken:
+        raise UserError(
+            f"{path}: {', '.join(broken)} of rule {name} are not finite; run `--stages meta` again"
+        )
+    tensors = {n: t.to(run.device) for n, t in tensors.items()}
+    own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
+    parameters: dict[str, Tensor] = {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}
+    if own:
+        memory = dataclasses.replace(memory, weights={**memory.weights, **own})
+    return Learned(rule_of(name, about["rule"]), parameters, memory)
+
+
+def check_learned(run: Run) -> None:
+    """Load the memory and every meta-learner to score: what is amiss shows now, not hours later.
+
+    Raises:
+        UserError: see `Run.memory` and `load_learned`.
+    """
+    memory = run.memory
+    for name in {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED):
+        load_learned(run, name, memory)
+
+
+# -- ready to score -----------------------------------------------------------------------------
+
+
+class Ready(NamedTuple):
+    """What scoring needs of a rule."""
+
+    memory: LongTerm
+    bound: Bound | None
+    """None = static."""
+    cache: tuple[CacheSetting, ...]
+    """The neural cache on top, if any."""
+    setting: dict[str, Any]
+    """For the table."""
+
+
+def ready_rule(run: Run, name: str, protocol: str) -> Ready:
+    """The rule of this name, tuned or loaded, with a tuned cache on top if its name ends so."""
+    base = name.removesuffix(CACHE)
+    ready = _ready(run, base, protocol)
+    if base == name:
+        return ready
+    text = run.validation_text(run.config.evaluation.tune_words)
+    window = round(run.config.evaluation.cache_words * text.tokens_per_word)
+    budget = run.config.evaluation.budget
+
+    def trials() -> list[Trial]:
+        return tune_cache(ready.memory, ready.bound, run.tune_text, protocol, budget, window)
+
+    found = _tuned(run, f"{name}/{protocol}", trials)
+    cache = (CacheSetting(found["theta"], found["weight"], window),)
+    more = {f"cache {key}": value for key, value in found.items()}
+    return ready._replace(cache=cache, setting={**ready.setting, **more})
+
+
+def _ready(run: Run, name: str, protocol: str) -> Ready:
+    memory = run.memory
+    if name == "static":
+        return Ready(memory, None, (), {})
+    if name in HAND_MADE:
+        rule, setting = tuned_rule(run, memory, name, protocol)
+        return Ready(memory, rule.bind(_parameters(setting, memory), memory), (), dict(setting))
+    learned = load_learned(run, name, memory)
+    rule = learned.rule
+    setting = {
+        "parameters": sum(p.numel() for p in learned.parameters.values()),
+        "features": ", ".join(rule.features) if isinstance(rule, LinearGates) else "",
+    }
+    return Ready(learned.memory, learned.bound(), (), setting)

@@ -1,0 +1,640 @@
+"""The family of rules: each starts as any other behaves, and all ways to train one agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from torch import Tensor
+from worlds import EOS, segments, tiny_memory
+
+from mlm import buffers, kernels
+from mlm.config import LEARNED
+from mlm.errors import UserError
+from mlm.filters import Filter
+from mlm.gates import Feature, LinearGates
+from mlm.kernels import TILE
+from mlm.learner import RMS, SGD, Adam, ByFormula, LaneByLane, Momentum, Parameters, Signal, Static
+from mlm.memory import LongTerm, lanes_of
+from mlm.rollout import GradientMode, MetaGradient, begin, meta_gradient
+from mlm.rules import ABOUT, HAND_MADE_RULES, as_gates, describe, learned_rule, rule_of, start_at
+from mlm.separable import FilteredGates
+from mlm.tuning import TuneText, tune
+
+DYNAMIC = ("lstm.1.bias", "softmax.bias")
+SMALL = ("softmax.bias",)
+FEATURES: tuple[Feature, ...] = ("fisher", "loss", "age")
+SETTINGS = {"rate": 0.02, "decay": 0.05, "momentum": 0.6, "square": 0.1}
+LENGTHS = (11, 23, 3, 1, 17)
+MODES: tuple[GradientMode, ...] = ("reverse", "checkpoint", "forward")
+ROUNDING: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-14}
+PRECISION = 1e-10
+"""Largest difference over the norm of a parameter's gradient: float64 sums in another order."""
+
+
+@pytest.fixture(autouse=True)
+def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small tensors are used again too: nobody may still need what is given away."""
+    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    yield
+    buffers.clear()
+
+
+def _settings(name: str, **changed: float | list[float]) -> Parameters:
+    """Settings of a hand-made rule, in float64."""
+    values = {n: SETTINGS[n] for n in HAND_MADE_RULES[name].settings} | changed
+    return {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
+
+
+def _scattered(rule: LinearGates, memory: LongTerm, seed: int = 4) -> Parameters:
+    """Near Krause's rule, every number different and every part at work."""
+    g = torch.Generator().manual_seed(seed)
+    start = start_at(rule, RMS(), _settings("rms"), memory) if "fisher" in rule.features else None
+    phi = start or start_at(rule, SGD(), _settings("sgd"), memory)
+    phi = {n: p + 0.1 * torch.randn(p.shape, generator=g).double() for n, p in phi.items()}
+    if rule.flush:
+        phi["flush_scale"] = phi["flush_scale"].abs() + 2
+    for part in ("momentum", "square"):
+        if part in phi:
+            phi[part] = phi[part].abs() + 0.2
+    for part in ("mlp", "lstm"):
+        if f"{part}.output" in phi:
+            phi[f"{part}.output"] *= 3
+    return phi
+
+
+def _rule(name: str, start: str = "rms", features=FEATURES, hidden: int = 2) -> LinearGates:
+    return learned_rule(
+        name, features=features, per_tensor=True, free_copy=False, hidden=hidden,
+        start=HAND_MADE_RULES[start],
+    )  # fmt: skip
+
+
+def _texts(memory: LongTerm, lanes: int = 3, number: int = 4) -> list[tuple[Parameters, Signal]]:
+    """Random gradients and signals of successive segments."""
+    g = torch.Generator().manual_seed(5)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).double()
+
+    return [
+        (
+            {n: 0.3 * noise(lanes, *memory.weights[n].shape) for n in memory.dynamic},
+            Signal(2.3 + noise(lanes), torch.arange(lanes).double() + t),
+        )
+        for t in range(number)
+    ]
+
+
+def _read(rule, phi: Parameters, memory: LongTerm, lanes: int = 3) -> list[Parameters]:
+    """Dynamic weights after each of a few updates of lanes that start away from theta_0."""
+    bound = rule.bind(phi, memory)
+    g = torch.Generator().manual_seed(9)
+    weights, found = lanes_of(bound.start(), lanes), []
+    for n in memory.dynamic:
+        weights[n][1:] += 0.1 * torch.randn(weights[n][1:].shape, generator=g).double()
+    for gradients, signal in _texts(memory, lanes):
+        weights = bound.update(weights, gradients, signal)
+        found.append({n: weights[n] for n in memory.dynamic})
+    return found
+
+
+def _close(got, want, **tolerance: Any) -> None:
+    assert list(got) == list(want)
+    for n, value in want.items():
+        torch.testing.assert_close(got[n], value, **tolerance, msg=lambda m, n=n: f"{n}: {m}")
+
+
+def _same_reading(rule, phi, other, its, memory: LongTerm) -> None:
+    for got, want in zip(_read(rule, phi, memory), _read(other, its, memory), strict=True):
+        _close(got, want, **ROUNDING)
+
+
+# ---------------------------------------------------------------- hand-made
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+@pytest.mark.parametrize("decay", [0.05, 1.4])
+def test_rules_with_moments_are_those_of_their_papers(name: str, decay: float, engine) -> None:
+    """Against a lane-by-lane loop; the large decay is clipped where the RMS gradient is large."""
+    memory = tiny_memory(DYNAMIC)
+    rule, phi = HAND_MADE_RULES[name], _settings(name, decay=decay)
+    update, state = reference.moments(memory, name), reference.moments_state(memory)
+    theta = [memory.start() for _ in range(3)]
+    own = [{n: state(n) for n in DYNAMIC} for _ in range(3)]
+    bound = rule.bind(phi, memory)
+    weights = lanes_of(bound.start(), 3)
+    for gradients, signal in _texts(memory):
+        weights = bound.update(weights, gradients, signal)
+        for lane, n in itertools.product(range(3), DYNAMIC):
+            given = phi, n, theta[lane][n], gradients[n][lane], memory.weights[n]
+            theta[lane][n], own[lane][n] = update(*given, 0.0, 0.0, own[lane][n])
+            torch.testing.assert_close(weights[n][lane], theta[lane][n], **ROUNDING)
+        assert not any(torch.equal(weights[n][0], memory.weights[n]) for n in DYNAMIC)
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+@pytest.mark.parametrize("decay", [0.05, 1.4])
+def test_fast_hand_made_updates_equal_the_formula(name: str, decay: float, engine) -> None:
+    memory = tiny_memory(DYNAMIC)
+    rule, phi = HAND_MADE_RULES[name], _settings(name, decay=decay)
+    fast, slow = rule.bind(phi, memory), ByFormula(rule, phi, memory)
+    weights = lanes_of(fast.start(), 3)
+    for gradients, signal in _texts(memory):
+        before = {n: w.clone() for n, w in weights.items()}
+        want = slow.update(weights, gradients, signal)
+        out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
+        got = fast.update(weights, gradients, signal, out)
+        assert all(got[n] is out[n] for n in out)
+        _close(weights, before, rtol=0, atol=0)
+        _close(got, want, **ROUNDING)
+        weights = want
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_every_setting_may_differ_from_lane_to_lane(name: str, engine) -> None:
+    memory = tiny_memory(DYNAMIC)
+    rule = HAND_MADE_RULES[name]
+    rows = {n: [v, v / 2, v * (20 if n == "decay" else 1.2)] for n, v in SETTINGS.items()}
+    rows = {n: rows[n] for n in rule.settings}
+    together = _read(rule, _settings(name, **rows), memory)[-1]
+    for lane in range(3):
+        own = _settings(name, **{n: row[lane] for n, row in rows.items()})
+        alone = _read(rule, own, memory)[-1]
+        _close(*({n: w[lane] for n, w in found.items()} for found in (together, alone)), **ROUNDING)
+
+
+def test_adam_without_moments_is_rms(engine) -> None:
+    memory = tiny_memory(DYNAMIC)
+    still = _settings("adam", momentum=0.0, square=0.0)
+    _same_reading(Adam(), still, RMS(), _settings("rms"), memory)
+    bound = Adam().bind(still, memory)
+    start = lanes_of(bound.start(), 3)
+    after = bound.update(start, *_texts(memory)[0])
+    for n in DYNAMIC:
+        assert torch.equal(after[f"{n}/square"], start[f"{n}/square"])
+
+
+def test_momentum_without_momentum_and_decay_is_sgd(engine) -> None:
+    memory = tiny_memory(DYNAMIC)
+    plain = _settings("momentum", momentum=0.0, decay=0.0)
+    _same_reading(Momentum(), plain, SGD(), _settings("sgd"), memory)
+
+
+# ---------------------------------------------------------------- exact starting points
+
+
+@pytest.mark.parametrize("per_tensor", [True, False])
+@pytest.mark.parametrize("start", HAND_MADE_RULES)
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_learned_rule_starts_exactly_as_a_hand_made_one(
+    name: str, start: str, per_tensor: bool
+) -> None:
+    memory, other = tiny_memory(DYNAMIC), HAND_MADE_RULES[start]
+    rule = learned_rule(
+        name, features=("loss",), per_tensor=per_tensor, free_copy=False, hidden=2, start=other
+    )
+    phi = start_at(rule, other, _settings(start), memory)
+    still = {"decay": 0.0} if name == "two_levels" and "decay" in other.settings else {}
+    _same_reading(rule, phi, other, _settings(start, **still), memory)
+
+
+@pytest.mark.parametrize(("name", "start"), [*itertools.product(LEARNED, LEARNED)])
+def test_every_learned_rule_starts_exactly_as_a_learned_one(name: str, start: str) -> None:
+    """Other features, more or fewer hidden units, gates for all tensors or each; random numbers."""
+    memory = tiny_memory(DYNAMIC)
+    for hidden, flags in ((1, (True, False)), (4, (False, True))):
+        per_tensor, free_copy = flags
+        other = learned_rule(
+            start, features=("age", "distance"), per_tensor=per_tensor, free_copy=free_copy,
+            hidden=2, start=RMS(),
+        )  # fmt: skip
+        its = _scattered(other, memory)
+        rule = learned_rule(
+            name, features=("loss", "age"), per_tensor=False, free_copy=False, hidden=hidden,
+            start=other,
+        )  # fmt: skip
+        phi = start_at(rule, other, its, memory)
+        if name == "two_levels" and other.flush:
+            other = dataclasses.replace(other, flush=False, fixed=())
+            its = {n: p for n, p in its.items() if not n.startswith("flush")}
+            for part in ("mlp.output", "lstm.output"):
+                if part in its:
+                    its[part] = its[part][:1]
+        _same_reading(rule, phi, other, its, memory)
+
+
+def test_starts_move_the_weights_and_differ_from_each_other() -> None:
+    """Else the tests above could not fail."""
+    memory = tiny_memory(DYNAMIC)
+    ends = []
+    for name in LEARNED:
+        rule = _rule(name, "sgd")
+        ends.append(_read(rule, _scattered(rule, memory), memory)[-1]["softmax.bias"])
+    for one, other in itertools.combinations([memory.weights["softmax.bias"], *ends], 2):
+        assert float((one - other).abs().max()) > 1e-3
+
+
+def test_a_network_that_grows_keeps_its_new_units_alive() -> None:
+    """They say nothing yet, but see something: their output weights have a gradient."""
+    memory = tiny_memory(DYNAMIC)
+    small, large = (_rule("lstm", hidden=units) for units in (1, 3))
+    phi = start_at(large, small, _scattered(small, memory), memory)
+    assert float(phi["lstm.output"][:, 1:].abs().max()) == 0
+    assert float(phi["lstm.input"].view(4, 3, -1)[:, 1:].abs().min()) > 0
+    found = meta_gradient(
+        memory, large.bind(phi, memory), phi, begin(memory, 2, large.bind(phi, memory)),
+        segments(memory, LENGTHS, 2, 4),
+    ).gradients  # fmt: skip
+    assert float(found["lstm.output"].abs().min()) > 1e-9
+
+
+def test_what_is_there_for_the_start_only_is_fixed() -> None:
+    other = _rule("mlp", "adam")
+    expected = {
+        "tensor_steps": ("fisher", "loss", "age", "momentum", "square", "mlp"),
+        "three_levels": ("fisher", "age", "momentum", "square", "mlp"),
+        "surprise": ("fisher", "age", "square", "mlp"),
+        "mlp": ("fisher", "age", "momentum", "square"),
+    }
+    for name, fixed in expected.items():
+        rule = learned_rule(
+            name, features=("loss",), per_tensor=True, free_copy=False, hidden=2, start=other
+        )
+        assert rule.fixed == fixed
+    assert _rule("three_levels").fixed == ()
+
+
+def test_what_else_is_fixed_counts_where_the_rule_has_it() -> None:
+    def made(name: str) -> tuple[str, ...]:
+        return learned_rule(
+            name, features=FEATURES, per_tensor=True, free_copy=False, hidden=2, start=SGD(),
+            fixed=("update.fisher", "flush.fisher"),
+        ).fixed  # fmt: skip
+
+    assert made("three_levels") == ("update.fisher", "flush.fisher")
+    assert made("two_levels") == ("update.fisher",)
+    assert made("tensor_steps") == ()
+
+
+def test_a_rule_that_lacks_a_part_cannot_start_there() -> None:
+    memory = tiny_memory(DYNAMIC)
+    with pytest.raises(ValueError, match="lacks a part"):
+        start_at(_rule("three_levels"), Adam(), _settings("adam"), memory)
+    with pytest.raises(UserError, match="no learned rule can start as 'static' does"):
+        as_gates(Static())
+    with pytest.raises(UserError, match="there is no learned rule 'four_levels'"):
+        _rule("four_levels")
+
+
+def test_every_rule_is_described_in_one_line() -> None:
+    assert list(ABOUT) == [*HAND_MADE_RULES, *LEARNED]
+    assert all(rule.name == name for name, rule in HAND_MADE_RULES.items())
+
+
+# ---------------------------------------------------------------- what is trained
+
+
+def test_fixed_columns_and_parts_get_no_gradient() -> None:
+    memory = tiny_memory(DYNAMIC)
+    parts = ("loss", "flush.gradient", "update.one", "flush_scale", "momentum", "step", "lstm")
+    rule = LinearGates(
+        features=("fisher", "loss", "gradient"), momentum=True, square=True, per_weight=True,
+        mlp=2, lstm=1, free_copy=True, fixed=(*parts, "copy"),
+    )  # fmt: skip
+    gradients = {n: torch.ones_like(p) for n, p in rule.initial(memory).items()}
+    rule.mask(gradients)
+    columns = list(rule.columns)
+    assert columns == ["one", "fisher", "loss", "gradient", "gradient.sign"]
+    assert gradients["update"].tolist() == [[0, 1, 0, 1, 1]] * 2
+    assert gradients["flush"].tolist() == [[1, 1, 0, 0, 0]] * 2
+    trained = {n for n, g in gradients.items() if float(g.abs().sum()) > 0}
+    assert trained == {"update", "flush", "square", "mlp.input", "mlp.output"}
+
+
+def test_nothing_is_fixed_unless_asked_for() -> None:
+    memory, rule = tiny_memory(DYNAMIC), _rule("lstm", "adam")
+    gradients = {n: torch.ones_like(p) for n, p in rule.initial(memory).items()}
+    dataclasses.replace(rule, fixed=()).mask(gradients)
+    assert all(bool((g == 1).all()) for g in gradients.values())
+
+
+def test_what_cannot_be_fixed_is_named() -> None:
+    with pytest.raises(UserError, match=r"rule three_levels: flsh cannot be fixed; choose from"):
+        LinearGates(fixed=("flsh",))
+
+
+def test_projection_keeps_momentum_and_square_within_bounds() -> None:
+    memory = tiny_memory(DYNAMIC)
+    rule = LinearGates(momentum=True, square=True)
+    phi = {n: torch.full_like(p, 3.0) for n, p in rule.initial(memory).items()}
+    rule.project(phi)
+    assert (float(phi["momentum"].max()), float(phi["square"].max())) == (0.999, 1.0)
+    phi = {n: torch.full_like(p, -3.0) for n, p in phi.items()}
+    rule.project(phi)
+    assert float(phi["momentum"].min()) == float(phi["square"].min()) == 0.0
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_rule_survives_its_description(name: str) -> None:
+    rule = learned_rule(
+        name, features=("loss",), per_tensor=True, free_copy=True, hidden=3, start=Adam(),
+        fixed=("update.loss",),
+    )  # fmt: skip
+    assert rule_of(name, json.loads(json.dumps(describe(rule)))) == rule
+
+
+def test_descriptions_of_older_files_are_understood() -> None:
+    about = {"flush": False, "features": ["fisher", "age"], "per_tensor": False, "free_copy": True}
+    want = LinearGates("two_levels", False, ("fisher", "age"), False, True)
+    assert rule_of("two_levels", about) == want
+    with pytest.raises(UserError, match="rule mlp: this version does not know depth"):
+        rule_of("mlp", {"depth": 2})
+
+
+# ---------------------------------------------------------------- fast = formula
+
+
+@pytest.mark.parametrize("parts", ["momentum", "square", "per_weight", "all"])
+@pytest.mark.parametrize("flush", [None, 2.0, 900.0])
+@pytest.mark.parametrize("features", [(), ("fisher", "loss")])
+def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> None:
+    """Update, and pullback against autograd; with weights that never had a gradient."""
+    whole = parts == "all"
+    memory = tiny_memory(("lstm.0.recurrent", *DYNAMIC))
+    for r in memory.rms.values():
+        r.view(-1)[::5] = 0
+    rule = LinearGates(
+        flush=flush is not None,
+        features=features,
+        momentum=whole or parts == "momentum",
+        square=whole or parts == "square",
+        per_weight=whole or parts == "per_weight",
+    )
+    phi = _scattered(rule, memory)
+    if rule.flush:
+        phi["flush_scale"].fill_(flush)
+    fast, slow = rule.bind(phi, memory), ByFormula(rule, phi, memory)
+    assert isinstance(fast, FilteredGates)
+    weights = lanes_of(fast.start(), 3)
+    for gradients, signal in _texts(memory, number=3):
+        for g in gradients.values():
+            g[1:].flatten(1)[:, ::5] = 0  # where the RMS gradient is zero, and elsewhere
+        before = {n: w.clone() for n, w in weights.items()}
+        want = slow.update(weights, gradients, signal)
+        out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
+        got = fast.update(weights, gradients, signal, out)
+        assert all(got[n] is out[n] for n in out)
+        _close(got, want, **ROUNDING)
+        lam = {n: torch.sin(9 * w + 1) for n, w in weights.items()}
+        found, right = (
+            b.pullback(weights, gradients, signal, {n: c.clone() for n, c in lam.items()}, 0.3)
+            for b in (fast, slow)
+        )
+        _close(found[0], right[0], rtol=1e-10, atol=1e-12)
+        _close(found[1], right[1], rtol=1e-10, atol=1e-12)
+        _close(weights, before, rtol=0, atol=0)
+        weights = want
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_filters_work_on_tensors_of_many_tiles(threads: int) -> None:
+    """Compiled against tensor operations, the last tile being short."""
+    g = torch.Generator().manual_seed(3)
+    rms, gradient, s, v, lam, step = (
+        torch.randn(*shape, generator=g).double()
+        for shape in [(9 * TILE - 7,), *[(2, 9 * TILE - 7)] * 4, (9 * TILE - 7,)]
+    )
+    mu, a = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.1, 0.4]).double()
+    every = Filter("w", momentum=mu, gain=1 - mu, square=a, rms=rms.abs(), eps=2e-5)
+    weights = {"w": gradient, "w/momentum": s, "w/square": v.square()}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = [_filtered(every, weights, gradient, lam, step)]
+    finally:
+        torch.set_num_threads(before)
+    with kernels.eager():
+        found.append(_filtered(every, weights, gradient, lam, step))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+def _filtered(every: Filter, weights, gradient: Tensor, lam: Tensor, step: Tensor) -> list[Tensor]:
+    """All that a filter computes, forward and back."""
+    out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
+    with every.pushed(weights, gradient, out) as move:
+        found = [move.clone(), out["w/momentum"], out["w/square"]]
+    cotangent = {n: w.cos() for n, w in weights.items()}
+    move, state, sums = every.pull(weights, gradient, lam, step, lam[:, 0], cotangent)
+    return [*found, move, *state.values(), sums]
+
+
+@pytest.mark.parametrize("features", [FEATURES, ("gradient", "distance")])
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_networks_lane_by_lane_equal_the_formula_of_all_lanes(name: str, features) -> None:
+    memory = tiny_memory(DYNAMIC)
+    rule = _rule(name, "adam", features)
+    phi = _scattered(rule, memory)
+    fast, slow = rule.bind(phi, memory), ByFormula(rule, phi, memory)
+    assert isinstance(fast, LaneByLane)
+    weights = lanes_of(fast.start(), 3)
+    for gradients, signal in _texts(memory, number=3):
+        want = slow.update(weights, gradients, signal)
+        _close(fast.update(weights, gradients, signal), want, rtol=1e-13, atol=1e-15)
+        lam = {n: torch.sin(9 * w + 1) for n, w in weights.items()}
+        right = slow.pullback(weights, gradients, signal, lam, 0.3)
+        found = fast.pullback(weights, gradients, signal, lam, 0.3)
+        _close(found[0], right[0], rtol=1e-11, atol=1e-13)
+        _close(found[1], right[1], rtol=1e-11, atol=1e-13)
+        weights = want
+
+
+def test_networks_work_on_one_lane_of_one_tensor_at_a_time(monkeypatch) -> None:
+    memory, rule, seen = tiny_memory(DYNAMIC), _rule("lstm"), []
+    phi = _scattered(rule, memory)
+
+    def spy(self, parameters, memory, weights, gradients, signal):
+        seen.append({n: len(w) for n, w in weights.items()})
+        return plain(self, parameters, memory, weights, gradients, signal)
+
+    plain = LinearGates.formula
+    monkeypatch.setattr(LinearGates, "formula", spy)
+    _read(rule, phi, memory)
+    wanted = [{n: 1, f"{n}/h": 1, f"{n}/c": 1} for n in DYNAMIC for _ in range(3)]
+    assert seen == wanted * 4
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_a_lane_without_numbers_never_touches_another(name: str, engine) -> None:
+    memory, rule = tiny_memory(DYNAMIC), _rule(name, "adam")
+    bound = rule.bind(_scattered(rule, memory), memory)
+    start = lanes_of(bound.start(), 3)
+    gradients, signal = _texts(memory)[0]
+    clean = bound.update(start, gradients, signal)
+    bad = {n: g.clone() for n, g in gradients.items()}
+    for g in bad.values():
+        g[1] = math.nan
+    after = bound.update(start, bad, signal)
+    for n in DYNAMIC:
+        assert torch.equal(after[n][[0, 2]], clean[n][[0, 2]])
+        assert bool(after[n][1].isnan().all())
+
+
+# ---------------------------------------------------------------- meta-gradients
+
+
+def _assert_close(got: Parameters, want: Parameters, what: str) -> None:
+    assert list(got) == list(want)
+    for name, value in want.items():
+        worst = float((got[name] - value).abs().max())
+        assert worst <= PRECISION * float(value.norm()), f"{what}, {name}: {worst}"
+
+
+def _agree(memory, rule, phi, pieces, reader=None) -> MetaGradient:
+    """The meta-gradient, after all modes were found to give it; the inputs are never written."""
+    bound = rule.bind(phi, memory)
+    reader = reader or begin(memory, 3, bound)
+    before = {n: w.clone() for n, w in reader.weights.items()}
+    first, *others = (meta_gradient(memory, bound, phi, reader, pieces, mode) for mode in MODES)
+    for mode, found in zip(MODES[1:], others, strict=True):
+        _close(found.reader.weights, first.reader.weights, rtol=0, atol=0)
+        _assert_close(found.gradients, first.gradients, mode)
+    for n, p in first.gradients.items():
+        assert torch.equal(others[0].gradients[n], p), "checkpoint: the very same operations"
+    _close(reader.weights, before, rtol=0, atol=0)
+    return first
+
+
+def _against_autograd(memory, rule, phi, update, state) -> Parameters:
+    pieces = segments(memory, LENGTHS, 3, 9)
+    assert any(bool(p.new.any()) for p in pieces[1:]), "the test must cross article borders"
+    found = _agree(memory, rule, phi, pieces)
+    leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
+    loss, finals = reference.unroll(memory, update, leaves, pieces, state=state)
+    want = torch.autograd.grad(loss, list(leaves.values()))
+    assert found.loss == pytest.approx(float(loss.detach()), rel=1e-12)
+    _assert_close(found.gradients, dict(zip(leaves, want, strict=True)), "autograd")
+    for lane, theta in enumerate(finals):
+        for n, w in theta.items():
+            got = found.reader.weights[n][lane]
+            torch.testing.assert_close(got, w.detach(), rtol=1e-11, atol=1e-13)
+    return found.gradients
+
+
+@pytest.mark.parametrize("name", ["tensor_steps", "weight_steps", "surprise", "adaptive"])
+def test_filtered_gates_equal_autograd(name: str, engine) -> None:
+    memory = tiny_memory(SMALL if name == "weight_steps" else DYNAMIC)
+    rule = _rule(name)
+    update, state = reference.family(memory, rule), reference.family_state(memory, rule)
+    found = _against_autograd(memory, rule, _scattered(rule, memory), update, state)
+    assert all(float(g.norm()) > 1e-7 for g in found.values())
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm"])
+def test_networks_equal_autograd(name: str) -> None:
+    memory = tiny_memory(SMALL)
+    rule = _rule(name, "adam", ("fisher", "loss", "distance"), hidden=2 if name == "mlp" else 1)
+    update, state = reference.family(memory, rule), reference.family_state(memory, rule)
+    found = _against_autograd(memory, rule, _scattered(rule, memory), update, state)
+    assert all(float(g.norm()) > 1e-9 for g in found.values())
+
+
+@pytest.mark.parametrize(("name", "decay"), [("momentum", 0.05), ("adam", 0.05), ("adam", 1.4)])
+def test_rules_with_moments_equal_autograd(name: str, decay: float) -> None:
+    memory, rule = tiny_memory(DYNAMIC), HAND_MADE_RULES[name]
+    update, state = reference.moments(memory, name), reference.moments_state(memory)
+    phi = _settings(name, decay=decay)
+    found = _against_autograd(memory, rule, phi, update, state)
+    assert all(float(g.abs()) > 1e-9 for g in found.values())
+
+
+@pytest.mark.parametrize("name", ["adaptive", "lstm"])
+@pytest.mark.parametrize("flush", [0.0, 900.0])
+def test_modes_agree_from_where_an_unroll_before_left_the_lanes(name: str, flush: float) -> None:
+    """Momentum, moments and hidden states go on; with FLUSH shut, and with FLUSH clipped."""
+    memory = tiny_memory(SMALL)
+    rule = _rule(name)
+    phi = _scattered(rule, memory)
+    phi["flush_scale"].fill_(flush)
+    pieces = segments(memory, LENGTHS, 3, 11)
+    bound = rule.bind(phi, memory)
+    reader = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces[:4]).reader
+    assert not bool(pieces[4].new.all())
+    found = _agree(memory, rule, phi, pieces[4:], reader)
+    assert float(found.gradients["flush_scale"].norm()) > 1e-9
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_every_part_learns_from_where_it_has_no_effect(name: str) -> None:
+    """At the start from RMS all but a network's hidden layers have a gradient, which is finite."""
+    memory = tiny_memory(DYNAMIC)
+    rule = _rule(name)
+    phi = start_at(rule, RMS(), _settings("rms"), memory)
+    bound = rule.bind(phi, memory)
+    pieces = segments(memory, LENGTHS, 3, 7)
+    found = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces).gradients
+    hidden = {n for n in found if n.endswith((".input", ".recurrent"))}
+    for n, g in found.items():
+        assert bool(g.isfinite().all()), n
+        assert (float(g.norm()) > 1e-9) == (n not in hidden), n
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def _repetitive(lanes: int = 2) -> TuneText:
+    return TuneText([np.tile([3, 7, 7, 1], 25), np.tile([2, 9], 20)], EOS, lanes)
+
+
+@pytest.mark.parametrize("budget", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize("name", HAND_MADE_RULES)
+@pytest.mark.parametrize("protocol", ["article", "stream"])
+def test_tuning_spends_its_budget_on_different_settings(name, budget: int, protocol: str) -> None:
+    memory, rule, noted = tiny_memory(SMALL), HAND_MADE_RULES[name], []
+    trials = tune(memory, rule, _repetitive(), protocol, budget, noted.append)
+    assert len(noted) == len(trials) == budget
+    assert len({tuple(t.setting.values()) for t in trials}) == budget
+    assert all(tuple(t.setting) == rule.settings for t in trials)
+    assert trials[0].nll == min(t.nll for t in noted)
+
+
+@pytest.mark.parametrize("segment", [5, 20])
+def test_published_settings_are_among_those_tried(segment: int) -> None:
+    """Krause's scale with M / 5; Adam has them with its own moments."""
+    memory = tiny_memory(SMALL, segment=segment)
+    pace = segment / 5
+    krause = {"rate": 5e-5 * pace, "decay": 2e-3 * pace}
+    wanted = {"rms": krause, "adam": {**krause, "momentum": 0.9, "square": 1e-3}}
+    for name, setting in wanted.items():
+        for budget in (1, 2, 8):
+            trials = tune(memory, HAND_MADE_RULES[name], _repetitive(), "stream", budget)
+            close = [t for t in trials if t.setting == pytest.approx(setting, rel=1e-12)]
+            assert len(close) == 1, (name, budget)
+    tried = [t.setting for t in tune(memory, Momentum(), _repetitive(), "stream", 10)]
+    assert {0.0, 0.9} <= {setting["momentum"] for setting in tried}
+    assert any(s["momentum"] == 0.9 and s["decay"] == pytest.approx(2e-3 * pace) for s in tried)
+
+
+def test_another_momentum_is_tried_at_the_same_step_size() -> None:
+    """The sum of gradients is rate / (1 - momentum) times one that stays the same."""
+    memory = tiny_memory(SMALL)
+    noted = []
+    tune(memory, Momentum(), _repetitive(), "stream", 20, noted.append)
+    tried = [(t.setting["momentum"], t.setting["rate"]) for t in noted]
+    steps = [rate / (1 - momentum) for momentum, rate in tried]
+    first = next(k for k, (momentum, _) in enumerate(tried) if momentum != 0.9)
+    assert [momentum for momentum, _ in tried[first : first + 3]] == [0.0, 0.5, 0.98]
+    assert any(steps[first] == pytest.approx(step) for step in steps[:first])
+    assert steps[first] == pytest.approx(steps[first + 1])
