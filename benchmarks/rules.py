@@ -341,7 +341,7 @@ def endurance(run: Run, ready: Ready, updates: int, lanes: int = 2) -> dict[str,
         now = step(memory, rule, reader, segment)
         reader, resets = now.after, resets + int(now.flushed.sum())
         nll, state = score_static(memory, state, segment)
-        if t >= 0.9 * updates:
+        if t >= updates - max(1, updates // 10):
             late.append((float(now.scored.nll.mean()), float(nll.mean())))
         if t + 1 in (*MARKS, updates):
             drift[t + 1] = _distance(memory, reader)

@@ -13,28 +13,15 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mlm.errors import UserError
-from mlm.learner import Bound
-from mlm.memory import LongTerm
 from mlm.streams import Segment
-
-if TYPE_CHECKING:
-    from mlm.tuning import Trial, TuneText
 
 EMPTY = -1
 """The word of a slot that holds nothing."""
-PUBLISHED = (0.3, 0.1)
-"""theta and lambda that Grave et al. found best on WikiText."""
-THETAS = (0.02, 3.0)
-"""Range of the theta tried at first: from nearly counting words to trusting the nearest h alone."""
-WEIGHTS = (0.1, 0.3)
-"""The lambda tried at first."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +55,17 @@ class Cache:
     """
 
     def __init__(self, settings: Sequence[CacheSetting], like_BME: Tensor) -> None:
-        """An empty cache; `like_BME` has the shape, type and device of the outputs to come."""
+        """An empty cache; `like_BME` has the shape, type and device of the outputs to come.
+
+        Raises:
+            UserError: the model offers no output.
+        """
         lanes, segment, width = like_BME.shape
+        if not width:
+            raise UserError(
+                "a neural cache compares what the softmax sees, and this model does not offer it; "
+                "let its forward return (logits, state, output)"
+            )
         slots = max(s.window for s in settings) + segment
         self.settings = tuple(settings)
         self.keys_BSE = like_BME.new_zeros(lanes, slots, width)
@@ -133,75 +129,3 @@ def _mixture(nll_BM: Tensor, log_cache_BM: Tensor, weight: float) -> Tensor:
     """-log((1 - weight) p_model + weight p_cache); p_model alone where p_cache is NaN."""
     mixed = torch.logaddexp(math.log1p(-weight) - nll_BM, math.log(weight) + log_cache_BM)
     return torch.where(log_cache_BM.isnan(), nll_BM, -mixed)
-
-
-def tune_cache(
-    memory: LongTerm,
-    rule: Bound | None,
-    text: TuneText,
-    protocol: str,
-    budget: int,
-    window: int,
-) -> list[Trial]:
-    """Spend exactly `budget` evaluations on theta and lambda, on top of `rule`; best trial first.
-
-    The published setting and a coarse grid in one pass over the text, then ever closer neighbours
-    of the best in one or two (more only beyond 20 evaluations, and lambda above 0.55 only there).
-
-    theta multiplies products h . h' that are not normalised. The E entries of an LSTM's output lie
-    in (-1, 1); in a trained model of E = 256, h . h is about 40 and h . h' 7 with a deviation of
-    5. So theta = 0.02 nearly counts words and theta = 3 nearly copies what followed the nearest h;
-    the grid is geometric between them, and neighbours may leave it.
-
-    Args:
-        window: W in tokens, the same for all settings.
-
-    Raises:
-        UserError: the losses under `rule` are not finite, whatever the cache.
-    """
-    from mlm.scoring import score_protocol  # these two come later: scoring itself uses `Cache`
-    from mlm.tuning import Trial
-
-    trials: list[Trial] = []
-
-    def spend(pairs: Sequence[tuple[float, float]]) -> None:
-        settings = [CacheSetting(*pair, window) for pair in pairs[: budget - len(trials)]]
-        scores = score_protocol(
-            memory, rule, text.articles, text.eos, protocol, text.lanes, cache=settings
-        )
-        for setting, cached in zip(settings, scores.cached, strict=True):
-            tried = {"theta": setting.theta, "weight": setting.weight}
-            trials.append(Trial(tried, cached.total))
-        trials.sort(key=lambda t: t.nll)
-
-    number = max(2, (round(0.6 * budget) - 1) // len(WEIGHTS))
-    thetas = np.geomspace(*THETAS, number).tolist()
-    spend([PUBLISHED, *((theta, weight) for weight in WEIGHTS for theta in thetas)])
-    if not math.isfinite(trials[0].nll):
-        raise UserError(
-            f"cache, protocol {protocol}: the losses it is put on top of are not finite. Check the "
-            "language model's loss (metrics.jsonl) and the rule's own scores"
-        )
-    theta_gap = (THETAS[1] / THETAS[0]) ** (1 / number)
-    odds_gap = _odds(WEIGHTS[1]) / _odds(WEIGHTS[0])
-    while left := budget - len(trials):
-        theta_gap, odds_gap = theta_gap**0.5, odds_gap**0.5
-        around = _neighbours(**trials[0].setting, theta_gap=theta_gap, odds_gap=odds_gap)
-        spend(around[: max(4, math.ceil(left / 2))])
-    return trials
-
-
-def _odds(weight: float) -> float:
-    return weight / (1 - weight)
-
-
-def _neighbours(
-    theta: float, weight: float, theta_gap: float, odds_gap: float
-) -> list[tuple[float, float]]:
-    """The eight settings around one, at such ratios of theta and of lambda's odds; axes first."""
-    steps = [(1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, -1), (1, -1), (-1, 1)]
-    found = []
-    for up, more in steps:
-        odds = _odds(weight) * odds_gap**more
-        found.append((theta * theta_gap**up, odds / (1 + odds)))
-    return found

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlm.errors import UserError
-from mlm.lm import LanguageModel, LMShape, LMState, Weights, embed, initial_state, run_lstm
+from mlm.lm import LanguageModel, LMShape, LMState, Weights, embed
 from mlm.memory import DIRECTIONS, LOW
 from mlm.streams import LaneStream, Segment
 from mlm.training import Text
@@ -33,13 +33,12 @@ def _multiplied(
     weights: Weights, shape: LMShape, piece: Segment, state: LMState
 ) -> tuple[Weights, LMState]:
     """The vectors (B, T, I) that each matrix multiplies in a segment, and the state after it."""
-    hidden = run_lstm(weights, shape, piece.inputs, state)
+    hidden = shape.run(weights, piece.inputs, state)
     found = {"softmax": hidden.output}
     x = embed(weights, shape, piece.inputs)
-    for layer, output in enumerate(hidden.layers):
+    for layer, (h_BH, output) in enumerate(zip(state.h, hidden.layers, strict=False)):  # no QRNN's
         found[f"lstm.{layer}.input"] = x
-        before = state.h[layer].unsqueeze(1)
-        found[f"lstm.{layer}.recurrent"] = torch.cat([before, output[:, :-1]], 1)
+        found[f"lstm.{layer}.recurrent"] = torch.cat([h_BH.unsqueeze(1), output[:, :-1]], 1)
         x = output
     return found, hidden.state
 
@@ -59,7 +58,7 @@ def second_moments(
     """
     like = weights["softmax.bias"]
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
-    state = initial_state(shape, stream.lanes, like.device, like.dtype)
+    state = shape.initial_state(stream.lanes, like.device, like.dtype)
     sums: Weights = {}
     tokens, wanted = 0, min(text.tokens, int(words * text.tokens_per_word))
     for raw in stream:

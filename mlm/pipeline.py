@@ -30,7 +30,7 @@ def stage_lm(run: Run) -> None:
         vocabulary.save(run.folder.vocabulary)
     say(
         f"stage 1: {text.words:,} words ({text.tokens:,} tokens) in {len(text.articles)} articles, "
-        f"vocabulary {vocabulary.size:,}"
+        f"vocabulary {vocabulary.size:,}, {shape.size:,} weights"
     )
     train_lm(run.config, shape, text, valid, run.folder, vocabulary.hash, run.device, run.quiet)
 

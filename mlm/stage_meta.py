@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from mlm.cache import CacheSetting, tune_cache
+from mlm.cache import CacheSetting
+from mlm.cache_tuning import tune_cache
 from mlm.checkpoint import load_lm, load_tensors, save_memory, save_tensors
 from mlm.config import CACHE, HAND_MADE, LEARNED, AdaptConfig, MetaConfig, to_dict
 from mlm.errors import UserError

@@ -23,6 +23,7 @@ from mlm.errors import UserError
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD
 from mlm.lm import BaseModel, LMShape, LMState, Weights
+from mlm.lowrank import add_low_rank
 from mlm.memory import LongTerm, choose_dynamic, lanes_of
 from mlm.meta import estimate_fisher
 from mlm.module import ModuleModel
@@ -39,6 +40,7 @@ EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
 LENGTHS = (11, 23, 3, 1, 17)
 """Articles that end inside a segment, one shorter than a segment, one of a single token."""
 Cell = Literal["lstm", "qrnn", "snail"]
+TEXT = Text(articles((60, 35, 80, 50)), 225, EOS)
 
 
 def _random(*size: int, seed: int = 0) -> Tensor:
@@ -266,10 +268,24 @@ def test_sets_of_dynamic_weights_mean_either_cell() -> None:
             choose_dynamic(names, wanted)
 
 
+def test_a_low_rank_change_of_the_softmax_over_a_qrnn() -> None:
+    """Its directions are those of what the softmax sees; a D of W P^-1 is a change by W."""
+    memory, names = tiny_memory((), cell="qrnn"), ("softmax.low",)
+    weights = add_low_rank(memory.weights, memory.shape, names, 4, TEXT, 1000)
+    assert weights.keys() - memory.weights.keys() == {"softmax.low", "softmax.directions"}
+    change = 0.1 * _random(12, 4)
+    low = torch.linalg.solve(weights["softmax.directions"], change, left=False)
+    ids, state = _ids(2, 6, 1), _qrnn_state(memory, 2)
+    got = memory.shape.read({**weights, "softmax.low": low}, ids, ids, state).nll
+    for b in range(2):
+        words = ids[b].tolist()
+        start = list(state.c), [c[b] for c in state.c], state.x[0][b]
+        untied = {**memory.weights, "untied": memory.weights["embedding"] + change}
+        want, _ = _recurrent_lane(memory.shape)(untied, words, words, start)
+        torch.testing.assert_close(got[b], want, **EXACT)
+
+
 # ---------------------------------------------------------------- stage 1, files
-
-
-TEXT = Text(articles((60, 35, 80, 50)), 225, EOS)
 
 
 def _trainer(cell: Cell, dropout: float = 0.1, text: Text = TEXT) -> LMTrainer:

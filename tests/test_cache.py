@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from worlds import EOS, articles, tiny_memory
 
-from mlm import scoring
-from mlm.cache import PUBLISHED, THETAS, Cache, CacheSetting, tune_cache
+from mlm import cache_tuning
+from mlm.cache import Cache, CacheSetting
+from mlm.cache_tuning import PUBLISHED, THETAS, tune_cache
 from mlm.errors import UserError
 from mlm.learner import RMS, Bound
 from mlm.memory import LongTerm
@@ -237,7 +238,7 @@ def test_tuning_spends_its_budget_in_three_passes(budget: int, monkeypatch) -> N
         passes.append(len(more["cache"]))
         return score_protocol(*words, **more)
 
-    monkeypatch.setattr(scoring, "score_protocol", spy)
+    monkeypatch.setattr(cache_tuning, "score_protocol", spy)
     memory, text = tiny_memory(DYNAMIC), TuneText(articles((9, 14)), EOS, 2)
     trials = tune_cache(memory, None, text, "article", budget, 6)
     tried = [(t.setting["theta"], t.setting["weight"]) for t in trials]
@@ -295,3 +296,8 @@ def test_losses_that_are_no_numbers_are_not_tuned_on() -> None:
     memory.weights["softmax.bias"][3] = math.nan
     with pytest.raises(UserError, match="not finite"):
         tune_cache(memory, None, TuneText(articles((9,)), EOS, 1), "article", 3, 6)
+
+
+def test_a_model_without_an_output_is_refused() -> None:
+    with pytest.raises(UserError, match="its forward return"):
+        Cache([CacheSetting(1.0, 0.1, 5)], torch.zeros(2, 3, 0))
