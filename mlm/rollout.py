@@ -236,11 +236,13 @@ class _Unroll:
         """Of the penalty: its strength for one lane of one update."""
         self.weights = {n: torch.zeros_like(memory.weights[n]) for n in learn}
 
-    def read(self, t: int, reader: Reader, again: bool = False) -> tuple[_Past, Reader]:
+    def read(
+        self, t: int, segment: Segment, reader: Reader, again: bool = False
+    ) -> tuple[_Past, Reader]:
         """Segment `t`: one update and the reader after it; `again` counts nothing."""
         learn = () if again or not t else self.learn
         out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
-        now = step(self.memory, self.rule, reader, self.segments[t], out, learn)
+        now = step(self.memory, self.rule, reader, segment, out, learn)
         if not again:
             self._count(t, now)
         return _Past(now.before.weights, now.scored.gradients, now.signal, now.new), now.after
@@ -330,8 +332,8 @@ def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:
     """Read all segments with the tangent beside the weights; fills `found`."""
     rule, tangent = unroll.rule, unroll.rule.tangent(len(reader.age))
     penalty = {n: torch.zeros_like(p) for n, p in found.items()}
-    for t in range(len(unroll.segments)):
-        now, reader = unroll.read(t, reader)
+    for t, segment in enumerate(unroll.segments):
+        now, reader = unroll.read(t, segment, reader)
         forget_lanes(tangent, now.new)
         if unroll.pull:
             rule.owed(tangent, unroll.penalty(now.weights), now.signal, penalty)
@@ -353,19 +355,19 @@ def _reverse(unroll: _Unroll, reader: Reader, found: Parameters, spacing: int) -
     """
     snapshots: list[Reader] = []
     past: list[_Past] = []
-    number = len(unroll.segments)
-    for t in range(number):
+    for t, segment in enumerate(unroll.segments):
         if t % spacing == 0:
             snapshots.append(reader)
             _forget(past)
-        now, reader = unroll.read(t, reader)
+        now, reader = unroll.read(t, segment, reader)
         past.append(now)
         del now
     lam: Weights | None = None
-    for first in reversed(range(0, number, spacing)):
+    for first in reversed(range(0, len(unroll.segments), spacing)):
         again = snapshots.pop()
-        for t in range(first, min(first + spacing, number)) if not past else ():
-            now, again = unroll.read(t, again, again=True)
+        some = unroll.segments[first : first + spacing] if not past else ()
+        for t, segment in enumerate(some, first):
+            now, again = unroll.read(t, segment, again, again=True)
             past.append(now)
             del now
         lam = _walk_back(unroll, past, lam, found)
