@@ -189,8 +189,10 @@ class Bench:
         path = self.path(name, where)
         config = row_config(self.options, RunFolder(where).load_config(), row, path)
         done = path / "evaluation.json"
-        if done.exists() and RunFolder(path).load_config() == config:
-            return path
+        if done.exists():
+            known = dataclasses.replace(RunFolder(path).load_config(), out=config.out)
+            if known == config:
+                return path
         self.prepare(path, where)
         done.unlink(missing_ok=True)
         run_stages(config, quiet=True)

@@ -20,7 +20,7 @@ from mlm.learner import Bound, ByFormula, LaneByLane, Parameters, Signal, Update
 from mlm.lm import Weights
 from mlm.memory import LongTerm
 from mlm.networks import LSTM, MLP, Network
-from mlm.separable import FLUSH_UNIT, LANE, FilteredGates, SeparableGates
+from mlm.separable import FLUSH_UNIT, LANE, SQUARE_UNIT, FilteredGates, SeparableGates
 
 Feature = Literal["fisher", "loss", "age", "gradient", "distance"]
 COORDINATE = ("gradient", "distance")
@@ -177,7 +177,7 @@ class LinearGates(UpdateRule):
         if self.momentum:
             parameters["momentum"].clamp_(0, LARGEST_MOMENTUM)
         if self.square:
-            parameters["square"].clamp_(0, 1)
+            parameters["square"].clamp_(0, 1 / SQUARE_UNIT)
 
     def mask(self, gradients: Parameters) -> None:
         """Zero the gradients of what is `fixed`, in place."""
@@ -319,7 +319,7 @@ class LinearGates(UpdateRule):
         """(mu, a) of a tensor's filters, None = without."""
         group = self.group(memory, name)
         mu = parameters["momentum"][group] if self.momentum else None
-        return mu, parameters["square"][group] if self.square else None
+        return mu, SQUARE_UNIT * parameters["square"][group] if self.square else None
 
     def _said(
         self,

@@ -21,7 +21,7 @@ from mlm.errors import UserError
 from mlm.gates import Feature, LinearGates
 from mlm.learner import RMS, SGD, Adam, HandMade, Momentum, Parameters, UpdateRule
 from mlm.memory import LongTerm
-from mlm.separable import FLUSH_UNIT
+from mlm.separable import FLUSH_UNIT, SQUARE_UNIT
 
 HAND_MADE_RULES: dict[str, HandMade] = {
     rule.name: rule for rule in (SGD(), Momentum(), RMS(), Adam())
@@ -139,8 +139,9 @@ def _gates_parameters(rule: UpdateRule, settings: Parameters, memory: LongTerm) 
         phi = gates.start_at_sgd(memory, rate)
         if gates.flush:
             phi["flush_scale"].fill_(decay / FLUSH_UNIT)
-    for part in {"momentum", "square"} & phi.keys():
-        phi[part].fill_(value[part])
+    for part, unit in {"momentum": 1.0, "square": SQUARE_UNIT}.items():
+        if part in phi:
+            phi[part].fill_(value[part] / unit)
     return phi
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LANE = ("loss", "age")
 """Features that are one number per lane."""
+SQUARE_UNIT = 1e-2
+"""What a second moment forgets per update is learned in hundredths: its memory is a long one."""
 FLUSH_UNIT = 1e-3
 """FLUSH and COPY are learned in thousandths per update, the size of Krause's decay."""
 
@@ -381,9 +383,9 @@ class FilteredGates(SeparableGates):
         step, step_B = self._step[name], self._lane("update", name, signal)
         move, state, sums = filter.pull(weights, gradient, lam, step, step_B, cotangent)
         group = self.rule.group(self.memory, name)
-        for part, value in zip(("momentum", "square"), sums, strict=True):
+        for part, unit, value in zip(("momentum", "square"), (1, SQUARE_UNIT), sums, strict=True):
             if part in found:
-                found[part][group] += value
+                found[part][group] += unit * value
         if self.rule.per_weight:
             found[f"step/{name}"] -= step * _products(lam, move, step_B)
         back = super()._pull(name, weights, move, {name: lam}, signal, z_B, 0.0, found)

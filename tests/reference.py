@@ -220,7 +220,7 @@ def family(memory: LongTerm, rule):
         if rule.momentum:
             move = own["momentum"] = phi["momentum"][k] * own["momentum"] + gradient
         if rule.square:
-            a = phi["square"][k]
+            a = phi["square"][k] * 1e-2
             own["square"] = own["square"] + a * (gradient**2 - own["square"])
             move = move * (rms + 2e-5) / (own["square"] ** 0.5 + 2e-5)
         z = (phi["flush_scale"][k] * 1e-3 * v.exp()).clamp(0, 1)

@@ -62,9 +62,9 @@ def _scattered(rule: LinearGates, memory: LongTerm, seed: int = 4) -> Parameters
     phi = {n: p + 0.1 * torch.randn(p.shape, generator=g).double() for n, p in phi.items()}
     if rule.flush:
         phi["flush_scale"] = phi["flush_scale"].abs() + 2
-    for part in ("momentum", "square"):
+    for part, least in {"momentum": 0.2, "square": 20.0}.items():
         if part in phi:
-            phi[part] = phi[part].abs() + 0.2
+            phi[part] = phi[part].abs() + least
     for part in ("mlp", "lstm"):
         if f"{part}.output" in phi:
             phi[f"{part}.output"] *= 3
@@ -335,9 +335,9 @@ def test_what_cannot_be_fixed_is_named() -> None:
 def test_projection_keeps_momentum_and_square_within_bounds() -> None:
     memory = tiny_memory(DYNAMIC)
     rule = LinearGates(momentum=True, square=True)
-    phi = {n: torch.full_like(p, 3.0) for n, p in rule.initial(memory).items()}
+    phi = {n: torch.full_like(p, 300.0) for n, p in rule.initial(memory).items()}
     rule.project(phi)
-    assert (float(phi["momentum"].max()), float(phi["square"].max())) == (0.999, 1.0)
+    assert (float(phi["momentum"].max()), float(phi["square"].max())) == (0.999, 100.0)
     phi = {n: torch.full_like(p, -3.0) for n, p in phi.items()}
     rule.project(phi)
     assert float(phi["momentum"].min()) == float(phi["square"].min()) == 0.0
