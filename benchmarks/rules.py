@@ -34,7 +34,7 @@ from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 from mlm.gates import LinearGates
 from mlm.memory import LongTerm
-from mlm.meta import MetaTrainer
+from mlm.meta import MetaTrainer, weights_to_learn
 from mlm.pipeline import run_stages
 from mlm.report import bootstrap_interval, mean_gain, read_evaluation
 from mlm.rollout import Reader, begin, score_static, step
@@ -250,14 +250,10 @@ def _parameters(run: Run, rule: str) -> int:
     """Numbers that were learned, or tuned, beside the language model."""
     base, cached = rule.removesuffix(CACHE), 2 * rule.endswith(CACHE)
     if base in LEARNED:
-        learned = load_learned(run, base, run.memory)
-        moved = [
-            w.numel()
-            for n, w in learned.memory.weights.items()
-            if not torch.equal(w, run.memory.weights[n])
-        ]
+        learned, learn = load_learned(run, base, run.memory), run.config.meta.learn
+        moved = [run.memory.weights[n].numel() for n in weights_to_learn(run.memory, learn)]
         mine = sum(p.numel() for p in learned.parameters.values())
-        return sum(moved) + cached + mine * ("rule" in run.config.meta.learn)
+        return sum(moved) + cached + mine * ("rule" in learn)
     return len(ready_rule(run, rule, "article").setting)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mlm import buffers, kernels
+from mlm.forward import blocks
 from mlm.kernels import TILE, jit
 from mlm.lm import Weights
 
@@ -144,12 +145,6 @@ class Filter:
 # -- tensor operations --------------------------------------------------------------------------
 
 
-def _blocks(tensor_B: Tensor) -> list[slice]:
-    """Lanes to compute at once: one on a CPU, where it stays in the cache, and all on a GPU."""
-    lanes = len(tensor_B)
-    return [slice(k, k + 1) for k in range(lanes)] if tensor_B.is_cpu else [slice(0, lanes)]
-
-
 def _push_eager(
     gradient: Tensor,
     s: Tensor,
@@ -165,7 +160,7 @@ def _push_eager(
     All are (B, ...), `scale` (None without second moment) has the tensor's own shape.
     """
     view = (4, -1, *[1] * (gradient.dim() - 1))
-    for lanes in _blocks(gradient):
+    for lanes in blocks(gradient):
         g = surprise = gradient[lanes]
         mu, gain, a, eps = numbers_4B[:, lanes].view(view)
         if s.numel():
@@ -191,7 +186,7 @@ def _pull_eager(
     """Fill `out` with g~ and take `up_s`, `up_v` back in place; returns sums by mu and a, (2,)."""
     view = (4, -1, *[1] * (gradient.dim() - 1))
     sums = gradient.new_zeros(2)
-    for lanes in _blocks(gradient):
+    for lanes in blocks(gradient):
         g, move = gradient[lanes], out[lanes].copy_(gradient[lanes])
         mu, gain, a, eps = numbers_4B[:, lanes].view(view)
         if s.numel():

@@ -33,7 +33,7 @@ def forget_lanes(tangent: Tangent, new_B: Tensor) -> None:
             copies[:, new_B] = 0
 
 
-def _blocks(tensor_B: Tensor) -> list[slice]:
+def blocks(tensor_B: Tensor) -> list[slice]:
     """Lanes to compute at once: one on a CPU, where it stays in the cache, and all on a GPU."""
     lanes = len(tensor_B)
     return [slice(k, k + 1) for k in range(lanes)] if tensor_B.is_cpu else [slice(0, lanes)]
@@ -60,7 +60,7 @@ def dots(tangent: Tensor, gradient: Tensor, gates: int, fishers: list[Tensor]) -
         return plain
     weighted = plain.new_zeros(gates, 1)
     constants = tangent.unflatten(0, plain.shape)[:, 0]
-    for lanes in _blocks(gradient):
+    for lanes in blocks(gradient):
         for k, fisher in enumerate(fishers):
             own = (gradient[lanes] * fisher).flatten()
             weighted[k] += constants[k, lanes].flatten() @ own
@@ -97,7 +97,7 @@ def push_tensor(
         inputs_CB: lane inputs x of the gates (C, B), the first row is one.
     """
     columns, view = len(inputs_CB), [-1, *[1] * (theta.dim() - 1)]
-    for lanes in _blocks(theta):
+    for lanes in blocks(theta):
         copies, x = tangent[:, lanes], inputs_CB[:, lanes].unflatten(1, view)
         if unit is not None:
             own = unit if unit_B is None else unit * unit_B[lanes].view(view)
