@@ -387,6 +387,8 @@ def main() -> None:
         try:
             folder = bench.measure(name, row, where)
         except UserError as error:
+            if not entries:  # all others are compared with the first
+                raise
             say(f"left out: {error}")
             continue
         for rule in row.rules:
@@ -398,6 +400,7 @@ def main() -> None:
     again = options.time_again
     missing = [k for k, e in enumerate(entries) if again or "scoring tokens/s" not in e]
     for k in missing:
+        say(f"{options.updates:,} updates: {entries[k]['row']}, {entries[k]['rule']}")
         run = open_run(RunFolder(folders[k]).load_config(), True)
         entries[k].update(
             endurance(run, ready_rule(run, entries[k]["rule"], "stream"), options.updates)
