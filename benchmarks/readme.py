@@ -72,7 +72,9 @@ ENGINE: dict[str, dict[str, str]] = {
         "scoring tokens/s": "scoring tokens/s",
         "MB per lane": "MB per lane",
         "drift": "drift",
+        "late gain": "late gain",
         "resets": "resets",
+        "long resets": "late resets",
     },
     "pareto": {
         "dynamic": "weights that adapt",

@@ -55,7 +55,9 @@ SHOWN = (
     "scoring tokens/s",
     "MB per lane",
     "drift",
+    "late gain",
     "resets",
+    "long resets",
 )
 
 
@@ -146,8 +148,13 @@ def row_config(options: Options, base: Config, row: Row, out: Path) -> Config:
         tune_words=options.words,
         max_articles=options.articles,
     )
+    adapt = base.adapt
+    if base.model.cell == "snail":  # it is scored as it is
+        adapt = dataclasses.replace(adapt, dynamic="softmax.bias")
     stages = {"stages": ("meta", "evaluate"), "resume": False, "overwrite": False}
-    return validate(dataclasses.replace(base, out=out, meta=meta, evaluation=evaluation, **stages))
+    return validate(
+        dataclasses.replace(base, out=out, adapt=adapt, meta=meta, evaluation=evaluation, **stages)
+    )
 
 
 class Bench:
@@ -323,7 +330,7 @@ def endurance(run: Run, ready: Ready, updates: int, lanes: int = 2) -> dict[str,
     Returns:
         drift: |theta - theta_0| / |theta_0| over all dynamic weights, mean over lanes, at the end,
         and `drift at` the updates in `MARKS`; late: loss in nats per token of the last tenth, and
-        `late static` that of the language model on the same tokens; long resets by the guard.
+        `late static` that of the language model on the same tokens; long resets: by the guard.
     """
     memory, rule = ready.memory, ready.bound
     if rule is None:
@@ -394,19 +401,23 @@ def main() -> None:
         for rule in row.rules:
             entry = bench.entry(name, folder, rule)
             old = known.get((name, rule), {})
+            if old.get("article") != entry["article"]:  # it was trained again since
+                old = {}
             entries.append({**{k: v for k, v in old.items() if k not in entry}, **entry})
             folders.append(folder)
         _save(path, entries)
     again = options.time_again
-    missing = [k for k, e in enumerate(entries) if again or "scoring tokens/s" not in e]
-    for k in missing:
+    for k in [k for k, e in enumerate(entries) if again or "drift" not in e]:
         say(f"{options.updates:,} updates: {entries[k]['row']}, {entries[k]['rule']}")
         run = open_run(RunFolder(folders[k]).load_config(), True)
-        entries[k].update(
-            endurance(run, ready_rule(run, entries[k]["rule"], "stream"), options.updates)
-        )
-    if missing:
+        ready = ready_rule(run, entries[k]["rule"], "stream")
+        entries[k].update(endurance(run, ready, options.updates))
+        _save(path, entries)
+    if again or any("scoring tokens/s" not in entry for entry in entries):
         times(options, entries, folders)
+    for entry in entries:
+        if "late" in entry:
+            entry["late gain"] = entry["late static"] - entry["late"]
     _save(path, entries)
     print(table([{key: entry.get(key) for key in SHOWN} for entry in entries]))
     print(path)

@@ -36,6 +36,7 @@ CI_STEPS = {
 #: Text that stands for the reader's own.
 PLACE = "path/to/text"
 BENCHMARK_FLAGS = {
+    "examples.own_model": "",
     "benchmarks.dynamic_sets": "--sets softmax.bias --budget 1 --steps 1 --words 100",
     "benchmarks.publish": "",
     "benchmarks.pareto": "--sets softmax.bias --segment 20 --budget 1 --steps 1 --words 100 "
