@@ -558,6 +558,7 @@ def test_modules_that_do_not_fit_are_refused() -> None:
         save_memory(RunFolder.checkpoint, LongTerm(model, weights, (), {}, 0.0, 5), "v")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_the_example_of_an_own_model_runs_and_learning_pays(capsys) -> None:
     gains = own_model.main()
     assert gains["learned gates"] > gains["RMS"] > 0.05

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from worlds import EOS, articles, segments, tiny_memory
 
-from mlm import buffers
+from mlm import buffers, kernels
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound, Parameters, UpdateRule, per_lane
 from mlm.lm import Weights
@@ -39,6 +40,13 @@ BAD = 1
 """The lane that breaks."""
 OTHERS = [0, 2]
 PRECISION = 1e-12
+
+
+@pytest.fixture(params=["compiled", pytest.param("eager", marks=pytest.mark.slow)])
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both ways to compute; lanes are kept apart above them, so one is enough every day."""
+    with kernels.eager() if request.param == "eager" else contextlib.nullcontext():
+        yield request.param
 
 
 @pytest.fixture(autouse=True)
