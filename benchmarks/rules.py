@@ -137,7 +137,7 @@ class Options:
 
 def row_config(options: Options, base: Config, row: Row, out: Path) -> Config:
     """Settings of a row's run."""
-    trained = tuple(r for r in row.rules if r.removesuffix(CACHE) == r and r in LEARNED)
+    trained = tuple(rule for rule in row.rules if rule in LEARNED)
     own = {"rules": trained, "steps": options.steps, "lanes": options.lanes, **row.meta}
     meta = dataclasses.replace(base.meta, **own)
     evaluation = dataclasses.replace(
@@ -165,9 +165,9 @@ class Bench:
         if unknown:
             raise UserError(f"--rows {', '.join(unknown)}: choose from {', '.join(ROWS)}")
         self.options = options
-        self.folder = RunFolder(options.run)
-        self.base = self.folder.load_config()
-        if not self.folder.checkpoint("lm").exists():
+        folder = RunFolder(options.run)
+        folder.load_config()  # it is a run folder
+        if not folder.checkpoint("lm").exists():
             raise UserError(f"{options.run} holds no language model; run train.py --stages lm")
 
     def path(self, name: str, where: Path | None = None) -> Path:
@@ -284,7 +284,7 @@ def scoring(run: Run, ready: Ready, tokens: int) -> Work:
     eos = run.tune_text.eos
 
     def work() -> int:
-        score_articles(ready.memory, ready.bound, text, eos, len(text), None, tuple(ready.cache))
+        score_articles(ready.memory, ready.bound, text, eos, len(text), None, ready.cache)
         return sum(len(article) for article in text)
 
     return work

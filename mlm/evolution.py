@@ -24,7 +24,7 @@ from mlm.errors import UserError
 from mlm.learner import Bound, Parameters
 from mlm.lm import Weights
 from mlm.memory import LongTerm
-from mlm.rollout import Reader, Step, begin
+from mlm.rollout import Step, begin
 from mlm.streams import Segment
 
 
@@ -194,7 +194,7 @@ class Evolution:
         """All that the next step depends on besides parameters and text."""
         tensors = {"generator": self.generator.get_state(), "xi": self.xi.clone()}
         for particle, reader in enumerate(self.readers):
-            tensors |= {f"{particle}/{name}": t for name, t in _reader_tensors(reader).items()}
+            tensors |= {f"{particle}/{name}": t for name, t in reader.tensors().items()}
         return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -211,7 +211,7 @@ class Evolution:
         self.generator.set_state(tensors["generator"].cpu())
         self.xi = tensors["xi"].to("cpu", copy=True)
         self.readers = [
-            _loaded(reader, {n: tensors[f"{particle}/{n}"] for n in _reader_tensors(reader)})
+            reader.of({n: tensors[f"{particle}/{n}"] for n in reader.tensors()})
             for particle, reader in enumerate(self.readers)
         ]
 
@@ -243,18 +243,3 @@ def _named(values_P: Tensor, parameters: Parameters) -> Parameters:
 def _described(xi: Tensor) -> str:
     particles, lanes, numbers = xi.shape
     return f"{particles // 2} pairs of {lanes} lanes under {numbers} parameters"
-
-
-def _reader_tensors(reader: Reader) -> dict[str, Tensor]:
-    """A reader's tensors by name."""
-    tensors = {"age": reader.age, "exploded": reader.exploded}
-    tensors |= {f"state/{k}": t for k, t in enumerate(reader.state.tensors())}
-    return tensors | {f"weights/{n}": w for n, w in reader.weights.items()}
-
-
-def _loaded(like: Reader, tensors: dict[str, Tensor]) -> Reader:
-    """The reader whose `_reader_tensors` these are, where `like` lies."""
-    here = {n: t.to(like.age.device) for n, t in tensors.items()}
-    state = [here[f"state/{k}"] for k in range(len(like.state.tensors()))]
-    weights = {n: here[f"weights/{n}"] for n in like.weights}
-    return Reader(weights, like.state.of(state), here["age"], here["exploded"])

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mlm import buffers
@@ -331,7 +330,7 @@ class MetaTrainer:
 
     def save(self, run: RunFolder, identity: str) -> None:
         """Write everything the next step depends on, and the best parameters so far."""
-        tensors: dict[str, Tensor] = {"reader/age": self.reader.age}
+        tensors = {f"reader/{n}": t for n, t in self.reader.tensors().items()}
         tensors |= {f"best/{n}": p for n, p in self.best[1].items()}
         for name, parameter in self.trained.items():
             tensors[f"parameters/{name}"] = parameter
@@ -339,10 +338,6 @@ class MetaTrainer:
         if self.evolution is not None:
             own = self.evolution.state_tensors()
             tensors |= {f"evolution/{n}": t for n, t in own.items()}
-        tensors |= {f"reader/weights/{n}": w for n, w in self.reader.weights.items()}
-        state = self.reader.state.tensors()
-        tensors |= {f"reader/state/{k}": t for k, t in enumerate(state)}
-        tensors["reader/exploded"] = self.reader.exploded
         about = {
             "identity": identity,
             "step": self.step,
@@ -370,14 +365,7 @@ class MetaTrainer:
             self.evolution.load_state_tensors(
                 {n.removeprefix("evolution/"): t for n, t in own.items()}
             )
-        state = self.reader.state
-        parts = [tensors[f"reader/state/{k}"].to(device) for k in range(len(state.tensors()))]
-        self.reader = Reader(
-            {n: tensors[f"reader/weights/{n}"].to(device) for n in self.reader.weights},
-            state.of(parts),
-            tensors["reader/age"].to(device),
-            tensors["reader/exploded"].to(device),
-        )
+        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
         self.lanes.load_state_dict(about["cursor"])
         self.step, self.judged, self.flushed = (about[k] for k in ("step", "judged", "flushed"))
         if about["gain"] is not None:

@@ -8,7 +8,7 @@ Letters: B lanes, M tokens per segment, T segments of an unroll.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -38,6 +38,19 @@ class Reader(NamedTuple):
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
         return Reader(weights, self.state.select(lanes), self.age[lanes], self.exploded[lanes])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, for files."""
+        tensors = {"age": self.age, "exploded": self.exploded}
+        tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
+        return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
+
+    def of(self, tensors: Mapping[str, Tensor]) -> Reader:
+        """The reader made of such `tensors`, where this one lies."""
+        here = {n: tensors[n].to(self.age.device) for n in self.tensors()}
+        state = [here[f"state/{k}"] for k in range(len(self.state.tensors()))]
+        weights = {n: here[f"weights/{n}"] for n in self.weights}
+        return Reader(weights, self.state.of(state), here["age"], here["exploded"])
 
 
 def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:

@@ -22,7 +22,7 @@ from mlm.lm import BaseModel, Weights
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.rollout import begin, step
 from mlm.scoring import score_articles
-from mlm.training import WARM_UP, LMTrainer, Text, cosine
+from mlm.training import LMTrainer, Text
 
 FISHER_SEGMENTS = 500
 """The running mean of squared gradients looks back so many segments of every lane."""
@@ -102,13 +102,6 @@ class ThroughTrainer(LMTrainer):
         self.reader, self.step = now.after, self.step + 1
         return value, count
 
-    def _descend(self) -> None:
-        """One step of Adam along the gradients that the weights hold."""
-        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.settings.clip)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * cosine(self.step, self.steps, WARM_UP)
-        self.optimizer.step()
-
     def _count_squares(self, gradients: Weights, full_B: Tensor) -> None:
         """Move the running mean by the lanes that read a whole segment."""
         if not bool(full_B.any()):
@@ -129,27 +122,14 @@ class ThroughTrainer(LMTrainer):
 
     def more_tensors(self) -> dict[str, Tensor]:
         """The lanes' weights and state, and the running Fisher."""
-        state = self.reader.state.tensors()
         return {
             "seen": self.seen,
-            "age": self.reader.age,
-            "exploded": self.reader.exploded,
             **{f"squares/{n}": s for n, s in self.squares.items()},
-            **{f"lanes/{n}": w for n, w in self.reader.weights.items()},
-            **{f"lane_state/{k}": t for k, t in enumerate(state)},
+            **{f"reader/{n}": t for n, t in self.reader.tensors().items()},
         }
 
     def load_more(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `more_tensors`."""
-        device = self.device
         self.seen = tensors["seen"]
-        self.squares = {n: tensors[f"squares/{n}"].to(device) for n in self.dynamic}
-        weights = {n: tensors[f"lanes/{n}"].to(device) for n in self.dynamic}
-        state = self.reader.state
-        parts = [tensors[f"lane_state/{k}"].to(device) for k in range(len(state.tensors()))]
-        self.reader = self.reader._replace(
-            weights=weights,
-            state=state.of(parts),
-            age=tensors["age"].to(device),
-            exploded=tensors["exploded"].to(device),
-        )
+        self.squares = {n: tensors[f"squares/{n}"].to(self.device) for n in self.dynamic}
+        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})

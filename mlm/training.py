@@ -185,13 +185,17 @@ class LMTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        self._descend()
+        self.state = state
+        self.step += 1
+        return value, int(segment.mask.sum())
+
+    def _descend(self) -> None:
+        """One step of Adam along the gradients that the weights hold."""
         torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * cosine(self.step, self.steps, WARM_UP)
         self.optimizer.step()
-        self.state = state
-        self.step += 1
-        return value, int(segment.mask.sum())
 
     def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Begin with the language model of another run.
