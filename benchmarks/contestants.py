@@ -66,16 +66,21 @@ class CellLayer(nn.Module):
         return torch.cat(outputs), (h, c)
 
 
+OUTER = {"table": "embedding", "bias": "softmax.bias"}
+"""Our names of a module's parameters outside its layers."""
+
+
 class PeerLM(nn.Module):
     """The language model for one text: tied embedding, LSTM layers, softmax.
 
-    Only the LSTM's weights require a gradient. `nn.LSTM` has a second bias; it stays zero.
+    Only the memory's dynamic weights require a gradient. `nn.LSTM` has a second bias; it stays
+    zero.
     """
 
     def __init__(self, memory: LongTerm, layer: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
-        self.table = nn.Parameter(memory.weights["embedding"].clone(), requires_grad=False)
-        self.bias = nn.Parameter(memory.weights["softmax.bias"].clone(), requires_grad=False)
+        self.table = nn.Parameter(memory.weights["embedding"].clone())
+        self.bias = nn.Parameter(memory.weights["softmax.bias"].clone())
         assert isinstance(memory.shape, LMShape)
         self.layers = nn.ModuleList(layer(*sizes) for sizes in memory.shape.layer_sizes())
         self.sizes = [hidden for _, hidden in memory.shape.layer_sizes()]
@@ -84,8 +89,9 @@ class PeerLM(nn.Module):
             for name, value in self.named_parameters():
                 if name.endswith("bias_hh_l0"):
                     value.zero_().requires_grad_(False)
-                elif name.startswith("layers."):
+                else:
                     value.copy_(memory.weights[_ours(name)])
+                    value.requires_grad_(_ours(name) in memory.dynamic)
 
     def start(self, *lanes: int) -> State:
         """A zero state."""
@@ -117,6 +123,8 @@ def fused(memory: LongTerm) -> PeerLM:
 
 def _ours(name: str) -> str:
     """Our name of a module's parameter: layers.0.weight_hh_l0 -> lstm.0.recurrent."""
+    if name in OUTER:
+        return OUTER[name]
     _, layer, own = name.split(".")
     kinds = {"weight_ih_l0": "input", "weight_hh_l0": "recurrent", "bias_ih_l0": "bias"}
     return f"lstm.{layer}.{kinds[own]}"
@@ -201,7 +209,7 @@ def _moved(w: Tensor, gradient: Tensor, own: Factors, setting: Setting) -> Tenso
 def krause(memory: LongTerm, setting: Setting, lanes: int) -> Step:
     """The published loop (dynamiceval.py): batch 1, loss.backward(), update parameter by parameter.
 
-    Our choices beside his script: only the LSTM's weights move, losses are kept token by token.
+    Our choice beside his script: losses are kept token by token. The memory's dynamic weights move.
     """
     model = fused(memory)
     rule = factors(memory, model, setting)

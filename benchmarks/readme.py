@@ -17,6 +17,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from mlm.config import CACHE
 from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 
@@ -76,6 +77,45 @@ ENGINE: dict[str, dict[str, str]] = {
         "resets": "resets",
         "long resets": "late resets",
     },
+    "claims": {
+        "corpus": "text",
+        "what": "claim",
+        "protocol": "protocol",
+        "asked": "asked",
+        "found": "found",
+        "seeds": "seed by seed",
+        "note": "of",
+    },
+    "rivals": {
+        "form": "form",
+        "weights": "weights that adapt",
+        "M": "M",
+        "protocol": "protocol",
+        "rate": "step size",
+        "decay": "decay",
+        "word perplexity, tuning words": "word perplexity, tuning words",
+        "rival": "the rival",
+    },
+    "positions": {
+        "protocol": "protocol",
+        "from": "from word",
+        "to": "to",
+        "articles": "articles",
+        "words": "words",
+        "rms": "RMS",
+        "two_levels": "2 levels, seed 0",
+        "three_levels": "3 levels",
+        "through: three_levels": "3 levels, LM trained through",
+    },
+    "halves": {},
+    "speed": {
+        "rule": "rule",
+        "M": "M",
+        "words/s": "words/s",
+        "time / static": "time over static",
+        "time / RMS": "time over RMS",
+        "published / it": "times as fast as published",
+    },
     "pareto": {
         "dynamic": "weights that adapt",
         "rank": "rank",
@@ -102,6 +142,19 @@ def _rows(folder: str, kind: str, split: str, protocol: str) -> list[dict]:
     return [row for row in rows if all(row[k] == v for k, v in wanted.items())]
 
 
+def label(rule: str) -> str:
+    """A rule's name in tables: `through: three_levels+cache, seed 0` part by part."""
+    prefix, _, rest = rule.rpartition(": ")
+    name, _, seed = rest.partition(", ")
+    base = name.removesuffix(CACHE)
+    if base == "static" and name != base:
+        found = "neural cache"
+    else:
+        found = LABELS.get(base, base) + (" + cache" if name != base else "")
+    found = f"{found} ({seed})" if seed else found
+    return f"{found}, LM trained {prefix}" if prefix else found
+
+
 def _signed(interval: list[float] | None) -> str:
     return "" if interval is None else f" [{interval[0]:.3f}, {interval[1]:.3f}]"
 
@@ -116,8 +169,8 @@ def totals(folder: str, split: str, protocol: str) -> list[str]:
         gain = "" if row["rule"] == "static" else f"{row['nats_per_word_gained']:.3f}"
         gain += "" if row["rule"] == "static" else _signed(row["interval"])
         lines.append(
-            f"| {LABELS.get(row['rule'], row['rule'])} | {row['word_perplexity']:.1f} | "
-            f"{row['bits_per_byte']:.3f} | {gain} | {row['words_per_second']:,.0f} |"
+            f"| {label(row['rule'])} | {row['word_perplexity']:.1f} | "
+            f"{row['bits_per_byte']:.3f} | {gain} | {_cell(row['words_per_second'])} |"
         )
     return lines
 
@@ -127,7 +180,7 @@ def pairs(folder: str, split: str, protocol: str) -> list[str]:
     lines = ["| pair | more nats per word | ratio of the gains |", "| :-- | --: | --: |"]
     for row in _rows(folder, "comparison", split, protocol):
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.3f}{_signed(row['interval'])}"
-        first, second = (LABELS.get(row[k], str(row[k])) for k in ("rule", "against"))
+        first, second = (label(row[k]) for k in ("rule", "against"))
         names = f"{first} against {second}".replace("*", "")
         difference = f"{row['difference']:.3f}{_signed(row['difference_interval'])}"
         lines.append(f"| {names} | {difference} | {ratio} |")

@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.rows import language_model, prepare
 from benchmarks.timing import Work, side_by_side, speed, table, versions
 from mlm.checkpoint import RunFolder, machine
 from mlm.config import CACHE, LEARNED, Config, validate
@@ -165,26 +165,11 @@ class Bench:
         if unknown:
             raise UserError(f"--rows {', '.join(unknown)}: choose from {', '.join(ROWS)}")
         self.options = options
-        folder = RunFolder(options.run)
-        folder.load_config()  # it is a run folder
-        if not folder.checkpoint("lm").exists():
-            raise UserError(f"{options.run} holds no language model; run train.py --stages lm")
+        language_model(options.run)
 
     def path(self, name: str, where: Path | None = None) -> Path:
         """The run folder of a row."""
         return (where or self.options.run) / "rules" / name.replace(" ", "_").replace(",", "")
-
-    def prepare(self, path: Path, where: Path) -> None:
-        """A folder with the language model, the vocabulary and what is tuned already."""
-        source = RunFolder(where)
-        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.checkpoint("lm"), RunFolder(path).checkpoint("lm"))
-        if not (path / "vocabulary").exists():
-            copy = shutil.copytree if source.vocabulary.is_dir() else shutil.copyfile
-            copy(source.vocabulary, path / "vocabulary")
-        tuned = self.path("hand-made", where) / "tuning.json"
-        if tuned.exists() and not (path / "tuning.json").exists():
-            shutil.copyfile(tuned, path / "tuning.json")
 
     def measure(self, name: str, row: Row, where: Path | None = None) -> Path:
         """Run a row unless it is there with the same settings; returns its folder.
@@ -200,7 +185,7 @@ class Bench:
             known = dataclasses.replace(RunFolder(path).load_config(), out=config.out)
             if known == config:
                 return path
-        self.prepare(path, where)
+        prepare(path, RunFolder(where), self.path("hand-made", where))
         done.unlink(missing_ok=True)
         run_stages(config, quiet=True)
         return path

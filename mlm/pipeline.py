@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlm.checkpoint import load_lm
-from mlm.config import Config
+from mlm.config import CACHE, Config
 from mlm.errors import UserError
 from mlm.run import Run, check_folder, check_text, clear, open_run, say, use_threads
 from mlm.scoring import Scores, check_finite, score_protocol, word_losses
@@ -54,6 +55,14 @@ def _resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> dict
     return {"guard resets": len(scores.flushes)}
 
 
+def _passes(rules: Sequence[str]) -> list[list[str]]:
+    """The rules that one reading serves: a rule, and the same with a cache on top."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(rules, key=lambda name: name.endswith(CACHE)):
+        found.setdefault(name.removesuffix(CACHE), []).append(name)
+    return list(found.values())
+
+
 def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict[str, Any]]]:
     """Score every rule in every protocol on a split; write tables and word losses.
 
@@ -85,29 +94,30 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     columns: dict[str, np.ndarray] = {}
     speed, settings = {}, {}
     for protocol in evaluation.protocols:
-        for name in rules:
-            ready = ready_rule(run, name, protocol)
-            title = None if run.quiet else f"{evaluation.split}, {protocol}, {name}"
+        for names in _passes(rules):
+            ready = [ready_rule(run, name, protocol) for name in names]
+            title = None if run.quiet else f"{evaluation.split}, {protocol}, {names[-1]}"
             scores: Scores = score_protocol(
-                ready.memory,
-                ready.bound,
+                ready[-1].memory,
+                ready[-1].bound,
                 articles,
                 vocabulary.eos_id,
                 protocol,
                 evaluation.lanes,
                 title,
-                ready.cache,
+                ready[-1].cache,
             )
-            resets = _resets(scores, name, protocol, titles)
-            scores = scores.cached[0] if ready.cache else scores
-            check_finite(scores, name, protocol, titles)
-            parts = [
-                word_losses(nll, tokens, vocabulary.starts_word)
-                for nll, tokens in zip(scores.nll, articles, strict=True)
-            ]
-            columns[column_name(name, protocol)] = np.concatenate(parts)
-            speed[name, protocol] = words / scores.seconds
-            settings[name, protocol] = {**ready.setting, **resets}
+            resets = _resets(scores, names[0], protocol, titles)
+            for name, one in zip(names, ready, strict=True):
+                mine = scores.cached[0] if one.cache else scores
+                check_finite(mine, name, protocol, titles)
+                parts = [
+                    word_losses(nll, tokens, vocabulary.starts_word)
+                    for nll, tokens in zip(mine.nll, articles, strict=True)
+                ]
+                columns[column_name(name, protocol)] = np.concatenate(parts)
+                speed[name, protocol] = words / mine.seconds
+                settings[name, protocol] = {**one.setting, **resets}
     table = LossTable(
         split=evaluation.split,
         article_N=np.repeat(chosen, [int(file.words[a]) for a in chosen]).astype(np.int32),

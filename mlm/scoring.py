@@ -29,6 +29,7 @@ class Scores(NamedTuple):
     nll: list[np.ndarray]
     """Per article: nats of every token, float64."""
     seconds: float
+    """Of the pass, without the caches for the losses without one."""
     flushes: list[tuple[int, int]]
     """(article, first token of the segment) wherever the guard reset a lane."""
     cached: list[Scores]
@@ -120,14 +121,14 @@ def score_articles(
     columns = [[np.zeros(len(a)) for a in articles] for _ in range(1 + len(cache))]
     flushes: list[tuple[int, int]] = []
     if not filled:
-        return _scores(columns, 0.0, flushes)
+        return _scores(columns, 0.0, 0.0, flushes)
     device = memory.weights[memory.dynamic[0]].device
     stream = LaneStream(articles, min(lanes, filled), memory.segment, eos)
     readers = (
         _Static(memory, stream.lanes) if rule is None else _Adapting(memory, rule, stream.lanes)
     )
     caches: Cache | None = None
-    clock = time.perf_counter()
+    clock, mixing = time.perf_counter(), 0.0
     tokens = sum(len(a) for a in articles)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:
         lanes_left = np.arange(stream.lanes)
@@ -141,17 +142,19 @@ def score_articles(
             raw = full.select(lanes_left)
             segment = raw.to(device)
             now = readers.read(segment)
-            losses = [now.nll]
-            if cache:
-                caches = caches or Cache(cache, now.output)
-                losses += caches.mix(now.nll, now.output, segment)
             counts = raw.mask.sum(1).tolist()
-            for column, nll in zip(columns, losses, strict=True):
-                _keep(column, nll, raw, counts)
+            _keep(columns[0], now.nll, raw, counts)  # the device is waited for here
+            if cache:
+                pause = time.perf_counter()
+                caches = caches or Cache(cache, now.output)
+                mixed = caches.mix(now.nll, now.output, segment)
+                for column, nll in zip(columns[1:], mixed, strict=True):
+                    _keep(column, nll, raw, counts)
+                mixing += time.perf_counter() - pause
             flushes += [(int(raw.article[k]), int(raw.start[k])) for k in now.flushed]
             bar.update(sum(counts))
     buffers.clear()
-    return _scores(columns, time.perf_counter() - clock, flushes)
+    return _scores(columns, time.perf_counter() - clock, mixing, flushes)
 
 
 def _keep(column: list[np.ndarray], nll_BM: Tensor, segment: Segment, counts: list[int]) -> None:
@@ -164,11 +167,15 @@ def _keep(column: list[np.ndarray], nll_BM: Tensor, segment: Segment, counts: li
 
 
 def _scores(
-    columns: list[list[np.ndarray]], seconds: float, flushes: list[tuple[int, int]]
+    columns: list[list[np.ndarray]], seconds: float, mixing: float, flushes: list[tuple[int, int]]
 ) -> Scores:
-    """The model's own losses (the first column), and those with each cache."""
+    """The model's own losses (the first column), and those with each cache.
+
+    The caches' share `mixing` of the seconds is theirs alone.
+    """
     nll, *mixed = columns
-    return Scores(nll, seconds, flushes, [Scores(m, seconds, flushes, []) for m in mixed])
+    cached = [Scores(m, seconds, flushes, []) for m in mixed]
+    return Scores(nll, seconds - mixing, flushes, cached)
 
 
 def score_stream(
@@ -187,7 +194,8 @@ def score_stream(
     for _, at in whole.flushes:
         article = int(np.searchsorted(ends, at, side="right"))
         flushes.append((article, at - int(ends[article]) + len(articles[article])))
-    return _scores(columns, whole.seconds, flushes)
+    both = whole.cached[0].seconds if whole.cached else whole.seconds
+    return _scores(columns, both, both - whole.seconds, flushes)
 
 
 def score_protocol(

@@ -41,7 +41,7 @@ FIRST_ORDER = ("reverse", "checkpoint", "forward")
 def identity(run: Run, learned: bool = True) -> str:
     """Hash of what a stage-2 result depends on; a changed one is not reused.
 
-    `learned`: what is learned matters; hand-made rules do not depend on it.
+    `learned`: what is learned matters; hand-made rules depend neither on it nor on the seed.
     """
     config = to_dict(run.config)
     keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
@@ -52,7 +52,8 @@ def identity(run: Run, learned: bool = True) -> str:
     if keys["meta"]["gradient"] in FIRST_ORDER:
         keys["meta"].pop("gradient")
     if not learned:
-        keys.pop("meta")
+        for name in ("meta", "seed"):
+            keys.pop(name)
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
     path = run.folder.checkpoint("lm")

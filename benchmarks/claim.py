@@ -1,0 +1,327 @@
+"""Does the learned rule gain more than tuned dynamic evaluation? Every figure of the claim.
+
+    python -m benchmarks.claim runs/ordinary --through runs/through --split test
+
+Two language models of the same size, text and number of tokens: one trained as usual, one trained
+through the adaptation (`--lm.through rms`). On each, the hand-made rules are tuned and the
+meta-learner is trained with several seeds, all with the same number of evaluations on the first
+validation words. RMS dynamic evaluation is tuned in three forms, its published setting among the
+candidates of each, and the best of them on those words, in each protocol, is the rival. Every
+reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of `train.py`;
+what is there with the same settings is not made again, so processes started with `--only` can share
+the work.
+
+The losses of all readings are put side by side, word by word: gains are nats per word over the
+*ordinary* static model, intervals paired bootstrap over articles, the gain of a learned rule is the
+mean over its seeds. `--away` names corpora of another kind, read by the same checkpoints: the rival
+and one seed of the learned rule. Letters: N words, A articles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from benchmarks.claim_tables import Seeds, write_tables
+from benchmarks.rows import language_model, prepare
+from benchmarks.timing import record
+from mlm.checkpoint import RunFolder
+from mlm.config import CACHE, LEARNED, PROTOCOLS, Config, validate
+from mlm.errors import UserError, run_cli
+from mlm.files import write_text
+from mlm.losses import LossTable, column_name
+from mlm.pipeline import run_stages, stage_evaluate
+from mlm.report import read_evaluation
+from mlm.run import Run, open_run, say
+from mlm.stage_meta import identity, tuned_rule
+from mlm.text import open_corpus
+
+RMS = ("rms", "rms" + CACHE)
+THROUGH = "through: "
+"""Beginning of the names of what the other language model's rules read."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare the learned rule with tuned dynamic evaluation."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of the ordinary language model; its settings are those of every reading."""
+    through: Path | None = None
+    """Run folder of the same language model trained through the adaptation."""
+    split: Literal["valid", "test"] = "valid"
+    """What is read. `test` is for the end."""
+    away: tuple[str, ...] = ()
+    """Corpora of another kind, read by the same checkpoints."""
+    seeds: int = 3
+    """Trainings of the meta-learner."""
+    dynamic: str = "lstm,softmax.low,softmax.bias"
+    """Weights that the meta-learner rewrites."""
+    rank: int = 32
+    """Rank of `.low`."""
+    segment: int = 40
+    """M of the meta-learner."""
+    rival_segment: int = 20
+    """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
+    steps: int = 40
+    """Meta-updates."""
+    budget: int = 8
+    """Settings, or steps of training, judged on validation."""
+    articles: int = 0
+    """Articles to score; 0 = all."""
+    only: tuple[str, ...] = ()
+    """Make only those learned readings, and those of the other language model, whose names begin
+    so, such as `ordinary/seed 0` or `through`; no tables then."""
+    threads: int = 0
+    """CPU threads; 0 = PyTorch's choice."""
+    out: Path = Path("results/claim")
+    """Where tables and pictures go."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A run of some rules on one of the two language models."""
+
+    where: Path
+    name: str
+    """Of the language model and of the folder in it: `ordinary/all`."""
+    columns: Mapping[str, str]
+    """What each of the run's rules is called in the tables."""
+    adapt: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.where / "claim" / self.name.partition("/")[2].replace(" ", "_")
+
+    def config(self, options: Options) -> Config:
+        """Settings of its run."""
+        base = RunFolder(options.run).load_config()
+        adapt = {"segment": options.segment, "rank": options.rank, "threads": options.threads}
+        rules = tuple(self.columns)
+        trained = tuple(rule for rule in rules if rule in LEARNED)
+        evaluation = dataclasses.replace(
+            base.evaluation,
+            rules=rules,
+            protocols=PROTOCOLS,
+            split=options.split,
+            budget=options.budget,
+            max_articles=options.articles,
+        )
+        return validate(
+            dataclasses.replace(
+                base,
+                out=self.path,
+                stages=("meta",),
+                resume=False,
+                overwrite=False,
+                seed=self.seed,
+                adapt=dataclasses.replace(base.adapt, **{**adapt, **self.adapt}),
+                meta=dataclasses.replace(base.meta, rules=trained, steps=options.steps),
+                evaluation=evaluation,
+            )
+        )
+
+
+def forms(options: Options) -> dict[str, Reading]:
+    """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published; and
+    of what the meta-learner rewrites."""
+    rival = {"segment": options.rival_segment}
+    weights = {
+        "lstm": {"dynamic": "lstm,softmax.bias", **rival},
+        "all": {"dynamic": "all", **rival},
+        "same": {"dynamic": options.dynamic},
+    }
+    return {
+        form: Reading(
+            options.run, f"ordinary/{form}", {rule: f"{rule}, {form}" for rule in RMS}, adapt
+        )
+        for form, adapt in weights.items()
+    }
+
+
+def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
+    """All that is compared; `chosen` is the rival's form in each protocol."""
+    every = forms(options)
+    found = [every[form] for form in sorted(set(chosen.values()))]
+    cached = {"static" + CACHE: "static" + CACHE}
+    for first in found[:1]:
+        found[0] = dataclasses.replace(first, columns={**cached, **first.columns})
+    models = [("ordinary", options.run, "")]
+    if options.through:
+        models.append(("through", options.through, THROUGH))
+        own = {rule: THROUGH + rule for rule in ("static", *RMS)}
+        found.append(Reading(options.through, "through/lstm", own, every["lstm"].adapt))
+    for seed in range(options.seeds):
+        for model, where, prefix in models:
+            rules = ["three_levels", "three_levels" + CACHE]
+            if not seed:
+                rules.insert(0, "two_levels")
+            columns = {rule: f"{prefix}{rule}, seed {seed}" for rule in rules}
+            adapt = every["same"].adapt
+            found.append(Reading(where, f"{model}/seed {seed}", columns, adapt, seed))
+    return found
+
+
+# -- making them --------------------------------------------------------------------------------
+
+
+def make(reading: Reading, options: Options) -> Run:
+    """The reading's run: rules tuned and trained, if they are not yet.
+
+    Raises:
+        UserError: training diverged.
+    """
+    config, path = reading.config(options), reading.path
+    run = open_run(config, quiet=True)
+    same = [path.parent / name for name in ("same", "seed_0")]
+    tuned = next((p for p in same if (p / "tuning.json").exists()), None)
+    prepare(path, language_model(reading.where), tuned)
+    mark, made = identity(run), path / "made.json"
+    if _mark(made) != mark:
+        say(f"{reading.name}: training")
+        for stale in (made, *path.glob("**/evaluation.*"), *path.glob("**/losses.parquet")):
+            stale.unlink(missing_ok=True)
+        again = RunFolder(path).config_file.exists()
+        run_stages(dataclasses.replace(config, resume=again), quiet=True)
+        write_text(made, json.dumps({"identity": mark}) + "\n")
+    RunFolder(path).save_config(dataclasses.replace(config, stages=("meta", "evaluate")))
+    return run
+
+
+def read(reading: Reading, run: Run, corpus: str) -> LossTable:
+    """The losses on a corpus, scored if they are not yet.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    split, folder = run.config.evaluation.split, reading.path
+    if corpus != run.config.corpus:
+        folder = folder / f"on-{open_corpus(corpus).name}"
+    wanted = {(split, p, rule) for p in PROTOCOLS for rule in reading.columns}
+    rows = read_evaluation(folder)
+    if not wanted <= {(r["split"], r["protocol"], r["rule"]) for r in rows}:
+        say(f"{reading.name}: reading {corpus}, {split}")
+        stage_evaluate(run, corpus)
+    return LossTable.load(folder / "losses.parquet", split)
+
+
+def _mark(path: Path) -> str | None:
+    """What the folder's results were made for."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["identity"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rivals(options: Options) -> list[dict[str, Any]]:
+    """RMS dynamic evaluation in every form and protocol, tuned, the best of a protocol marked."""
+    rows = []
+    for form, reading in forms(options).items():
+        run = make(reading, options)
+        words = run.validation_text(run.config.evaluation.tune_words).words
+        for protocol in PROTOCOLS:
+            tuned_rule(run, run.memory, "rms", protocol)
+            known = json.loads((reading.path / "tuning.json").read_text(encoding="utf-8"))
+            best = known[f"rms/{protocol}"]["trials"][0]
+            rows.append(
+                {
+                    "form": form,
+                    "weights": run.config.adapt.dynamic,
+                    "M": run.config.adapt.segment,
+                    "protocol": protocol,
+                    "rate": best["rate"],
+                    "decay": best["decay"],
+                    "word perplexity, tuning words": math.exp(best["nll"] / words),
+                    "nll": best["nll"],
+                }
+            )
+    for protocol in PROTOCOLS:
+        mine = [row for row in rows if row["protocol"] == protocol]
+        for row in mine:
+            row["rival"] = "yes" if row is min(mine, key=lambda r: r["nll"]) else None
+    return rows
+
+
+# -- side by side -------------------------------------------------------------------------------
+
+
+def merge(
+    made: Sequence[tuple[Reading, LossTable]], chosen: Mapping[str, str]
+) -> tuple[LossTable, Seeds]:
+    """One table with a column for every reading, for the rival, and for means over seeds.
+
+    Raises:
+        UserError: two readings are of different text.
+    """
+    first = made[0][1]
+    columns = {column_name("static", p): first.losses[column_name("static", p)] for p in PROTOCOLS}
+    seeds: Seeds = {}
+    for reading, table in made:
+        if len(table.word_N) != len(first.word_N) or (table.word_N != first.word_N).any():
+            raise UserError(f"{reading.path} was made on other text; delete it and start again")
+        for rule, name in reading.columns.items():
+            pooled, _, seed = name.partition(", seed ")
+            if seed:
+                seeds.setdefault(pooled, []).append(name)
+            for p in PROTOCOLS:
+                columns[column_name(name, p)] = table.losses[column_name(rule, p)]
+    for p, form in chosen.items():
+        for rule in RMS:
+            columns[column_name(rule, p)] = columns[column_name(f"{rule}, {form}", p)]
+    for pooled, names in seeds.items():
+        for p in PROTOCOLS:
+            every = [columns[column_name(name, p)].astype(np.float64) for name in names]
+            columns[column_name(pooled, p)] = np.mean(every, 0)
+    return dataclasses.replace(first, losses=columns), seeds
+
+
+def _make_some(options: Options, corpora: Sequence[str]) -> None:
+    """Make and score the readings of the models and seeds that --only names.
+
+    Raises:
+        UserError: it names none.
+    """
+    every = readings(options, {})
+    todo = [r for r in every if r.name.startswith(options.only)]
+    if not todo:
+        names = ", ".join(r.name for r in every)
+        raise UserError(f"--only {' '.join(options.only)}: there are {names}")
+    for corpus in corpora:
+        for reading in todo:
+            if corpus == corpora[0] or reading.seed == 0:
+                read(reading, make(reading, options), corpus)
+
+
+def main() -> None:
+    """Make what is missing, then the tables and pictures."""
+    options = tyro.cli(Options, description=__doc__)
+    home = language_model(options.run).load_config().corpus
+    if options.only:
+        _make_some(options, (home, *options.away))
+        return
+    tuned = rivals(options)
+    chosen = {row["protocol"]: row["form"] for row in tuned if row["rival"]}
+    merged = {}
+    for corpus in (home, *options.away):
+        made = [
+            (reading, read(reading, make(reading, options), corpus))
+            for reading in readings(options, chosen)
+            if corpus == home or reading.seed == 0
+        ]
+        merged[open_corpus(corpus).name] = merge(made, chosen)
+    record("rivals", tuned, options)
+    write_tables(merged, options, chosen)
+
+
+if __name__ == "__main__":
+    run_cli(main)

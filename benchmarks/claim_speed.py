@@ -1,0 +1,127 @@
+"""What a word costs: the learned rule, RMS dynamic evaluation in our engine and as published.
+
+    python -m benchmarks.claim_speed runs/ordinary
+
+Reads the beginnings of validation articles with the rules that `benchmarks.claim` left in
+RUN/claim, all taking turns. The published loop is that of Krause et al. (2018): batch 1, M = 5,
+`loss.backward()` and an update parameter by parameter, all weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from benchmarks.contestants import Setting, krause
+from benchmarks.rules import scoring
+from benchmarks.timing import Work, ratio, record, side_by_side, speed
+from mlm.checkpoint import RunFolder
+from mlm.errors import run_cli
+from mlm.lm import BaseModel
+from mlm.memory import LongTerm
+from mlm.run import Run, open_run, use_threads
+from mlm.stage_meta import ready_rule
+from mlm.streams import LaneStream
+from mlm.training import static_loss
+
+RULES = {
+    "static": ("lstm", "static"),
+    "RMS": ("lstm", "rms"),
+    "RMS, all weights": ("all", "rms"),
+    "2 levels": ("seed_0", "two_levels"),
+    "3 levels": ("seed_0", "three_levels"),
+    "static + cache": ("lstm", "static+cache"),
+    "3 levels + cache": ("seed_0", "three_levels+cache"),
+}
+"""Name, folder in RUN/claim and rule."""
+PUBLISHED, PUBLISHED_SEGMENT = "RMS, the published loop", 5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Time per word of the rules of the claim."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of the ordinary language model."""
+    tokens: int = 16_384
+    """Tokens of one turn; the published loop reads a sixteenth."""
+    rounds: int = 7
+    """Turns of each."""
+    threads: int = 1
+    """CPU threads."""
+    out: Path = Path("results/claim")
+    """Where speed.json goes."""
+
+
+def published(run: Run, memory: LongTerm, tokens: int) -> Work:
+    """Krause's loop on the run's own model and text, one article after the other."""
+    step = krause(memory, Setting(rate=1e-4, decay=2e-3), 1)
+    article = max(run.validation_text(0).articles, key=len)[:tokens]
+
+    def work() -> int:
+        for segment in LaneStream([article], 1, memory.segment, run.tune_text.eos):
+            step(segment)
+        return len(article)
+
+    return work
+
+
+def static_work(run: Run, tokens: int) -> Work:
+    """Scoring without adapting, in segments as long as training's."""
+    text = run.validation_text(0)
+    whole = np.concatenate(list(text.articles))[:tokens]
+    lanes = run.config.evaluation.lanes
+    parts = np.array_split(whole, lanes)
+    shape = run.memory.shape
+    assert isinstance(shape, BaseModel)
+
+    def work() -> int:
+        piece = type(text)(parts, 1, text.eos)
+        static_loss(run.memory.weights, shape, piece, lanes, run.config.lm.segment)
+        return len(whole)
+
+    return work
+
+
+def main() -> None:
+    """Print and write the table."""
+    options = tyro.cli(Options, description=__doc__)
+    use_threads(options.threads)
+    work: dict[str, Work] = {}
+    segments: dict[str, int] = {}
+    for name, (folder, rule) in RULES.items():
+        run = open_run(RunFolder(options.run / "claim" / folder).load_config(), quiet=True)
+        use_threads(options.threads)
+        segments[name] = run.config.adapt.segment
+        if rule == "static":
+            work[name] = static_work(run, options.tokens)
+        else:
+            work[name] = scoring(run, ready_rule(run, rule, "article"), options.tokens)
+    run = open_run(RunFolder(options.run / "claim" / "all").load_config(), quiet=True)
+    use_threads(options.threads)
+    memory = dataclasses.replace(run.memory, segment=PUBLISHED_SEGMENT)
+    work[PUBLISHED] = published(run, memory, options.tokens // 16)
+    segments[PUBLISHED] = PUBLISHED_SEGMENT
+    found = side_by_side(work, options.rounds)
+    per_word = run.validation_text(0).tokens_per_word
+    rows: list[dict[str, Any]] = [
+        {
+            "rule": name,
+            "M": segments[name],
+            "words/s": speed(found[name]) / per_word,
+            "time / static": ratio(found[name], found["static"]),
+            "time / RMS": ratio(found[name], found["RMS"]),
+            "published / it": ratio(found[PUBLISHED], found[name]),
+        }
+        for name in work
+    ]
+    record("speed", rows, options)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,40 @@
+"""Rows of a table that are ordinary runs on the language model of another run, made once each."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from mlm.checkpoint import RunFolder
+from mlm.errors import UserError
+
+
+def language_model(path: Path) -> RunFolder:
+    """The run folder at `path`.
+
+    Raises:
+        UserError: it is none, or holds no language model.
+    """
+    folder = RunFolder(path)
+    folder.load_config()  # it is a run folder
+    if not folder.checkpoint("lm").exists():
+        raise UserError(f"{path} holds no language model; run train.py --stages lm")
+    return folder
+
+
+def prepare(path: Path, source: RunFolder, tuned: Path | None = None) -> RunFolder:
+    """A run folder at `path` with the language model and the vocabulary of `source`.
+
+    `tuned`: a row whose hand-made rules are tuned already; they are not tuned again where nothing
+    that they depend on differs.
+    """
+    folder = RunFolder(path)
+    (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source.checkpoint("lm"), folder.checkpoint("lm"))
+    if not folder.vocabulary.exists():
+        copy = shutil.copytree if source.vocabulary.is_dir() else shutil.copyfile
+        copy(source.vocabulary, folder.vocabulary)
+    known, mine = (tuned or path) / "tuning.json", path / "tuning.json"
+    if known.exists() and not mine.exists():
+        shutil.copyfile(known, mine)
+    return folder

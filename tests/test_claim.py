@@ -1,0 +1,169 @@
+"""The claim's tables: readings made once, put side by side word by word."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Command, Finished
+
+import benchmarks.claim
+from benchmarks.claim import Options, merge, readings
+from benchmarks.claim_tables import LONG, Gains, claims, halves, positions
+from mlm.checkpoint import RunFolder
+from mlm.config import PROTOCOLS
+from mlm.errors import UserError
+from mlm.losses import LossTable, column_name
+from mlm.report import read_evaluation
+
+FEW = ("--seeds", 2, "--budget", 1, "--steps", 1, "--articles", 2, "--segment", 5, "--rank", 2,
+       "--rival-segment", 5)  # fmt: skip
+
+
+def _table(
+    words: list[int], gains: dict[str, np.ndarray | float], static: float = 5.0
+) -> LossTable:
+    """Articles of so many words whose static loss is the same everywhere."""
+    position_N = np.concatenate([np.arange(n) for n in words])
+    losses = {}
+    for protocol in PROTOCOLS:
+        losses[column_name("static", protocol)] = np.full(len(position_N), static)
+        for rule, gain in gains.items():
+            losses[column_name(rule, protocol)] = np.full(len(position_N), static) - gain
+    return LossTable(
+        "test",
+        np.repeat(np.arange(len(words)), words).astype(np.int32),
+        position_N.astype(np.int32),
+        np.array(["w"] * len(position_N), dtype=object),
+        {},
+        losses,
+    )
+
+
+def _rules(**gains: np.ndarray | float) -> dict[str, np.ndarray | float]:
+    plain = {"rms": 0.2, "two_levels": 0.2, "three_levels": 0.3} | gains
+    cached = {f"{rule}+cache": gain + 0.1 for rule, gain in plain.items()}
+    return {**plain, **cached, "three_levels, seed 0": 0.2, "three_levels, seed 1": 0.4}
+
+
+SEEDS = {
+    "three_levels": ["three_levels, seed 0", "three_levels, seed 1"],
+    "three_levels+cache": ["three_levels+cache"],
+}
+CHOSEN = dict.fromkeys(PROTOCOLS, "all")
+
+
+def test_ratios_of_gains_and_their_seeds() -> None:
+    rows = claims(_table([300, 500], _rules()), SEEDS, CHOSEN)
+    ratio = next(r for r in rows if r["what"] == "3 levels: times the gain of RMS (all)")
+    assert ratio["found"] == pytest.approx(1.5)
+    assert ratio["found interval"] == pytest.approx([1.5, 1.5])
+    assert ratio["seeds"] == "1.000 2.000"
+    more = next(r for r in rows if r["what"] == "3 levels + cache: more than RMS (all) + cache")
+    assert more["found"] == pytest.approx(0.1)
+
+
+def test_starts_of_articles_apart() -> None:
+    words = [300, 500]
+    early_N = np.concatenate([np.arange(n) for n in words]) < 200
+    table = _table(words, _rules(three_levels=0.2 + 0.5 * early_N))
+    start = next(
+        r for r in claims(table, SEEDS, CHOSEN) if "more than 2 levels, first 200" in r["what"]
+    )
+    assert start["found"] == pytest.approx(0.5)
+    found = {r["from"]: r for r in positions(table, SEEDS) if r["protocol"] == "stream"}
+    assert found[0]["three_levels"] == pytest.approx(0.7)
+    assert found[200]["three_levels"] == pytest.approx(0.2)
+    assert (found[0]["words"], found[200]["words"], found[400]["words"]) == (400, 300, 100)
+
+
+def test_growth_is_that_of_long_articles() -> None:
+    """The short article, which gains nothing, does not count."""
+    words = [LONG + 100, LONG + 300, 50]
+    position_N = np.concatenate([np.arange(n) for n in words])
+    gain_N = np.where(position_N < LONG, 0.1, 0.4)
+    gain_N[-50:] = 0
+    gains = Gains(_table(words, {"three_levels": gain_N}), "article")
+    growth = gains.growth("three_levels")
+    assert growth is not None
+    assert growth["found"] == pytest.approx(0.3)
+    assert growth["note"] == "2 articles"
+    assert Gains(_table([50], {"three_levels": 0.1}), "article").growth("three_levels") is None
+
+
+def test_halves_are_perplexities() -> None:
+    late_N = (np.arange(100) >= 50) * 0.5
+    row = halves(_table([100], _rules(two_levels=late_N)), "stream")[0]
+    assert row["two_levels, 1st half"] == pytest.approx(0)
+    assert row["two_levels, 2nd half"] == pytest.approx(np.exp(5) - np.exp(4.5))
+    assert row["words"] == 100
+
+
+def test_readings_of_other_text_are_refused(tmp_path: Path) -> None:
+    made = [
+        (reading, _table([10 + k], dict.fromkeys(reading.columns, 0.1)))
+        for k, reading in enumerate(readings(Options(tmp_path), CHOSEN))
+    ]
+    with pytest.raises(UserError, match="was made on other text"):
+        merge(made, CHOSEN)
+
+
+def test_every_reading_is_a_run_made_once(
+    finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, other = finished.copy(tmp_path / "run"), finished.copy(tmp_path / "other")
+    few = (folder, "--through", other, *FEW, "--out", tmp_path / "out")
+    assert command("benchmarks.claim", *few, "--only", "ordinary/seed").code == 0
+    assert not (tmp_path / "out").exists(), "tables of half the readings"
+    done = command("benchmarks.claim", *few)
+    assert done.code == 0, done.err
+    home = tmp_path / "out" / finished.corpus.name
+    totals = {
+        (r["protocol"], r["rule"]): r["nats_per_word_gained"]
+        for r in read_evaluation(home)
+        if r["kind"] == "total"
+    }
+    tuned = json.loads((tmp_path / "out" / "rivals.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["form"] for r in tuned} == {"lstm", "all", "same"}
+    for protocol in PROTOCOLS:
+        mine = [r for r in tuned if r["protocol"] == protocol]
+        best = min(mine, key=lambda r: r["nll"])
+        assert [r["form"] for r in mine if r["rival"]] == [best["form"]]
+        assert totals[protocol, "rms"] == totals[protocol, f"rms, {best['form']}"]
+        each = [totals[protocol, f"three_levels, seed {k}"] for k in (0, 1)]
+        assert totals[protocol, "three_levels"] == pytest.approx(np.mean(each))
+        # two equal language models, equally read
+        assert totals[protocol, "through: three_levels"] == totals[protocol, "three_levels"]
+        assert totals[protocol, "through: static"] == 0
+    seeds = [RunFolder(folder / "claim" / f"seed_{k}").load_config().seed for k in (0, 1)]
+    assert seeds == [0, 1]
+    made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["protocol"] for r in made} == set(PROTOCOLS)
+    assert (home / "figures" / "figure2.png").exists()
+
+    def again(*_: object, **__: object) -> None:
+        raise UserError("made again")
+
+    monkeypatch.setattr(benchmarks.claim, "run_stages", again)
+    monkeypatch.setattr(benchmarks.claim, "stage_evaluate", again)
+    assert command("benchmarks.claim", *few).code == 0
+    assert "made again" in command("benchmarks.claim", *few, "--steps", 2).error
+
+
+def test_bad_names_are_refused(finished: Finished, command: Command, tmp_path: Path) -> None:
+    done = command("benchmarks.claim", finished.folder, "--only", "nobody", "--out", tmp_path)
+    assert "there are ordinary/seed 0" in done.error
+    assert "is no run folder" in command("benchmarks.claim", tmp_path / "none").error
+
+
+def test_times_of_all_rules(finished: Finished, command: Command, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path / "run")
+    assert command("benchmarks.claim", folder, *FEW, "--out", tmp_path / "out").code == 0
+    done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    rows = json.loads((tmp_path / "out" / "speed.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["rule"] for r in rows} >= {"RMS", "3 levels", "RMS, the published loop"}
+    assert all(r["words/s"] > 0 for r in rows)
