@@ -99,6 +99,11 @@ class Reading:
     seed: int = 0
 
     @property
+    def travels(self) -> bool:
+        """Whether it reads the corpora of another kind, too."""
+        return self.seed == 0 and self.name != "through/lstm"
+
+    @property
     def path(self) -> Path:
         """The run folder."""
         return self.where / "claim" / self.name.partition("/")[2].replace(" ", "_")
@@ -164,7 +169,7 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
     for seed in range(options.seeds):
         for model, where, prefix in models:
             rules = ["three_levels", "three_levels" + CACHE]
-            if not seed:
+            if not seed and not prefix:
                 rules.insert(0, "two_levels")
             columns = {rule: f"{prefix}{rule}, seed {seed}" for rule in rules}
             adapt = every["same"].adapt
@@ -298,7 +303,7 @@ def _make_some(options: Options, corpora: Sequence[str]) -> None:
         raise UserError(f"--only {' '.join(options.only)}: there are {names}")
     for corpus in corpora:
         for reading in todo:
-            if corpus == corpora[0] or reading.seed == 0:
+            if corpus == corpora[0] or reading.travels:
                 read(reading, make(reading, options), corpus)
 
 
@@ -316,7 +321,7 @@ def main() -> None:
         made = [
             (reading, read(reading, make(reading, options), corpus))
             for reading in readings(options, chosen)
-            if corpus == home or reading.seed == 0
+            if corpus == home or reading.travels
         ]
         merged[open_corpus(corpus).name] = merge(made, chosen)
     record("rivals", tuned, options)

@@ -107,7 +107,17 @@ ENGINE: dict[str, dict[str, str]] = {
         "three_levels": "3 levels",
         "through: three_levels": "3 levels, LM trained through",
     },
-    "halves": {},
+    "halves": {
+        "article": "article",
+        "words": "words",
+        "two_levels": "2 levels, 1st → 2nd half",
+        "three_levels": "3 levels",
+        "rms": "RMS",
+        "three_levels over two_levels": "3 levels over 2",
+        "2018: tokens": "2018: tokens",
+        "2018: 2 levels": "2018: 2 levels",
+        "2018: 3 levels over 2": "2018: 3 levels over 2",
+    },
     "speed": {
         "rule": "rule",
         "M": "M",

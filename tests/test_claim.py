@@ -18,7 +18,7 @@ from mlm.errors import UserError
 from mlm.losses import LossTable, column_name
 from mlm.report import read_evaluation
 
-FEW = ("--seeds", 2, "--budget", 1, "--steps", 1, "--articles", 2, "--segment", 5, "--rank", 2,
+FEW = ("--seeds", 2, "--budget", 1, "--steps", 1, "--articles", 1, "--segment", 5, "--rank", 2,
        "--rival-segment", 5)  # fmt: skip
 
 
@@ -68,7 +68,8 @@ def test_ratios_of_gains_and_their_seeds() -> None:
 def test_starts_of_articles_apart() -> None:
     words = [300, 500]
     early_N = np.concatenate([np.arange(n) for n in words]) < 200
-    table = _table(words, _rules(three_levels=0.2 + 0.5 * early_N))
+    learned_N = 0.2 + 0.5 * early_N
+    table = _table(words, {**_rules(three_levels=learned_N), "three_levels, seed 0": learned_N})
     start = next(
         r for r in claims(table, SEEDS, CHOSEN) if "more than 2 levels, first 200" in r["what"]
     )
@@ -95,10 +96,10 @@ def test_growth_is_that_of_long_articles() -> None:
 
 def test_halves_are_perplexities() -> None:
     late_N = (np.arange(100) >= 50) * 0.5
-    row = halves(_table([100], _rules(two_levels=late_N)), "stream")[0]
-    assert row["two_levels, 1st half"] == pytest.approx(0)
-    assert row["two_levels, 2nd half"] == pytest.approx(np.exp(5) - np.exp(4.5))
-    assert row["words"] == 100
+    rows = halves(_table([100, 40], _rules(two_levels=np.r_[late_N, np.zeros(40)])), "stream")
+    assert rows[0]["two_levels"] == f"0.0 → {np.exp(5) - np.exp(4.5):.1f}"
+    assert [row["words"] for row in rows] == [100, 40]
+    assert rows[1]["2018: 2 levels"] == "10.6 → 9.6"
 
 
 def test_readings_of_other_text_are_refused(tmp_path: Path) -> None:
@@ -143,6 +144,13 @@ def test_every_reading_is_a_run_made_once(
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
     assert (home / "figures" / "figure2.png").exists()
 
+    done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
+                   "--out", tmp_path / "out")  # fmt: skip
+    assert done.code == 0, done.err
+    times = json.loads((tmp_path / "out" / "speed.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["rule"] for r in times} >= {"RMS", "3 levels", "RMS, the published loop"}
+    assert all(r["words/s"] > 0 for r in times)
+
     def again(*_: object, **__: object) -> None:
         raise UserError("made again")
 
@@ -156,14 +164,3 @@ def test_bad_names_are_refused(finished: Finished, command: Command, tmp_path: P
     done = command("benchmarks.claim", finished.folder, "--only", "nobody", "--out", tmp_path)
     assert "there are ordinary/seed 0" in done.error
     assert "is no run folder" in command("benchmarks.claim", tmp_path / "none").error
-
-
-def test_times_of_all_rules(finished: Finished, command: Command, tmp_path: Path) -> None:
-    folder = finished.copy(tmp_path / "run")
-    assert command("benchmarks.claim", folder, *FEW, "--out", tmp_path / "out").code == 0
-    done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
-                   "--out", tmp_path / "out")  # fmt: skip
-    assert done.code == 0, done.err
-    rows = json.loads((tmp_path / "out" / "speed.json").read_text(encoding="utf-8"))["rows"]
-    assert {r["rule"] for r in rows} >= {"RMS", "3 levels", "RMS, the published loop"}
-    assert all(r["words/s"] > 0 for r in rows)

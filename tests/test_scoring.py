@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import Command, Finished
 from worlds import EOS, articles, tiny_memory
 
-from mlm.cache import CacheSetting
+from mlm.cache import Cache, CacheSetting
+from mlm.config import PROTOCOLS
 from mlm.learner import SGD, Bound
+from mlm.losses import LossTable
 from mlm.memory import LongTerm
 from mlm.scoring import Scores, score_articles, score_protocol, score_stream
 
@@ -104,6 +109,22 @@ def test_scores_with_a_cache_report_the_same_resets() -> None:
         assert cached.total != scores.total
 
 
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_time_of_caches_is_not_the_rules(protocol: str, monkeypatch) -> None:
+    memory, rule = _world(rate=0.01, limit=50.0)
+    mix, wait = Cache.mix, 0.01
+
+    def slow(*args):
+        time.sleep(wait)
+        return mix(*args)
+
+    monkeypatch.setattr(Cache, "mix", slow)
+    settings = [CacheSetting(0.3, 0.1, 9)]
+    scores = score_protocol(memory, rule, articles(LENGTHS), EOS, protocol, 2, None, settings)
+    segments = sum(LENGTHS) / memory.segment
+    assert scores.cached[0].seconds - scores.seconds > wait * segments / 2
+
+
 @pytest.mark.parametrize("kind", ["static", "sgd"])
 def test_articles_without_a_token_have_no_losses(kind: str) -> None:
     memory, rule = _world(rate=0.01, limit=50.0)
@@ -112,3 +133,20 @@ def test_articles_without_a_token_have_no_losses(kind: str) -> None:
     scores = score_articles(memory, some, articles((0, 0)), EOS, 2, cache=settings)
     assert [len(nll) for nll in (*scores.nll, *scores.cached[0].nll)] == [0] * 4
     assert scores.total == 0
+
+
+def test_a_rule_and_its_cache_are_read_at_once(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    """The losses are those of each read alone; a cache alone needs no plain row."""
+    both, apart = finished.copy(tmp_path / "both"), finished.copy(tmp_path / "apart")
+    rules = ("rms", "rms+cache")
+    assert command("evaluate", both, "--rules", *rules).code == 0
+    for rule in rules:
+        assert command("evaluate", apart, "--rules", rule).code == 0
+    tables = [LossTable.load(folder / "losses.parquet") for folder in (both, apart)]
+    for protocol in PROTOCOLS:
+        for rule in rules:
+            one, other = (table.loss(rule, protocol) for table in tables)
+            np.testing.assert_array_equal(one, other)
+        assert (tables[0].loss("rms", protocol) != tables[0].loss("rms+cache", protocol)).any()
