@@ -44,7 +44,8 @@ from mlm.run import Run, open_run, say
 from mlm.stage_meta import identity, tuned_rule
 from mlm.text import open_corpus
 
-RMS = ("rms", "rms" + CACHE)
+ON_ALL = " on all"
+"""Ending of the name of the meta-learner that rewrites all weights."""
 THROUGH = "through: "
 """Beginning of the names of what the other language model's rules read."""
 
@@ -63,6 +64,10 @@ class Options:
     """Corpora of another kind, read by the same checkpoints."""
     seeds: int = 3
     """Trainings of the meta-learner."""
+    through_seeds: int = -1
+    """Trainings of it on the other language model; -1 = as many."""
+    all_seeds: int = 1
+    """Trainings of it in which it rewrites all weights."""
     dynamic: str = "lstm,softmax.low,softmax.bias"
     """Weights that the meta-learner rewrites."""
     rank: int = 32
@@ -78,8 +83,10 @@ class Options:
     articles: int = 0
     """Articles to score; 0 = all."""
     only: tuple[str, ...] = ()
-    """Make only those learned readings, and those of the other language model, whose names begin
-    so, such as `ordinary/seed 0` or `through`; no tables then."""
+    """Make only readings whose names begin so, such as `ordinary/seed 0` or `through`; no tables
+    then."""
+    resamples: int = 9999
+    """Bootstrap resamples of the articles."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice."""
     out: Path = Path("results/claim")
@@ -97,11 +104,8 @@ class Reading:
     """What each of the run's rules is called in the tables."""
     adapt: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-
-    @property
-    def travels(self) -> bool:
-        """Whether it reads the corpora of another kind, too."""
-        return self.seed == 0 and self.name != "through/lstm"
+    travels: bool = False
+    """Whether it reads the corpora of another kind, too."""
 
     @property
     def path(self) -> Path:
@@ -121,6 +125,7 @@ class Reading:
             split=options.split,
             budget=options.budget,
             max_articles=options.articles,
+            resamples=options.resamples,
         )
         return validate(
             dataclasses.replace(
@@ -147,33 +152,38 @@ def forms(options: Options) -> dict[str, Reading]:
         "same": {"dynamic": options.dynamic},
     }
     return {
-        form: Reading(
-            options.run, f"ordinary/{form}", {rule: f"{rule}, {form}" for rule in RMS}, adapt
-        )
+        form: Reading(options.run, f"ordinary/{form}", {"rms": f"rms, {form}"}, adapt)
         for form, adapt in weights.items()
     }
 
 
 def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
     """All that is compared; `chosen` is the rival's form in each protocol."""
-    every = forms(options)
-    found = [every[form] for form in sorted(set(chosen.values()))]
-    cached = {"static" + CACHE: "static" + CACHE}
-    for first in found[:1]:
-        found[0] = dataclasses.replace(first, columns={**cached, **first.columns})
-    models = [("ordinary", options.run, "")]
+    every, found = forms(options), []
+    for form, reading in every.items():
+        name = f"rms, {form}"
+        columns = {"rms": name}
+        if form in chosen.values():
+            columns |= {"static" + CACHE: "static" + CACHE, "rms" + CACHE: name + CACHE}
+        travels = form in chosen.values()
+        found.append(dataclasses.replace(reading, columns=columns, travels=travels))
+    same, three = every["same"].adapt, "three_levels"
+    more = options.seeds if options.through_seeds < 0 else options.through_seeds
+    learned = [
+        ("ordinary", options.run, three, "", same, options.seeds),
+        ("ordinary", options.run, three + ON_ALL, "all ", {"dynamic": "all"}, options.all_seeds),
+    ]
     if options.through:
-        models.append(("through", options.through, THROUGH))
-        own = {rule: THROUGH + rule for rule in ("static", *RMS)}
+        own = {rule: THROUGH + rule for rule in ("static", "rms")}
         found.append(Reading(options.through, "through/lstm", own, every["lstm"].adapt))
-    for seed in range(options.seeds):
-        for model, where, prefix in models:
-            rules = ["three_levels", "three_levels" + CACHE]
-            if not seed and not prefix:
-                rules.insert(0, "two_levels")
-            columns = {rule: f"{prefix}{rule}, seed {seed}" for rule in rules}
-            adapt = every["same"].adapt
-            found.append(Reading(where, f"{model}/seed {seed}", columns, adapt, seed))
+        learned.append(("through", options.through, THROUGH + three, "", same, more))
+    for model, where, title, kind, adapt, seeds in learned:
+        for seed in range(seeds):
+            columns = {three + end: f"{title}{end}, seed {seed}" for end in ("", CACHE)}
+            if title == three and not seed:
+                columns = {"two_levels": "two_levels, seed 0", **columns}
+            name = f"{model}/{kind}seed {seed}"
+            found.append(Reading(where, name, columns, adapt, seed, not (seed or kind)))
     return found
 
 
@@ -281,8 +291,10 @@ def merge(
             for p in PROTOCOLS:
                 columns[column_name(name, p)] = table.losses[column_name(rule, p)]
     for p, form in chosen.items():
-        for rule in RMS:
-            columns[column_name(rule, p)] = columns[column_name(f"{rule}, {form}", p)]
+        for ending in ("", CACHE):
+            columns[column_name("rms" + ending, p)] = columns[
+                column_name(f"rms, {form}{ending}", p)
+            ]
     for pooled, names in seeds.items():
         for p in PROTOCOLS:
             every = [columns[column_name(name, p)].astype(np.float64) for name in names]
@@ -291,7 +303,7 @@ def merge(
 
 
 def _make_some(options: Options, corpora: Sequence[str]) -> None:
-    """Make and score the readings of the models and seeds that --only names.
+    """Make and score the readings that --only names.
 
     Raises:
         UserError: it names none.

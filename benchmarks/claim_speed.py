@@ -29,12 +29,14 @@ from mlm.stage_meta import ready_rule
 from mlm.streams import LaneStream
 from mlm.training import static_loss
 
+LEARNED_RULE = "3 levels"
 RULES = {
     "static": ("lstm", "static"),
-    "RMS": ("lstm", "rms"),
-    "RMS, all weights": ("all", "rms"),
+    "RMS (lstm)": ("lstm", "rms"),
+    "RMS (all)": ("all", "rms"),
+    "RMS (same)": ("same", "rms"),
     "2 levels": ("seed_0", "two_levels"),
-    "3 levels": ("seed_0", "three_levels"),
+    LEARNED_RULE: ("seed_0", "three_levels"),
     "static + cache": ("lstm", "static+cache"),
     "3 levels + cache": ("seed_0", "three_levels+cache"),
 }
@@ -115,8 +117,7 @@ def main() -> None:
             "M": segments[name],
             "words/s": speed(found[name]) / per_word,
             "time / static": ratio(found[name], found["static"]),
-            "time / RMS": ratio(found[name], found["RMS"]),
-            "published / it": ratio(found[PUBLISHED], found[name]),
+            "3 levels / it": ratio(found[LEARNED_RULE], found[name]),
         }
         for name in work
     ]

@@ -29,6 +29,7 @@ LABELS: dict[str, str] = {
     "rms": "RMS dynamic evaluation",
     "two_levels": "meta-learner, 2 levels",
     "three_levels": "**meta-learner, 3 levels**",
+    "three_levels on all": "meta-learner, 3 levels on all weights",
 }
 ENGINE: dict[str, dict[str, str]] = {
     "peers": {
@@ -84,7 +85,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "asked": "asked",
         "found": "found",
         "seeds": "seed by seed",
-        "note": "of",
+        "note": "",
     },
     "rivals": {
         "form": "form",
@@ -105,6 +106,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "rms": "RMS",
         "two_levels": "2 levels, seed 0",
         "three_levels": "3 levels",
+        "three_levels on all": "3 levels on all weights",
         "through: three_levels": "3 levels, LM trained through",
     },
     "halves": {
@@ -123,8 +125,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "M": "M",
         "words/s": "words/s",
         "time / static": "time over static",
-        "time / RMS": "time over RMS",
-        "published / it": "times as fast as published",
+        "3 levels / it": "time of 3 levels over it",
     },
     "pareto": {
         "dynamic": "weights that adapt",

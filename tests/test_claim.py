@@ -12,14 +12,13 @@ from conftest import Command, Finished
 import benchmarks.claim
 from benchmarks.claim import Options, merge, readings
 from benchmarks.claim_tables import LONG, Gains, claims, halves, positions
-from mlm.checkpoint import RunFolder
 from mlm.config import PROTOCOLS
 from mlm.errors import UserError
 from mlm.losses import LossTable, column_name
 from mlm.report import read_evaluation
 
-FEW = ("--seeds", 2, "--budget", 1, "--steps", 1, "--articles", 1, "--segment", 5, "--rank", 2,
-       "--rival-segment", 5)  # fmt: skip
+FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
+       "--segment", 5, "--rank", 2, "--rival-segment", 5)  # fmt: skip
 
 
 def _table(
@@ -111,6 +110,18 @@ def test_readings_of_other_text_are_refused(tmp_path: Path) -> None:
         merge(made, CHOSEN)
 
 
+def test_seeds_are_seeds_and_their_mean_is_shown(tmp_path: Path) -> None:
+    options = Options(tmp_path, through=tmp_path / "other", seeds=2, through_seeds=1)
+    every = readings(options, CHOSEN)
+    assert [r.seed for r in every if r.name.startswith("ordinary/seed")] == [0, 1]
+    assert [r.name for r in every if r.name.startswith("through/seed")] == ["through/seed 0"]
+    made = [(r, _table([10], dict.fromkeys(r.columns, 0.1 + r.seed))) for r in every]
+    table, seeds = merge(made, CHOSEN)
+    assert seeds["three_levels"] == ["three_levels, seed 0", "three_levels, seed 1"]
+    np.testing.assert_allclose(table.loss("three_levels", "stream"), 5 - 0.6, rtol=1e-6)
+    np.testing.assert_allclose(table.loss("rms", "article"), table.loss("rms, all", "article"))
+
+
 def test_every_reading_is_a_run_made_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,13 +144,10 @@ def test_every_reading_is_a_run_made_once(
         best = min(mine, key=lambda r: r["nll"])
         assert [r["form"] for r in mine if r["rival"]] == [best["form"]]
         assert totals[protocol, "rms"] == totals[protocol, f"rms, {best['form']}"]
-        each = [totals[protocol, f"three_levels, seed {k}"] for k in (0, 1)]
-        assert totals[protocol, "three_levels"] == pytest.approx(np.mean(each))
+        assert totals[protocol, "three_levels"] == totals[protocol, "three_levels, seed 0"]
         # two equal language models, equally read
         assert totals[protocol, "through: three_levels"] == totals[protocol, "three_levels"]
         assert totals[protocol, "through: static"] == 0
-    seeds = [RunFolder(folder / "claim" / f"seed_{k}").load_config().seed for k in (0, 1)]
-    assert seeds == [0, 1]
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
     assert (home / "figures" / "figure2.png").exists()
@@ -148,7 +156,7 @@ def test_every_reading_is_a_run_made_once(
                    "--out", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     times = json.loads((tmp_path / "out" / "speed.json").read_text(encoding="utf-8"))["rows"]
-    assert {r["rule"] for r in times} >= {"RMS", "3 levels", "RMS, the published loop"}
+    assert {r["rule"] for r in times} >= {"RMS (same)", "3 levels", "RMS, the published loop"}
     assert all(r["words/s"] > 0 for r in times)
 
     def again(*_: object, **__: object) -> None:
@@ -162,5 +170,5 @@ def test_every_reading_is_a_run_made_once(
 
 def test_bad_names_are_refused(finished: Finished, command: Command, tmp_path: Path) -> None:
     done = command("benchmarks.claim", finished.folder, "--only", "nobody", "--out", tmp_path)
-    assert "there are ordinary/seed 0" in done.error
+    assert "there are ordinary/lstm" in done.error
     assert "is no run folder" in command("benchmarks.claim", tmp_path / "none").error
