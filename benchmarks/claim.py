@@ -174,14 +174,14 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
         ("ordinary", options.run, three + ON_ALL, "all ", {"dynamic": "all"}, options.all_seeds),
     ]
     if options.through:
-        own = {rule: THROUGH + rule for rule in ("static", "rms")}
-        found.append(Reading(options.through, "through/lstm", own, every["lstm"].adapt))
         learned.append(("through", options.through, THROUGH + three, "", same, more))
     for model, where, title, kind, adapt, seeds in learned:
         for seed in range(seeds):
             columns = {three + end: f"{title}{end}, seed {seed}" for end in ("", CACHE)}
             if title == three and not seed:
                 columns = {"two_levels": "two_levels, seed 0", **columns}
+            if title.startswith(THROUGH) and not seed:
+                columns = {"static": THROUGH + "static", **columns}
             name = f"{model}/{kind}seed {seed}"
             found.append(Reading(where, name, columns, adapt, seed, not (seed or kind)))
     return found

@@ -114,6 +114,13 @@ class Gains:
         return {**found, "note": f"{int(long_A.sum())} articles"}
 
 
+def _by_seed(
+    compare: Callable[[str, str], dict[str, Any]], names: Sequence[str], against: str
+) -> dict[str, str]:
+    """What is found for each seed, in a cell."""
+    return {"seeds": " ".join(f"{compare(name, against)['found']:.3f}" for name in names)}
+
+
 def claims(
     table: LossTable, seeds: Seeds, chosen: Mapping[str, str], resamples: int = RESAMPLES
 ) -> list[dict[str, Any]]:
@@ -135,24 +142,17 @@ def claims(
         for rule, (title, asked) in CLAIMED.items():
             if rule not in seeds:
                 continue
-            each = [gains.ratio(name, RIVAL)["found"] for name in seeds[rule]]
-            add(
-                f"{title}: times the gain of {rival}",
-                protocol,
-                asked,
-                gains.ratio(rule, RIVAL),
-                seeds=" ".join(f"{value:.3f}" for value in each),
-            )
-            add(
-                f"{title}: times the gain of RMS in the form that is best here",
-                protocol,
-                "",
-                gains.ratio(rule, best),
-                note=best.removeprefix(FORM),
-            )
-            cached = gains.more(rule + CACHE, RIVAL + CACHE)
-            cached["seeds"] = " ".join(
-                f"{gains.more(name, RIVAL + CACHE)['found']:.3f}" for name in seeds[rule + CACHE]
+            each = seeds[rule]
+            if gains.sums(RIVAL).sum() > 0:
+                times = gains.ratio(rule, RIVAL) | _by_seed(gains.ratio, each, RIVAL)
+                add(f"{title}: times the gain of {rival}", protocol, asked, times)
+                what = f"{title}: times the gain of RMS in the form that is best here"
+                add(what, protocol, "", gains.ratio(rule, best), note=best.removeprefix(FORM))
+            else:
+                more = gains.more(rule, RIVAL) | _by_seed(gains.more, each, RIVAL)
+                add(f"{title}: more than {rival}, which loses", protocol, "> 0", more)
+            cached = gains.more(rule + CACHE, RIVAL + CACHE) | _by_seed(
+                gains.more, seeds[rule + CACHE], RIVAL + CACHE
             )
             add(f"{title} + cache: more than {rival} + cache", protocol, "> 0", cached)
             start_N = table.position_N < START

@@ -64,6 +64,14 @@ def test_ratios_of_gains_and_their_seeds() -> None:
     assert more["found"] == pytest.approx(0.1)
 
 
+def test_a_rival_that_loses_has_no_ratio() -> None:
+    rows = claims(_table([300, 500], _rules(rms=-0.2)), SEEDS, CHOSEN, 9)
+    assert not [r for r in rows if "times" in r["what"]]
+    more = next(r for r in rows if "which loses" in r["what"])
+    assert more["found"] == pytest.approx(0.5)
+    assert more["seeds"] == "0.400 0.600"
+
+
 def test_starts_of_articles_apart() -> None:
     words = [300, 500]
     early_N = np.concatenate([np.arange(n) for n in words]) < 200

@@ -46,6 +46,9 @@ BENCHMARK_FLAGS = {
     "benchmarks.busy": "--rounds 1 --lanes 2 --segment 5 --updates 1",
     "benchmarks.rules": "--rows hand-made --budget 1 --steps 1 --words 100 --articles 1 "
     "--timing-tokens 100 --repetitions 1 --updates 2",
+    "benchmarks.claim": "--seeds 1 --all-seeds 0 --resamples 9 --budget 1 --steps 1 --articles 1 "
+    "--segment 5 --rank 2 --rival-segment 5",
+    "benchmarks.claim_speed": "--tokens 160 --rounds 1",
     "benchmarks.growth": "--only lanes --rounds 1 --updates 1 --unroll 2",
 }
 #: The libraries that benchmarks compare with: they are not installed for the tests.

@@ -17,7 +17,7 @@ def test_tables_come_from_run_files(page: str) -> None:
 
 
 def test_published_runs_hold_no_text_and_no_weights() -> None:
-    for run in sorted((ROOT / "results").glob("*/evaluation.json")):
+    for run in sorted((ROOT / "results").glob("**/evaluation.json")):
         names = [p.name for p in run.parent.rglob("*") if p.is_file()]
         assert not [n for n in names if n.endswith((".safetensors", ".parquet", ".html"))]
         rows = json.loads(run.read_text(encoding="utf-8"))
