@@ -122,9 +122,13 @@ def _by_seed(
 
 
 def claims(
-    table: LossTable, seeds: Seeds, chosen: Mapping[str, str], resamples: int = RESAMPLES
+    table: LossTable,
+    seeds: Seeds,
+    chosen: Mapping[str, str],
+    resamples: int = RESAMPLES,
+    brief: bool = False,
 ) -> list[dict[str, Any]]:
-    """What is claimed, what was found, in which protocol."""
+    """What is claimed, what was found, in which protocol; `brief` = totals only."""
     rows: list[dict[str, Any]] = []
 
     def add(
@@ -155,6 +159,8 @@ def claims(
                 gains.more, seeds[rule + CACHE], RIVAL + CACHE
             )
             add(f"{title} + cache: more than {rival} + cache", protocol, "> 0", cached)
+            if brief:
+                continue
             start_N = table.position_N < START
             add(f"{title}: first {START} words", protocol, "> 0", gains.more(rule, None, start_N))
             if rule == LEARNED_RULE:
@@ -230,16 +236,23 @@ def _pairs(seeds: Seeds) -> Iterator[tuple[str, str]]:
             yield every[0], TWO
 
 
+def _detail_of_a_seed(row: dict[str, Any]) -> bool:
+    """Positions and articles are published of means over seeds, totals of every seed."""
+    return row["kind"] in ("position", "article") and ", seed" in row["rule"]
+
+
 def write_tables(
     merged: Mapping[str, tuple[LossTable, Seeds]], options: Any, chosen: Mapping[str, str]
 ) -> None:
-    """Tables and pictures of every corpus; the claim's rows, all corpora together."""
+    """Tables and pictures of every corpus; the claim's rows, all corpora together.
+
+    The first corpus is the one that is claimed about: of the others, totals and positions.
+    """
     rows = []
     out = Path(options.out)
-    for corpus, (table, seeds) in merged.items():
-        rows += [
-            {"corpus": corpus, **row} for row in claims(table, seeds, chosen, options.resamples)
-        ]
+    for number, (corpus, (table, seeds)) in enumerate(merged.items()):
+        found = claims(table, seeds, chosen, options.resamples, brief=number > 0)
+        rows += [{"corpus": corpus, **row} for row in found]
         folder = out / corpus
         totals = evaluate_rows(
             table,
@@ -249,12 +262,14 @@ def write_tables(
             comparisons=[*_pairs(seeds)],
             resamples=options.resamples,
         )
-        write_evaluation(folder, totals)
+        write_evaluation(folder, [row for row in totals if not _detail_of_a_seed(row)])
         about = {"corpus": corpus, "split": table.split}
         there = dataclasses.replace(options, out=folder)
         record("positions", positions(table, seeds, options.resamples), there, **about)
-        record("halves", halves(table, "stream"), there, **about)
         shown = [STATIC, RIVAL, *(s for s in seeds if not s.endswith(CACHE))]
         gain_by_position(_only(table, shown), folder / "figures")
+        if number:
+            continue
+        record("halves", halves(table, "stream"), there, **about)
         figure2(_only(table, [STATIC, TWO, LEARNED_RULE]), folder / "figures", protocol="stream")
     record("claims", rows, options, rival=dict(chosen))

@@ -156,13 +156,12 @@ def _rows(folder: str, kind: str, split: str, protocol: str) -> list[dict]:
 def label(rule: str) -> str:
     """A rule's name in tables: `through: three_levels+cache, seed 0` part by part."""
     prefix, _, rest = rule.rpartition(": ")
-    name, _, seed = rest.partition(", ")
-    base = name.removesuffix(CACHE)
-    if base == "static" and name != base:
-        found = "neural cache"
-    else:
-        found = LABELS.get(base, base) + (" + cache" if name != base else "")
-    found = f"{found} ({seed})" if seed else found
+    cached, rest = rest.endswith(CACHE), rest.removesuffix(CACHE)
+    name, _, which = rest.partition(", ")
+    cached, base = cached or name.endswith(CACHE), name.removesuffix(CACHE)
+    found = LABELS.get(base, base) + (f" ({which})" if which else "")
+    if cached:
+        found = "neural cache" if base == "static" else f"{found} + cache"
     return f"{found}, LM trained {prefix}" if prefix else found
 
 
@@ -171,18 +170,19 @@ def _signed(interval: list[float] | None) -> str:
 
 
 def totals(folder: str, split: str, protocol: str) -> list[str]:
-    """The table of totals."""
+    """The table of totals, without single seeds; without speed where none was measured."""
+    found = _rows(folder, "total", split, protocol)
+    timed = any(row["words_per_second"] for row in found)
     lines = [
-        "| rule | word perplexity | bits per byte | nats gained per word | words/s |",
-        "| :-- | --: | --: | --: | --: |",
+        "| rule | word perplexity | bits per byte | nats gained per word |" + " words/s |" * timed,
+        "| :-- | --: | --: | --: |" + " --: |" * timed,
     ]
-    for row in _rows(folder, "total", split, protocol):
+    for row in (r for r in found if ", seed" not in r["rule"]):
         gain = "" if row["rule"] == "static" else f"{row['nats_per_word_gained']:.3f}"
         gain += "" if row["rule"] == "static" else _signed(row["interval"])
-        lines.append(
-            f"| {label(row['rule'])} | {row['word_perplexity']:.1f} | "
-            f"{row['bits_per_byte']:.3f} | {gain} | {_cell(row['words_per_second'])} |"
-        )
+        cells = f"| {label(row['rule'])} | {row['word_perplexity']:.1f} | "
+        cells += f"{row['bits_per_byte']:.3f} | {gain} |"
+        lines.append(cells + f" {_cell(row['words_per_second'])} |" * timed)
     return lines
 
 

@@ -51,7 +51,7 @@ SEEDS = {
     "three_levels": ["three_levels, seed 0", "three_levels, seed 1"],
     "three_levels+cache": ["three_levels+cache"],
 }
-CHOSEN = dict.fromkeys(PROTOCOLS, "all")
+CHOSEN: dict[str, str] = dict.fromkeys([*PROTOCOLS], "all")
 
 
 def test_ratios_of_gains_and_their_seeds() -> None:
