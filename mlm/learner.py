@@ -467,7 +467,7 @@ def relax(
 
     Args:
         theta, gradient, out: (B, ...); start, step, z: the tensor's own shape (step may be one
-            number); z = None: no flush. z_B z must lie in [0, 1].
+            number); z = None: no flush. z_B z must lie in [0, 1] where no kernel clips it.
         step_B, z_B: factors per lane (B,), None = 1.
 
     One pass in a compiled kernel; without it three, on a CPU one lane at a time, which then stays

@@ -73,8 +73,14 @@ class SeparableGates(ByFormula):
             return torch.zeros_like(self._steps[name][0, 0])
         return self.parameters["flush_scale"][self.rule.group(self.memory, name)]
 
-    def _split(self, signal: Signal) -> tuple[list[str], list[str], dict[str, Tensor | None]]:
-        """(tensors within the clip, the others, FLUSH factor per lane)."""
+    def _split(
+        self, signal: Signal, *tensors: Weights
+    ) -> tuple[list[str], list[str], dict[str, Tensor | None]]:
+        """(tensors that are read at once, the others, FLUSH factor per lane).
+
+        The others are those whose FLUSH is clipped somewhere, unless `tensors` can go through a
+        kernel, which clips.
+        """
         inside, outside, factors = [], [], {}
         for name in self.memory.dynamic:
             if not self.rule.flush:
@@ -82,8 +88,10 @@ class SeparableGates(ByFormula):
                 continue
             b = factors[name] = self._lane("flush", name, signal)
             high = self._highest[name] * (1.0 if b is None else float(b.max()))
+            given = [some[name] for some in tensors]
+            clips = kernels.usable(*given) and all(t.is_contiguous() for t in given)
             scale = float(self._scale(name))
-            (inside if scale >= 0 and high <= 1 else outside).append(name)
+            (inside if scale >= 0 and (clips or high <= 1) else outside).append(name)
         return inside, outside, factors
 
     def update(
@@ -91,7 +99,7 @@ class SeparableGates(ByFormula):
     ) -> Weights:
         """See `Bound.update`."""
         out = out or {n: torch.empty_like(w) for n, w in weights.items()}
-        inside, outside, factors = self._split(signal)
+        inside, outside, factors = self._split(signal, weights, gradients, out)
         for name in inside:
             self._push(name, weights, gradients[name], signal, factors.get(name), out)
         for name in outside:
@@ -122,7 +130,7 @@ class SeparableGates(ByFormula):
         own: float = 0.0,
     ) -> tuple[Weights, Parameters]:
         """See `Bound.pullback`."""
-        inside, outside, factors = self._split(signal)
+        inside, outside, factors = self._split(signal, weights, gradients, cotangent)
         found = {n: torch.zeros_like(p) for n, p in self.parameters.items()}
         back: Weights = {}
         for name in outside:
