@@ -161,12 +161,11 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
     """All that is compared; `chosen` is the rival's form in each protocol."""
     every, found = forms(options), []
     for form, reading in every.items():
-        name = f"rms, {form}"
-        columns = {"rms": name}
         if form in chosen.values():
-            columns |= {"static" + CACHE: "static" + CACHE, "rms" + CACHE: name + CACHE}
-        travels = form in chosen.values()
-        found.append(dataclasses.replace(reading, columns=columns, travels=travels))
+            cached = {"static" + CACHE: "static" + CACHE, "rms" + CACHE: f"rms, {form}{CACHE}"}
+            columns = {**reading.columns, **cached}
+            reading = dataclasses.replace(reading, columns=columns, travels=True)
+        found.append(reading)
     same, three = every["same"].adapt, "three_levels"
     more = options.seeds if options.through_seeds < 0 else options.through_seeds
     learned = [
@@ -262,8 +261,9 @@ def rivals(options: Options) -> list[dict[str, Any]]:
             )
     for protocol in PROTOCOLS:
         mine = [row for row in rows if row["protocol"] == protocol]
+        best = min(mine, key=lambda row: row["nll"])
         for row in mine:
-            row["rival"] = "yes" if row is min(mine, key=lambda r: r["nll"]) else None
+            row["rival"] = "yes" if row is best else None
     return rows
 
 
@@ -302,40 +302,43 @@ def merge(
     return dataclasses.replace(first, losses=columns), seeds
 
 
-def _make_some(options: Options, corpora: Sequence[str]) -> None:
-    """Make and score the readings that --only names.
+def _some(options: Options) -> list[Reading]:
+    """The readings that --only names.
 
     Raises:
         UserError: it names none.
     """
     every = readings(options, {})
-    todo = [r for r in every if r.name.startswith(options.only)]
-    if not todo:
+    found = [r for r in every if r.name.startswith(options.only)]
+    if not found:
         names = ", ".join(r.name for r in every)
         raise UserError(f"--only {' '.join(options.only)}: there are {names}")
-    for corpus in corpora:
-        for reading in todo:
-            if corpus == corpora[0] or reading.travels:
-                read(reading, make(reading, options), corpus)
+    return found
+
+
+def _read_all(
+    every: Sequence[Reading], options: Options, corpora: Sequence[str]
+) -> dict[str, list[tuple[Reading, LossTable]]]:
+    """Make and score the readings; corpora beyond the first are read by those that travel."""
+    found: dict[str, list[tuple[Reading, LossTable]]] = {corpus: [] for corpus in corpora}
+    for reading in every:
+        run = make(reading, options)
+        for corpus in corpora if reading.travels else corpora[:1]:
+            found[corpus].append((reading, read(reading, run, corpus)))
+    return found
 
 
 def main() -> None:
     """Make what is missing, then the tables and pictures."""
     options = tyro.cli(Options, description=__doc__)
-    home = language_model(options.run).load_config().corpus
+    corpora = (language_model(options.run).load_config().corpus, *options.away)
     if options.only:
-        _make_some(options, (home, *options.away))
+        _read_all(_some(options), options, corpora)
         return
     tuned = rivals(options)
     chosen = {row["protocol"]: row["form"] for row in tuned if row["rival"]}
-    merged = {}
-    for corpus in (home, *options.away):
-        made = [
-            (reading, read(reading, make(reading, options), corpus))
-            for reading in readings(options, chosen)
-            if corpus == home or reading.travels
-        ]
-        merged[open_corpus(corpus).name] = merge(made, chosen)
+    made = _read_all(readings(options, chosen), options, corpora)
+    merged = {open_corpus(corpus).name: merge(made[corpus], chosen) for corpus in corpora}
     record("rivals", tuned, options)
     write_tables(merged, options, chosen)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.timing import record
 from mlm.config import CACHE, PROTOCOLS
-from mlm.figure2 import figure2, letter
+from mlm.figure2 import figure2, first_to_second, letter
 from mlm.losses import STATIC, LossTable, column_name
 from mlm.plots import gain_by_position
 from mlm.report import (
@@ -206,18 +206,13 @@ def halves(table: LossTable, protocol: str) -> list[dict[str, Any]]:
         static_N, *adapted = (table.loss(rule, protocol)[words] for rule in rules)
         row: dict[str, Any] = {"article": letter(place), "words": words.stop - words.start}
         for rule, loss_N in zip(rules[1:], adapted, strict=True):
-            row[rule] = _arrow(half_gains(static_N, loss_N))
+            row[rule] = first_to_second(half_gains(static_N, loss_N))
         over = np.exp(adapted[1].mean()) - np.exp(adapted[2].mean())
         row["three_levels over two_levels"] = float(over)
         size, first, second, flush = paper
-        row |= {"2018: tokens": size, "2018: 2 levels": _arrow((first, second))}
+        row |= {"2018: tokens": size, "2018: 2 levels": first_to_second((first, second))}
         rows.append(row | {"2018: 3 levels over 2": flush})
     return rows
-
-
-def _arrow(gains: tuple[float | None, float | None]) -> str:
-    """First half -> second half."""
-    return " → ".join("–" if gain is None else f"{gain:.1f}" for gain in gains)
 
 
 def _only(table: LossTable, rules: Sequence[str]) -> LossTable:

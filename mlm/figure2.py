@@ -30,6 +30,11 @@ def letter(place: int) -> str:
     return ("" if place < 26 else letter(place // 26 - 1)) + chr(ord("A") + place % 26)
 
 
+def first_to_second(gains: tuple[float | None, float | None]) -> str:
+    """Return the gains of two halves as `22.4 → 20.3`, a dash for one without words."""
+    return " → ".join("–" if gain is None else f"{gain:.1f}" for gain in gains)
+
+
 def moving_average(points_P: np.ndarray, width: int = SMOOTHED) -> np.ndarray:
     """Return the centred moving average (P,), over fewer points at both ends.
 
@@ -231,7 +236,7 @@ def _draw_key(
         column, row = divmod(place, per_column)
         rows = table.rows(article)
         gains = half_gains(against_N[rows], rule_N[rows])
-        halves = " → ".join("–" if gain is None else f"{gain:.1f}" for gain in gains)
+        halves = first_to_second(gains)
         panel.text(column, row, letter(place), fontweight="bold", **text)
         panel.text(
             column + (0.035 if len(chosen) <= 26 else 0.05),
