@@ -87,11 +87,11 @@ class SeparableGates(ByFormula):
                 inside.append(name)
                 continue
             b = factors[name] = self._lane("flush", name, signal)
-            high = self._highest[name] * (1.0 if b is None else float(b.max()))
             given = [some[name] for some in tensors]
-            clips = kernels.usable(*given) and all(t.is_contiguous() for t in given)
-            scale = float(self._scale(name))
-            (inside if scale >= 0 and (clips or high <= 1) else outside).append(name)
+            fits = kernels.usable(*given) and all(t.is_contiguous() for t in given)
+            if not fits:
+                fits = self._highest[name] * (1.0 if b is None else float(b.max())) <= 1
+            (inside if fits and float(self._scale(name)) >= 0 else outside).append(name)
         return inside, outside, factors
 
     def update(
