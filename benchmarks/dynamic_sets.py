@@ -60,7 +60,8 @@ def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     held, text = run.training_text(1), run.tune_text
     names = choose_dynamic(weights, dynamic)
     adapt, meta = config.adapt, dataclasses.replace(config.meta, steps=options.steps)
-    memory = estimate_fisher(weights, shape, names, held, adapt.segment, adapt.fisher_words)
+    rest = adapt.segment, adapt.fisher_words
+    memory = estimate_fisher(weights, shape, names, held, *rest, prior=adapt.fisher_prior)
     tokens = sum(len(a) for a in text.articles)
     words = tokens / run.validation_text(options.words).tokens_per_word
     static = score_articles(memory, None, text.articles, text.eos, text.lanes)

@@ -129,6 +129,9 @@ class AdaptConfig:
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
     """Training words the Fisher is estimated on."""
+    fisher_prior: float = 0.04
+    """Share of the Fisher, 0 to 1, that every weight takes from its tensor's mean. Rare words are
+    hardly in a sample: without it RMS steps at their rows are 25 times the others'."""
     guard: float = 1.5
     """A lane whose mean loss over a segment passes so many times ln(vocabulary), the loss of
     guessing, starts again from theta_0 before its next segment; 0 = never. Reported."""
@@ -271,7 +274,7 @@ PRESETS: dict[str, Config] = {
         lm=LMTrainingConfig(
             epochs=1.0,
             validations=40,
-            learning_rate=3e-3,
+            learning_rate=1e-2,
             dropout_input=0.0,
             dropout_hidden=0.0,
             dropout_output=0.0,
@@ -394,6 +397,12 @@ def _problems(c: Config) -> list[str]:
         f"a {c.model.cell} has no recurrent weights to drop: use 0",
     )
     need(0 < c.text.held_out < 1, "--text.held-out", c.text.held_out, "it must be in (0, 1)")
+    need(
+        0 <= c.adapt.fisher_prior <= 1,
+        "--adapt.fisher-prior",
+        c.adapt.fisher_prior,
+        "it must be in [0, 1]",
+    )
     need(5 <= c.adapt.segment <= 100, "--adapt.segment", c.adapt.segment, "M must be 5 to 100")
     need(
         c.meta.unroll >= 2, "--meta.unroll", c.meta.unroll, "it must be at least 2; use 40 or more"

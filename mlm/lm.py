@@ -101,6 +101,8 @@ class LanguageModel(Protocol):
 
 Layout = dict[str, tuple[tuple[int, ...], float]]
 """Of every weight: its size, and the bound of its uniform initial values (0 = it starts at 0)."""
+EMBEDDING_BOUND = 0.1
+"""Of the initial embedding and softmax (AWD-LSTM)."""
 S = TypeVar("S", bound=State)
 
 
@@ -166,9 +168,9 @@ class BaseModel(ABC):
         found: Layout = {}
         for k, (lo, hi, width) in enumerate(self.clusters()):
             if k == 0:
-                found["embedding"] = (hi, width), 0.1
+                found["embedding"] = (hi, width), EMBEDDING_BOUND
             else:
-                found[f"embedding.tail{k}"] = (hi - lo, width), 0.1
+                found[f"embedding.tail{k}"] = (hi - lo, width), EMBEDDING_BOUND
                 found[f"projection.tail{k}"] = (
                     (self.embedding, width),
                     1 / math.sqrt(self.embedding),
@@ -176,7 +178,7 @@ class BaseModel(ABC):
                 found[f"softmax.tail{k}.bias"] = (hi - lo,), 0.0
         tails = len(self.cutoffs)
         if tails:
-            found["softmax.cluster"] = (tails, self.embedding), 0.1
+            found["softmax.cluster"] = (tails, self.embedding), EMBEDDING_BOUND
         found["softmax.bias"] = (self.clusters()[0][1] + tails,), 0.0
         return found | self.layer_layout()
 
@@ -232,7 +234,11 @@ class LMShape(BaseModel):
         return [2, *[1] * (self.layers - 1)]
 
     def layer_layout(self) -> Layout:
-        """LSTM: +-1/sqrt(H). QRNN: +-1/sqrt(inputs). Biases are zero but for the forget gate's."""
+        """LSTM: +-1/sqrt(H). QRNN: +-1/sqrt(inputs). Biases are zero but for the forget gate's.
+
+        The first LSTM layer's input matrix makes up for the small embedding it reads, or the gates
+        would hardly see the words at first.
+        """
         found: Layout = {}
         for layer, (size, hidden) in enumerate(self.layer_sizes()):
             if self.cell == "qrnn":
@@ -241,7 +247,8 @@ class LMShape(BaseModel):
                 found[f"qrnn.{layer}.bias"] = (3 * hidden,), 0.0
                 continue
             bound = 1 / math.sqrt(hidden)
-            found[f"lstm.{layer}.input"] = (4 * hidden, size), bound
+            awake = bound if layer else 1 / (EMBEDDING_BOUND * math.sqrt(size))
+            found[f"lstm.{layer}.input"] = (4 * hidden, size), awake
             found[f"lstm.{layer}.recurrent"] = (4 * hidden, hidden), bound
             found[f"lstm.{layer}.bias"] = (4 * hidden,), 0.0
         return found

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mlm import buffers
@@ -39,6 +40,14 @@ from mlm.training import Text, cosine
 from mlm.tuning import TuneText
 
 
+def shrunk(fisher: Tensor, prior: float) -> Tensor:
+    """The Fisher of a tensor, a share `prior` of every entry replaced by the tensor's mean.
+
+    An estimate from few words is zero for words that are not among them.
+    """
+    return torch.lerp(fisher, fisher.mean().expand_as(fisher), prior) if prior else fisher
+
+
 @torch.no_grad()
 def estimate_fisher(
     weights: Weights,
@@ -49,11 +58,12 @@ def estimate_fisher(
     words: int,
     lanes: int = 16,
     quiet: bool = True,
+    prior: float = 0.0,
 ) -> LongTerm:
     """Long-term memory: theta_0 with the diagonal empirical Fisher of its dynamic weights.
 
     The mean over segments of the squared per-segment gradient (Krause et al. 2018, eq. 5), read
-    statically on the first `words` words of `text`.
+    statically on the first `words` words of `text`, `shrunk` by `prior`.
     """
     memory = LongTerm(shape, weights, dynamic, {}, 0.0, segment)
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
@@ -83,7 +93,7 @@ def estimate_fisher(
             f"no held-out article is as long as one segment (--adapt.segment {segment}); use a "
             "smaller M or more text"
         )
-    rms = {n: (s / segments).sqrt() for n, s in squares.items()}
+    rms = {n: shrunk(s / segments, prior).sqrt() for n, s in squares.items()}
     if not all(bool(r.isfinite().all()) for r in rms.values()):
         raise UserError(
             "the Fisher is not finite: the language model's loss is NaN; train it again"

@@ -68,7 +68,14 @@ def new_memory(
     dynamic = choose_dynamic(weights, adapt.dynamic)
     weights = add_low_rank(weights, shape, dynamic, adapt.rank, text, adapt.fisher_words)
     return estimate_fisher(
-        weights, shape, dynamic, text, adapt.segment, adapt.fisher_words, quiet=quiet
+        weights,
+        shape,
+        dynamic,
+        text,
+        adapt.segment,
+        adapt.fisher_words,
+        quiet=quiet,
+        prior=adapt.fisher_prior,
     )
 
 

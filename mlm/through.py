@@ -20,6 +20,7 @@ from mlm.errors import UserError
 from mlm.learner import RMS, Bound, Static
 from mlm.lm import BaseModel, Weights
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
+from mlm.meta import shrunk
 from mlm.rollout import begin, step
 from mlm.scoring import score_articles
 from mlm.training import LMTrainer, Text
@@ -48,6 +49,7 @@ class ThroughTrainer(LMTrainer):
         self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
         self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
         """Running mean of squared gradients, biased towards zero until corrected."""
+        self.prior = config.adapt.fisher_prior
         self.seen = torch.zeros((), dtype=torch.float64)
         """Sum of that mean's weights."""
         self.reader = begin(self._memory(), self.stream.lanes)
@@ -58,7 +60,7 @@ class ThroughTrainer(LMTrainer):
         """theta_0 as it is now, and the Fisher so far."""
         weights = {n: w.detach() for n, w in self.weights.items()}
         seen = max(float(self.seen), 1e-12)
-        rms = {n: (s.detach() / seen).sqrt_() for n, s in self.squares.items()}
+        rms = {n: shrunk(s / seen, self.prior).sqrt() for n, s in self.squares.items()}
         limit = 2 * math.log(self.shape.vocabulary)
         return LongTerm(self.shape, weights, self.dynamic, rms, 0.0, self.settings.segment, limit)
 

@@ -78,6 +78,22 @@ def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
+def unigram_biases(shape: BaseModel, text: Text) -> Weights:
+    """Softmax biases that predict every token by its share of `text`, whatever the layers say.
+
+    With Adam a bias that starts at zero takes hundreds of steps to get there. An adaptive softmax
+    has the tails' shares in the head, and a bias of its own in every tail.
+    """
+    counts = torch.ones(shape.vocabulary, dtype=torch.int64)
+    for article in text.articles:
+        counts += torch.from_numpy(np.bincount(article, minlength=shape.vocabulary))
+    head, *tails = (counts[lo:hi] for lo, hi, _ in shape.clusters())
+    shares = torch.cat([head, *(tail.sum()[None] for tail in tails)])
+    biases = {f"softmax.tail{k}.bias": tail for k, tail in enumerate(tails, start=1)}
+    biases["softmax.bias"] = shares
+    return {name: (n / n.sum()).log().float() for name, n in biases.items()}
+
+
 def cosine(step: int, steps: int, warm_up: float = 0.0) -> float:
     """Factor on the learning rate: linear warm-up, then half a cosine to zero."""
     rise = max(1, round(warm_up * steps))
@@ -119,9 +135,8 @@ class LMTrainer:
         self.shape, self.text, self.device = shape, text, device
         self.precision = resolve_precision(config.lm.precision, device)
         seed = torch.Generator().manual_seed(config.seed)
-        self.weights = {
-            n: w.to(device).requires_grad_() for n, w in shape.initial_weights(seed).items()
-        }
+        start = shape.initial_weights(seed) | unigram_biases(shape, text)
+        self.weights = {n: w.to(device).requires_grad_() for n, w in start.items()}
         self.optimizer = torch.optim.AdamW(
             list(self.weights.values()),
             lr=config.lm.learning_rate,

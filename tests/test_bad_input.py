@@ -196,6 +196,7 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "epochs": (("--lm.epochs", "nan"), "--lm.epochs is nan; it must be above 0"),
     "lanes": (("--lm.lanes", "0"), "--lm.lanes is 0; it must be at least 1"),
     "dropout": (("--lm.dropout-input", "1"), "--lm.dropout-input is 1.0; it must be in [0, 1)"),
+    "prior": (("--adapt.fisher-prior", "2"), "--adapt.fisher-prior is 2.0; it must be in [0, 1]"),
     "held out": (("--text.held-out", "1"), "--text.held-out is 1.0; it must be in (0, 1)"),
     "cutoffs": (("--model.cutoffs", "9", "3"), "--model.cutoffs is [9, 3]; they must rise"),
     "start": (("--meta.features", "loss"), "--meta.start is rms, whose steps follow"),

@@ -317,7 +317,7 @@ def test_training_resumes_bit_for_bit(cell: Cell, tmp_path) -> None:
 
 @pytest.mark.parametrize("cell", ["lstm", "qrnn", "snail"])
 def test_training_learns_and_the_file_knows_the_model(cell: Cell, tmp_path) -> None:
-    text = Text([np.tile([3, 7, 7, 1], 24)] * 3, 288, EOS)
+    text = Text([np.tile([3, 7, 7, 1], 96)] * 3, 1152, EOS)
     trainer = _trainer(cell, 0.0, text)
     before = static_loss(trainer.weights, trainer.shape, text, 3, 6)
     for _ in range(trainer.steps):

@@ -12,12 +12,12 @@ from worlds import EOS, articles, tiny_memory
 from mlm.config import Config, LMTrainingConfig, ModelConfig
 from mlm.errors import UserError
 from mlm.learner import RMS, SGD
-from mlm.lm import initial_state, run_lstm, token_nll
-from mlm.meta import MixedLanes, estimate_fisher
+from mlm.lm import LMShape, initial_state, run_lstm, token_nll
+from mlm.meta import MixedLanes, estimate_fisher, shrunk
 from mlm.rollout import score_static
 from mlm.scoring import score_protocol
 from mlm.streams import LaneStream
-from mlm.training import LMTrainer, Text, cosine, shape_of
+from mlm.training import LMTrainer, Text, cosine, shape_of, unigram_biases
 from mlm.tuning import RATES, TuneText, losses_of, tune
 
 
@@ -57,6 +57,19 @@ def test_cosine_warms_up_and_ends_at_zero() -> None:
     assert cosine(0, 10) == 1.0
 
 
+@pytest.mark.parametrize("cutoffs", [(), (5, 9)])
+def test_training_starts_at_the_unigram_model(cutoffs: tuple[int, ...]) -> None:
+    """Where the layers say nothing, a word has its share of the text (and one occurrence more)."""
+    text, shape = _text((13, 8)), LMShape(12, 8, 8, 1, cutoffs)
+    weights = shape.initial_weights(torch.Generator().manual_seed(0)) | unigram_biases(shape, text)
+    every = torch.arange(12)[None]
+    nll = token_nll(weights, shape, torch.zeros(1, 12, 8), every)[0]
+    counts = np.bincount(np.concatenate(list(text.articles)), minlength=12) + 1
+    torch.testing.assert_close(
+        nll.exp().reciprocal(), torch.tensor(counts / counts.sum()).float(), rtol=1e-5, atol=0
+    )
+
+
 def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
     """One lane, written out: the gradient of every whole segment, ragged ends left out."""
     memory = tiny_memory(("softmax.bias", "lstm.1.recurrent"))
@@ -82,6 +95,17 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
     for n, total in squares.items():
         torch.testing.assert_close(found.rms[n], (total / 2).sqrt(), rtol=1e-10, atol=1e-14)
     assert found.loss == pytest.approx(float(torch.cat(losses, 1).mean()))
+
+
+def test_a_prior_keeps_the_fisher_of_unseen_words_off_zero() -> None:
+    """Every weight: (1 - prior) times its own mean square and prior times its tensor's."""
+    memory = tiny_memory(("embedding", "softmax.bias"))
+    rest = memory.weights, memory.shape, memory.dynamic, _text((13,)), 5, 13
+    plain, mixed = estimate_fisher(*rest), estimate_fisher(*rest, prior=0.25)
+    for n, rms in plain.rms.items():
+        want = 0.75 * rms.square() + 0.25 * rms.square().mean()
+        torch.testing.assert_close(mixed.rms[n].square(), want, rtol=1e-10, atol=1e-16)
+    assert shrunk(torch.tensor([0.0, 4.0]), 0.5).tolist() == [1.0, 3.0]
 
 
 def test_fisher_needs_one_whole_segment() -> None:
