@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mlm.lm import LMShape, Weights, initial_weights
+from mlm.lm import EMBEDDING_BOUND, LMShape, Weights, initial_weights
 from mlm.memory import LongTerm
 from mlm.streams import LaneStream, Segment
 
@@ -44,6 +45,8 @@ def tiny_memory(
     generator = torch.Generator().manual_seed(seed)
     shape = LMShape(12, 4, 6, layers, cutoffs, cell)
     weights = {n: w.double() * 2 for n, w in initial_weights(shape, generator).items()}
+    if cell == "lstm":  # gates that are not saturated, in every layer
+        weights["lstm.0.input"] *= EMBEDDING_BOUND * math.sqrt(4 / 6)
     names = tuple(weights) if dynamic is None else dynamic
     rms = made_up_rms(weights, names, generator)
     return TinyMemory(shape, weights, names, rms, 2.3, segment)
