@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.claim_tables import Seeds, write_tables
+from benchmarks.claim_tables import LEARNED_RULE, Seeds, write_tables
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
@@ -44,8 +44,6 @@ from mlm.run import Run, open_run, say
 from mlm.stage_meta import identity, tuned_rule
 from mlm.text import open_corpus
 
-ON_ALL = " on all"
-"""Ending of the name of the meta-learner that rewrites all weights."""
 THROUGH = "through: "
 """Beginning of the names of what the other language model's rules read."""
 
@@ -66,18 +64,20 @@ class Options:
     """Trainings of the meta-learner."""
     through_seeds: int = -1
     """Trainings of it on the other language model; -1 = as many."""
-    all_seeds: int = 1
-    """Trainings of it in which it rewrites all weights."""
-    dynamic: str = "lstm,softmax.low,softmax.bias"
+    forms: tuple[Literal["lstm", "all", "same"], ...] = ("lstm", "all", "same")
+    """Weights that dynamic evaluation may rewrite; the best of them is the rival."""
+    dynamic: str = "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias"
     """Weights that the meta-learner rewrites."""
-    rank: int = 32
-    """Rank of `.low`."""
-    segment: int = 40
+    rank: int = 256
+    """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
+    segment: int = 32
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
-    steps: int = 40
+    steps: int = 60
     """Meta-updates."""
+    lanes: int = 8
+    """Articles that meta-training reads side by side."""
     budget: int = 8
     """Settings, or steps of training, judged on validation."""
     articles: int = 0
@@ -136,7 +136,9 @@ class Reading:
                 overwrite=False,
                 seed=self.seed,
                 adapt=dataclasses.replace(base.adapt, **{**adapt, **self.adapt}),
-                meta=dataclasses.replace(base.meta, rules=trained, steps=options.steps),
+                meta=dataclasses.replace(
+                    base.meta, rules=trained, steps=options.steps, lanes=options.lanes
+                ),
                 evaluation=evaluation,
             )
         )
@@ -154,6 +156,7 @@ def forms(options: Options) -> dict[str, Reading]:
     return {
         form: Reading(options.run, f"ordinary/{form}", {"rms": f"rms, {form}"}, adapt)
         for form, adapt in weights.items()
+        if form in options.forms
     }
 
 
@@ -166,23 +169,19 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {**reading.columns, **cached}
             reading = dataclasses.replace(reading, columns=columns, travels=True)
         found.append(reading)
-    same, three = every["same"].adapt, "three_levels"
+    same = {"dynamic": options.dynamic}
+    fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
+    found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
     more = options.seeds if options.through_seeds < 0 else options.through_seeds
-    learned = [
-        ("ordinary", options.run, three, "", same, options.seeds),
-        ("ordinary", options.run, three + ON_ALL, "all ", {"dynamic": "all"}, options.all_seeds),
-    ]
+    learned = [("ordinary", options.run, LEARNED_RULE, options.seeds)]
     if options.through:
-        learned.append(("through", options.through, THROUGH + three, "", same, more))
-    for model, where, title, kind, adapt, seeds in learned:
+        learned.append(("through", options.through, THROUGH + LEARNED_RULE, more))
+    for model, where, title, seeds in learned:
         for seed in range(seeds):
-            columns = {three + end: f"{title}{end}, seed {seed}" for end in ("", CACHE)}
-            if title == three and not seed:
-                columns = {"two_levels": "two_levels, seed 0", **columns}
+            columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in ("", CACHE)}
             if title.startswith(THROUGH) and not seed:
                 columns = {"static": THROUGH + "static", **columns}
-            name = f"{model}/{kind}seed {seed}"
-            found.append(Reading(where, name, columns, adapt, seed, not (seed or kind)))
+            found.append(Reading(where, f"{model}/seed {seed}", columns, same, seed, not seed))
     return found
 
 

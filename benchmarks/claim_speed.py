@@ -29,16 +29,17 @@ from mlm.stage_meta import ready_rule
 from mlm.streams import LaneStream
 from mlm.training import static_loss
 
-LEARNED_RULE = "3 levels"
+LEARNED_RULE = "4 levels"
 RULES = {
     "static": ("lstm", "static"),
     "RMS (lstm)": ("lstm", "rms"),
     "RMS (all)": ("all", "rms"),
     "RMS (same)": ("same", "rms"),
-    "2 levels": ("seed_0", "two_levels"),
-    LEARNED_RULE: ("seed_0", "three_levels"),
+    "2 levels": ("fewer_levels", "two_levels"),
+    "3 levels": ("fewer_levels", "three_levels"),
+    LEARNED_RULE: ("seed_0", "four_levels"),
     "static + cache": ("lstm", "static+cache"),
-    "3 levels + cache": ("seed_0", "three_levels+cache"),
+    "4 levels + cache": ("seed_0", "four_levels+cache"),
 }
 """Name, folder in RUN/claim and rule."""
 PUBLISHED, PUBLISHED_SEGMENT = "RMS, the published loop", 5
@@ -117,7 +118,7 @@ def main() -> None:
             "M": segments[name],
             "words/s": speed(found[name]) / per_word,
             "time / static": ratio(found[name], found["static"]),
-            "3 levels / it": ratio(found[LEARNED_RULE], found[name]),
+            "4 levels / it": ratio(found[LEARNED_RULE], found[name]),
         }
         for name in work
     ]

@@ -29,7 +29,7 @@ LABELS: dict[str, str] = {
     "rms": "RMS dynamic evaluation",
     "two_levels": "meta-learner, 2 levels",
     "three_levels": "**meta-learner, 3 levels**",
-    "three_levels on all": "meta-learner, 3 levels on all weights",
+    "four_levels": "**meta-learner, 4 levels**",
 }
 ENGINE: dict[str, dict[str, str]] = {
     "peers": {
@@ -104,16 +104,17 @@ ENGINE: dict[str, dict[str, str]] = {
         "articles": "articles",
         "words": "words",
         "rms": "RMS",
-        "two_levels": "2 levels, seed 0",
+        "two_levels": "2 levels",
         "three_levels": "3 levels",
-        "three_levels on all": "3 levels on all weights",
-        "through: three_levels": "3 levels, LM trained through",
+        "four_levels": "4 levels",
+        "through: four_levels": "4 levels, LM trained through",
     },
     "halves": {
         "article": "article",
         "words": "words",
         "two_levels": "2 levels, 1st → 2nd half",
         "three_levels": "3 levels",
+        "four_levels": "4 levels",
         "rms": "RMS",
         "three_levels over two_levels": "3 levels over 2",
         "2018: tokens": "2018: tokens",
@@ -125,7 +126,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "M": "M",
         "words/s": "words/s",
         "time / static": "time over static",
-        "3 levels / it": "time of 3 levels over it",
+        "4 levels / it": "time of 4 levels over it",
     },
     "pareto": {
         "dynamic": "weights that adapt",

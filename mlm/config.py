@@ -17,6 +17,8 @@ LearnedRule = Literal[
     "weight_steps",
     "two_levels",
     "three_levels",
+    "unit_steps",
+    "four_levels",
     "surprise",
     "adaptive",
     "mlp",
@@ -148,9 +150,10 @@ class MetaConfig:
 
     rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
     """Which to train: tensor_steps (a step size and a decay per tensor), weight_steps (a step size
-    per weight), two_levels (linear gates without FLUSH), three_levels (with FLUSH), surprise (with
-    momentum too), adaptive (with momentum and running second moment), mlp, lstm (gates that are
-    small networks; the latter with a hidden state for every weight)."""
+    per weight), two_levels (linear gates without FLUSH), three_levels (with FLUSH), unit_steps (and
+    a step size per row and column), four_levels (that in two memories, a fast and a slow one),
+    surprise (with momentum), adaptive (with momentum and running second moment), mlp, lstm (gates
+    that are small networks; the latter with a hidden state for every weight)."""
     features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (
         "fisher",
         "loss",

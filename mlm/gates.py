@@ -6,6 +6,7 @@ O outputs of a network.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,21 @@ from mlm.learner import Bound, ByFormula, LaneByLane, Parameters, Signal, Update
 from mlm.lm import Weights
 from mlm.memory import LongTerm
 from mlm.networks import LSTM, MLP, Network
-from mlm.separable import FLUSH_UNIT, LANE, SQUARE_UNIT, FilteredGates, SeparableGates
+from mlm.separable import (
+    FLUSH_UNIT,
+    LANE,
+    SLOW,
+    SQUARE_UNIT,
+    UNIT_STEP,
+    FilteredGates,
+    SeparableGates,
+    TwoMemories,
+    away,
+    joined,
+    parts_of,
+    slow_name,
+    split,
+)  # fmt: skip
 
 Feature = Literal["fisher", "loss", "age", "gradient", "distance"]
 COORDINATE = ("gradient", "distance")
@@ -52,8 +67,18 @@ class LinearGates(UpdateRule):
     and `distance` theta - theta_0, both preprocessed as in Andrychowicz et al. 2016. With
     `per_tensor` every tensor has its own w, s, v, k. g~ is the gradient, after `momentum` and
     `square` if the rule has them (`mlm.filters`), each with a number per group. `per_weight` adds
-    a number per weight to w . x (Meta-SGD, Li et al. 2017); `mlp` and `lstm` networks that see x
-    add to w . x and v . x (`mlm.networks`).
+    a number per weight to w . x (Meta-SGD, Li et al. 2017), `per_unit` one per row and one per
+    column of every tensor, `gain` multiplies i by a number per group; `mlp` and `lstm` networks
+    that see x add to w . x and v . x (`mlm.networks`).
+
+    With `slow` the weights are theta_0 + a fast and a slow memory of the article, which have gates
+    of their own, of the same kind:
+
+        theta_t = theta_0 + F_t + S_t
+        F_t = (1 - z) F_{t-1} + i g~        S_t = (1 - z') S_{t-1} + i' g~'
+
+    so that what is soon forgotten and what is kept need not be one compromise (fast weights beside
+    slow ones: Hinton and Plaut 1987). i' has a `gain`, at which it starts: zero.
 
     Every part is exactly without effect until it is trained: a rule starts as what any rule whose
     parts it contains does (`mlm.rules.start_at`).
@@ -68,6 +93,9 @@ class LinearGates(UpdateRule):
     momentum: bool = False
     square: bool = False
     per_weight: bool = False
+    per_unit: bool = False
+    gain: bool = False
+    slow: bool = False
     mlp: int = 0
     """Hidden units, 0 = without."""
     lstm: int = 0
@@ -75,7 +103,7 @@ class LinearGates(UpdateRule):
     fixed: tuple[str, ...] = ()
     """What is not trained: features (or `one`, the constant) of all gates, or of one, such as
     `flush.fisher`; whole gates `update`, `flush`, `copy`; or `flush_scale`, `momentum`, `square`,
-    `step`, `mlp`, `lstm`."""
+    `step`, `row`, `column`, `gain`, `mlp`, `lstm`; in both memories alike; or `slow`."""
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.fixed) - self.fixable)
@@ -99,6 +127,10 @@ class LinearGates(UpdateRule):
             "momentum": self.momentum,
             "square": self.square,
             "step": self.per_weight,
+            "row": self.per_unit,
+            "column": self.per_unit,
+            "gain": self.gain,
+            "slow": self.slow,
             "mlp": self.mlp,
             "lstm": self.lstm,
         }
@@ -131,10 +163,29 @@ class LinearGates(UpdateRule):
             kind(hidden) for kind, hidden in ((MLP, self.mlp), (LSTM, self.lstm)) if hidden
         )
 
+    # -- two memories -----------------------------------------------------------------------
+
+    @cached_property
+    def fast(self) -> LinearGates:
+        """The gates of the fast memory."""
+        return dataclasses.replace(self, slow=False, fixed=self._fixed_of_one)
+
+    @cached_property
+    def slowly(self) -> LinearGates:
+        """The gates of the slow memory, whose theta_0 is zero (`away`)."""
+        return dataclasses.replace(self, slow=False, gain=True, fixed=self._fixed_of_one)
+
+    @property
+    def _fixed_of_one(self) -> tuple[str, ...]:
+        return tuple(what for what in self.fixed if what != "slow")
+
     # -- parameters -------------------------------------------------------------------------
 
     def initial(self, memory: LongTerm) -> Parameters:
         """Parameters of parts without effect: rows of zeros, and networks that say nothing."""
+        if self.slow:
+            both = self.fast.initial(memory), self.slowly.initial(memory)
+            return both[0] | {SLOW + n: p for n, p in both[1].items()}
         groups = len(memory.dynamic) if self.per_tensor else 1
         like = next(iter(memory.rms.values()))
         phi = {"update": like.new_zeros(groups, len(self.columns))}
@@ -143,11 +194,15 @@ class LinearGates(UpdateRule):
             phi["flush_scale"] = like.new_zeros(groups)
         if self.free_copy:
             phi["copy"] = torch.zeros_like(phi["update"])
-        for part, there in (("momentum", self.momentum), ("square", self.square)):
-            if there:
-                phi[part] = like.new_zeros(groups)
+        numbers = {"momentum": self.momentum, "square": self.square, "gain": self.gain}
+        phi |= {part: like.new_zeros(groups) for part, there in numbers.items() if there}
         if self.per_weight:
             phi |= {f"step/{n}": torch.zeros_like(w) for n, w in memory.start().items()}
+        if self.per_unit:
+            for n, w in memory.start().items():
+                phi[f"row/{n}"] = w.new_zeros(len(w))
+                if w.dim() > 1:
+                    phi[f"column/{n}"] = w.new_zeros(w.shape[1:])
         for network in self.networks:
             phi |= network.initial(len(self.columns), 1 + self.flush, like)
         return phi
@@ -172,15 +227,28 @@ class LinearGates(UpdateRule):
 
     def project(self, parameters: Parameters) -> None:
         """Bring parameters back to where their parts are alive and stable, in place."""
+        if self.slow:
+            for half, own in zip((self.fast, self.slowly), parts_of(parameters), strict=True):
+                half.project(own)
+            return
         if self.flush:
             parameters["flush_scale"].clamp_(min=0)
         if self.momentum:
             parameters["momentum"].clamp_(0, LARGEST_MOMENTUM)
         if self.square:
             parameters["square"].clamp_(0, 1 / SQUARE_UNIT)
+        if self.gain:
+            parameters["gain"].clamp_(min=0)
 
     def mask(self, gradients: Parameters) -> None:
         """Zero the gradients of what is `fixed`, in place."""
+        if self.slow:
+            for half, own in zip((self.fast, self.slowly), parts_of(gradients), strict=True):
+                half.mask(own)
+            if "slow" in self.fixed:
+                for gradient in parts_of(gradients)[1].values():
+                    gradient.zero_()
+            return
         for kind in self.kinds:
             for column, k in self.columns.items():
                 feature = column.partition(".")[0]
@@ -191,7 +259,11 @@ class LinearGates(UpdateRule):
                 gradient.zero_()
 
     def state(self, memory: LongTerm) -> Weights:
-        """S = 0, v = RMS^2, and what networks remember of every weight."""
+        """S = 0, v = RMS^2, what networks remember of every weight, and an empty slow memory."""
+        if self.slow:
+            far = away(memory)
+            own = far.start() | self.slowly.state(far)
+            return self.fast.state(memory) | {slow_name(n): w for n, w in own.items()}
         found: Weights = {}
         for name, weights in memory.start().items():
             if self.momentum:
@@ -274,8 +346,16 @@ class LinearGates(UpdateRule):
     def weight_logs(self, parameters: Parameters, memory: LongTerm, name: str, gate: str) -> Tensor:
         """Logarithm of a gate's factor per weight: the tensor's shape."""
         total = self.weight_part(parameters[gate][self.group(memory, name)], memory, name, gate)
-        own = self.per_weight and gate == "update"
-        return total + parameters[f"step/{name}"] if own else total
+        if gate != "update":
+            return total
+        if self.per_weight:
+            total = total + parameters[f"step/{name}"]
+        if self.per_unit:
+            row = parameters[f"row/{name}"]
+            total = total + UNIT_STEP * row.view(-1, *[1] * (total.dim() - 1))
+            if total.dim() > 1:
+                total = total + UNIT_STEP * parameters[f"column/{name}"]
+        return total
 
     def gates(
         self,
@@ -304,6 +384,8 @@ class LinearGates(UpdateRule):
             return total if said is None or kind == "copy" else total + said[:, GATES.index(kind)]
 
         i = -linear("update").exp()
+        if self.gain:
+            i = i * parameters["gain"][group]
         z = torch.zeros_like(i[:1])
         if self.flush:
             scale = parameters["flush_scale"][group] * FLUSH_UNIT
@@ -343,7 +425,13 @@ class LinearGates(UpdateRule):
         return torch.stack(said).sum(0), after
 
     def formula(self, parameters, memory, weights, gradients, signal):
-        """Eq. 6, literally."""
+        """Eq. 6, literally; of two memories, each one's."""
+        if self.slow:
+            near, far = split(weights, memory.dynamic)
+            own, others = parts_of(parameters)
+            near = self.fast.formula(own, memory, near, gradients, signal)
+            far = self.slowly.formula(others, away(memory), far, gradients, signal)
+            return joined(near, far)
         new = dict(weights)
         for name, gradient in gradients.items():
             numbers = self.filter_numbers(parameters, memory, name)
@@ -358,10 +446,12 @@ class LinearGates(UpdateRule):
 
     def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
         """Separable gates get a fast form, networks their formula in pieces."""
+        if self.slow:
+            return TwoMemories(self, parameters, memory)
         if self.networks:
             return LaneByLane(self, parameters, memory)
         if not self.separable:
             return ByFormula(self, parameters, memory)
-        if self.momentum or self.square or self.per_weight:
+        if self.momentum or self.square or self.per_weight or self.per_unit or self.gain:
             return FilteredGates(self, parameters, memory)
         return SeparableGates(self, parameters, memory)

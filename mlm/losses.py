@@ -33,6 +33,8 @@ RULE_LABELS = {
     "weight_steps": "learned steps per weight",
     "two_levels": "2 levels",
     "three_levels": "3 levels",
+    "unit_steps": "3 levels, steps per row and column",
+    "four_levels": "4 levels",
     "surprise": "3 levels with momentum",
     "adaptive": "3 levels with momentum and second moment",
     "mlp": "3 levels, MLP gates",

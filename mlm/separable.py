@@ -5,6 +5,8 @@ Letters: B lanes, N weights of a tensor, K copies in a tangent, C lane inputs of
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,10 @@ SQUARE_UNIT = 1e-2
 """What a second moment forgets per update is learned in hundredths: its memory is a long one."""
 FLUSH_UNIT = 1e-3
 """FLUSH and COPY are learned in thousandths per update, the size of Krause's decay."""
+UNIT_STEP = 0.5
+"""The steps of rows and columns are learned in halves: they are many, and each is seen little."""
+SLOW = "slow/"
+"""Beginning of the names of the slow memory's parameters."""
 
 
 class SeparableGates(ByFormula):
@@ -67,6 +73,14 @@ class SeparableGates(ByFormula):
         row = self.parameters[kind][self.rule.group(self.memory, name)]
         part = self.rule.lane_part(row, self.memory, signal)
         return None if part is None else part.exp()
+
+    def _factor(self, name: str, signal: Signal) -> Tensor | None:
+        """UPDATE's factor per lane, with its gain."""
+        a_B = self._lane("update", name, signal)
+        if not self.rule.gain:
+            return a_B
+        gain = self.parameters["gain"][self.rule.group(self.memory, name)]
+        return gain.expand(len(signal.loss)) if a_B is None else gain * a_B
 
     def _scale(self, name: str) -> Tensor:
         if not self.rule.flush:
@@ -117,7 +131,7 @@ class SeparableGates(ByFormula):
         out: Weights,
     ) -> None:
         """One tensor's update with this gradient, into `out`; `z_B` is FLUSH's factor per lane."""
-        step_B = self._lane("update", name, signal)
+        step_B = self._factor(name, signal)
         rest = self._step[name], self._z[name], step_B, z_B, out[name]
         relax(weights[name], gradient, self.memory.weights[name], *rest)
 
@@ -230,8 +244,11 @@ class SeparableGates(ByFormula):
     ) -> None:
         """Add what one tensor's moves say about the parameters to `found`."""
         group = self.rule.group(self.memory, name)
-        a_B, moves_2B = self._lane("update", name, signal), -sums_B4[:, :2].t()
+        a_B, moves_2B = self._factor(name, signal), -sums_B4[:, :2].t()
         self._spread(found["update"][group], moves_2B if a_B is None else moves_2B * a_B, signal)
+        if self.rule.gain:
+            a_B = self._lane("update", name, signal)
+            found["gain"][group] += (moves_2B[0] if a_B is None else moves_2B[0] * a_B).sum()
         if self.rule.flush:
             moves_2B = sums_B4[:, 2:].t() if z_B is None else sums_B4[:, 2:].t() * z_B
             found["flush_scale"][group] += moves_2B[0].sum()
@@ -388,22 +405,120 @@ class FilteredGates(SeparableGates):
         found: Parameters,
     ) -> Weights:
         filter, lam = self._filters[name], cotangent[name]
-        step, step_B = self._step[name], self._lane("update", name, signal)
+        step, step_B = self._step[name], self._factor(name, signal)
         move, state, sums = filter.pull(weights, gradient, lam, step, step_B, cotangent)
         group = self.rule.group(self.memory, name)
         for part, unit, value in zip(("momentum", "square"), (1, SQUARE_UNIT), sums, strict=True):
             if part in found:
                 found[part][group] += unit * value
-        if self.rule.per_weight:
-            found[f"step/{name}"] -= step * _products(lam, move, step_B)
+        if self.rule.per_weight or self.rule.per_unit:
+            self._collect_steps(name, step * _products(lam, move, step_B), found)
         back = super()._pull(name, weights, move, {name: lam}, signal, z_B, 0.0, found)
         back[name].add_(gradient, alpha=own)
         buffers.give([move])
         return back | state
 
+    def _collect_steps(self, name: str, products: Tensor, found: Parameters) -> None:
+        """Add what a tensor's moves say about steps of weights, rows and columns to `found`."""
+        if self.rule.per_weight:
+            found[f"step/{name}"] -= products
+        if self.rule.per_unit:
+            moves = UNIT_STEP * products
+            if moves.dim() > 1:
+                found[f"column/{name}"] -= moves.sum(0)
+                moves = moves.flatten(1).sum(1)
+            found[f"row/{name}"] -= moves
+
     tangent = ByFormula.tangent
     advance = ByFormula.advance
     owed = ByFormula.owed
+
+
+def slow_name(name: str) -> str:
+    """What the outside calls a weight or memory of the slow half: `softmax.bias/slow`."""
+    tensor, _, what = name.partition("/")
+    return f"{tensor}/slow/{what}" if what else f"{tensor}/slow"
+
+
+def away(memory: LongTerm) -> LongTerm:
+    """The long-term memory that a slow one has: it starts from, and is flushed to, zero."""
+    zeros = {n: torch.zeros_like(w) for n, w in memory.start().items()}
+    return dataclasses.replace(memory, weights={**memory.weights, **zeros})
+
+
+def parts_of(parameters: Parameters) -> tuple[Parameters, Parameters]:
+    """Parameters (or their gradients) of the fast and of the slow memory's gates."""
+    fast = {n: p for n, p in parameters.items() if not n.startswith(SLOW)}
+    return fast, {n.removeprefix(SLOW): parameters[n] for n in parameters.keys() - fast.keys()}
+
+
+def halves(weights: Weights) -> tuple[Weights, Weights]:
+    """A lane's tensors in two: the slow memory's, by its own names, and the others."""
+    near = {n: w for n, w in weights.items() if n.split("/")[1:2] != ["slow"]}
+    return near, {n.replace("/slow", "", 1): weights[n] for n in weights if n not in near}
+
+
+def split(weights: Weights, dynamic: Sequence[str]) -> tuple[Weights, Weights]:
+    """What a lane holds as what its two memories hold: theta_0 + F and the like, and S."""
+    near, far = halves(weights)
+    return near | {n: near[n] - far[n] for n in dynamic if n in near}, far
+
+
+def joined(near: Weights, far: Weights) -> Weights:
+    """The other way round: theta = (theta_0 + F) + S, and what stands beside it."""
+    both = {n: w + far[n] if n in far and "/" not in n else w for n, w in near.items()}
+    return both | {slow_name(n): w for n, w in far.items()}
+
+
+class TwoMemories(ByFormula):
+    """A fast and a slow memory (`LinearGates.slow`), each in the fast form of its own gates."""
+
+    rule: LinearGates
+
+    def __init__(self, rule: LinearGates, parameters: Parameters, memory: LongTerm) -> None:
+        super().__init__(rule, parameters, memory)
+        own, others = parts_of(parameters)
+        self._fast = rule.fast.bind(own, memory)
+        self._slow = rule.slowly.bind(others, away(memory))
+
+    def update(
+        self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
+    ) -> Weights:
+        """See `Bound.update`."""
+        out = out or {n: torch.empty_like(w) for n, w in weights.items()}
+        (near, far), (new_near, new_far) = halves(weights), halves(out)
+        kept = {n: buffers.take(tuple(w.shape), w) for n, w in gradients.items()}
+        for name in gradients:
+            near[name] = torch.sub(near[name], far[name], out=kept[name])
+        self._fast.update(near, gradients, signal, new_near)
+        self._slow.update(far, gradients, signal, new_far)
+        buffers.give(kept.values())
+        for name in gradients:
+            new_near[name].add_(new_far[name])
+        return out
+
+    def pullback(
+        self,
+        weights: Weights,
+        gradients: Weights,
+        signal: Signal,
+        cotangent: Weights,
+        own: float = 0.0,
+    ) -> tuple[Weights, Parameters]:
+        """See `Bound.pullback`; the memories' cotangents are those of F and S."""
+        (near, far), (lam, lam_far) = halves(weights), halves(cotangent)
+        kept = {n: buffers.take(tuple(w.shape), w) for n, w in gradients.items()}
+        for name in gradients:
+            near[name] = torch.sub(near[name], far[name], out=kept[name])
+            lam_far[name] = lam_far[name].add_(lam[name])
+        back, found = self._fast.pullback(near, gradients, signal, lam, own)
+        back_far, more = self._slow.pullback(far, gradients, signal, lam_far, own)
+        buffers.give(kept.values())
+        for name in gradients:
+            back_far[name].sub_(back[name])
+        found |= {SLOW + n: p for n, p in more.items()}
+        both = back | {slow_name(n): w for n, w in back_far.items()}
+        return {n: both[n] for n in weights}, {n: found[n] for n in self.parameters}
 
 
 def _products(a: Tensor, b: Tensor, factor_B: Tensor | None) -> Tensor:

@@ -26,7 +26,15 @@ from mlm.lm import BaseModel, Weights
 from mlm.lowrank import add_low_rank
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
-from mlm.rules import HAND_MADE_RULES, describe, learned_rule, rule_of, start_at
+from mlm.rules import (
+    HAND_MADE_RULES,
+    as_gates,
+    describe,
+    learned_rule,
+    open_slow,
+    rule_of,
+    start_at,
+)  # fmt: skip
 from mlm.run import Run, guarded, say
 from mlm.training import Text
 from mlm.tuning import Trial, tune
@@ -175,9 +183,12 @@ def new_rule(meta: MetaConfig, name: str, start: Learned) -> tuple[LinearGates, 
         start=start.rule,
     )
     parameters = start_at(rule, start.rule, start.parameters, start.memory)
-    if rule.per_weight and meta.gradient == "forward":
+    if rule.slow and not as_gates(start.rule).slow:
+        open_slow(parameters)
+    if (rule.per_weight or rule.per_unit) and meta.gradient == "forward":
+        own = "weight" if rule.per_weight else "row and column"
         raise UserError(
-            f"--meta.gradient forward: {name} has a parameter per weight, and forward mode holds a "
+            f"--meta.gradient forward: {name} has a parameter per {own}, and forward mode holds a "
             "copy of the weights for each; use reverse or checkpoint"
         )
     if meta.fisher == "flush" and rule.flush and "fisher" in rule.columns:

@@ -172,7 +172,8 @@ def dot(row: Tensor, values: list[Tensor]) -> Tensor:
 def family(memory: LongTerm, rule):
     """Eq. 6 with all parts of `LinearGates`, one tensor of one lane, hidden units one by one.
 
-    `own` is what the rule remembers of the tensor: `momentum`, `square`, and lists `h` and `c`.
+    `own` is what the rule remembers of the tensor: `momentum`, `square`, and lists `h` and `c`; of
+    a rule with two memories, `slow` (then without the others).
     """
     mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
 
@@ -212,6 +213,10 @@ def family(memory: LongTerm, rule):
         w, v = dot(phi["update"][k], inputs(with_eps)), dot(phi["flush"][k], inputs(plain))
         if rule.per_weight:
             w = w + phi[f"step/{name}"]
+        if rule.per_unit:
+            row = phi[f"row/{name}"]
+            w = w + row.view(-1, *[1] * (theta.dim() - 1)) / 2
+            w = w + phi[f"column/{name}"] / 2 if theta.dim() > 1 else w
         for kind in ("mlp", "lstm"):
             if getattr(rule, kind):
                 said = network(phi, kind, inputs(with_eps), own)
@@ -224,9 +229,19 @@ def family(memory: LongTerm, rule):
             own["square"] = own["square"] + a * (gradient**2 - own["square"])
             move = move * (rms + 2e-5) / (own["square"] ** 0.5 + 2e-5)
         z = (phi["flush_scale"][k] * 1e-3 * v.exp()).clamp(0, 1)
-        return theta - w.exp() * move + z * (theta_0 - theta), own
+        gain = phi["gain"][k] if "gain" in phi else 1
+        return theta - gain * w.exp() * move + z * (theta_0 - theta), own
 
-    return update
+    def both(phi, name, theta, gradient, theta_0, loss, age, own):
+        """theta = (theta_0 + F) + S, each with gates of its own."""
+        mine = {n: p for n, p in phi.items() if not n.startswith("slow/")}
+        other = {n.removeprefix("slow/"): p for n, p in phi.items() if n.startswith("slow/")}
+        slow, zero = own["slow"], torch.zeros_like(theta_0)
+        near, _ = update(mine, name, theta - slow, gradient, theta_0, loss, age, {})
+        slow, _ = update(other, name, slow, gradient, zero, loss, age, {})
+        return near + slow, {"slow": slow}
+
+    return both if rule.slow else update
 
 
 def family_state(memory: LongTerm, rule):
@@ -234,6 +249,8 @@ def family_state(memory: LongTerm, rule):
 
     def state(name: str):
         zero = torch.zeros_like(memory.rms[name])
+        if rule.slow:
+            return {"slow": zero}
         return moments_state(memory)(name) | {n: [zero] * rule.lstm for n in ("h", "c")}
 
     return state

@@ -18,7 +18,7 @@ from mlm.losses import LossTable, column_name
 from mlm.report import read_evaluation
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
-       "--segment", 5, "--rank", 2, "--rival-segment", 5)  # fmt: skip
+       "--segment", 5, "--rank", 2, "--lanes", 2, "--rival-segment", 5)  # fmt: skip
 
 
 def _table(
@@ -42,25 +42,27 @@ def _table(
 
 
 def _rules(**gains: np.ndarray | float) -> dict[str, np.ndarray | float]:
-    plain = {"rms": 0.2, "two_levels": 0.2, "three_levels": 0.3} | gains
+    plain = {"rms": 0.2, "two_levels": 0.2, "three_levels": 0.25, "four_levels": 0.3} | gains
     cached = {f"{rule}+cache": gain + 0.1 for rule, gain in plain.items()}
-    return {**plain, **cached, "three_levels, seed 0": 0.2, "three_levels, seed 1": 0.4}
+    return {**plain, **cached, "four_levels, seed 0": 0.2, "four_levels, seed 1": 0.4}
 
 
 SEEDS = {
-    "three_levels": ["three_levels, seed 0", "three_levels, seed 1"],
-    "three_levels+cache": ["three_levels+cache"],
+    "four_levels": ["four_levels, seed 0", "four_levels, seed 1"],
+    "four_levels+cache": ["four_levels+cache"],
+    "three_levels": ["three_levels"],
+    "two_levels": ["two_levels"],
 }
 CHOSEN: dict[str, str] = dict.fromkeys([*PROTOCOLS], "all")
 
 
 def test_ratios_of_gains_and_their_seeds() -> None:
     rows = claims(_table([300, 500], _rules()), SEEDS, CHOSEN)
-    ratio = next(r for r in rows if r["what"] == "3 levels: times the gain of RMS (all)")
+    ratio = next(r for r in rows if r["what"] == "4 levels: times the gain of RMS (all)")
     assert ratio["found"] == pytest.approx(1.5)
     assert ratio["found interval"] == pytest.approx([1.5, 1.5])
     assert ratio["seeds"] == "1.000 2.000"
-    more = next(r for r in rows if r["what"] == "3 levels + cache: more than RMS (all) + cache")
+    more = next(r for r in rows if r["what"] == "4 levels + cache: more than RMS (all) + cache")
     assert more["found"] == pytest.approx(0.1)
 
 
@@ -76,7 +78,7 @@ def test_starts_of_articles_apart() -> None:
     words = [300, 500]
     early_N = np.concatenate([np.arange(n) for n in words]) < 200
     learned_N = 0.2 + 0.5 * early_N
-    table = _table(words, {**_rules(three_levels=learned_N), "three_levels, seed 0": learned_N})
+    table = _table(words, _rules(three_levels=learned_N))
     start = next(
         r for r in claims(table, SEEDS, CHOSEN) if "more than 2 levels, first 200" in r["what"]
     )
@@ -93,12 +95,12 @@ def test_growth_is_that_of_long_articles() -> None:
     position_N = np.concatenate([np.arange(n) for n in words])
     gain_N = np.where(position_N < LONG, 0.1, 0.4)
     gain_N[-50:] = 0
-    gains = Gains(_table(words, {"three_levels": gain_N}), "article")
-    growth = gains.growth("three_levels")
+    gains = Gains(_table(words, {"four_levels": gain_N}), "article")
+    growth = gains.growth("four_levels")
     assert growth is not None
     assert growth["found"] == pytest.approx(0.3)
     assert growth["note"] == "2 articles"
-    assert Gains(_table([50], {"three_levels": 0.1}), "article").growth("three_levels") is None
+    assert Gains(_table([50], {"four_levels": 0.1}), "article").growth("four_levels") is None
 
 
 def test_halves_are_perplexities() -> None:
@@ -125,8 +127,8 @@ def test_seeds_are_seeds_and_their_mean_is_shown(tmp_path: Path) -> None:
     assert [r.name for r in every if r.name.startswith("through/seed")] == ["through/seed 0"]
     made = [(r, _table([10], dict.fromkeys(r.columns, 0.1 + r.seed))) for r in every]
     table, seeds = merge(made, CHOSEN)
-    assert seeds["three_levels"] == ["three_levels, seed 0", "three_levels, seed 1"]
-    np.testing.assert_allclose(table.loss("three_levels", "stream"), 5 - 0.6, rtol=1e-6)
+    assert seeds["four_levels"] == ["four_levels, seed 0", "four_levels, seed 1"]
+    np.testing.assert_allclose(table.loss("four_levels", "stream"), 5 - 0.6, rtol=1e-6)
     np.testing.assert_allclose(table.loss("rms", "article"), table.loss("rms, all", "article"))
 
 
@@ -152,9 +154,9 @@ def test_every_reading_is_a_run_made_once(
         best = min(mine, key=lambda r: r["nll"])
         assert [r["form"] for r in mine if r["rival"]] == [best["form"]]
         assert totals[protocol, "rms"] == totals[protocol, f"rms, {best['form']}"]
-        assert totals[protocol, "three_levels"] == totals[protocol, "three_levels, seed 0"]
+        assert totals[protocol, "four_levels"] == totals[protocol, "four_levels, seed 0"]
         # two equal language models, equally read
-        assert totals[protocol, "through: three_levels"] == totals[protocol, "three_levels"]
+        assert totals[protocol, "through: four_levels"] == totals[protocol, "four_levels"]
         assert totals[protocol, "through: static"] == 0
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
@@ -164,7 +166,7 @@ def test_every_reading_is_a_run_made_once(
                    "--out", tmp_path / "out")  # fmt: skip
     assert done.code == 0, done.err
     times = json.loads((tmp_path / "out" / "speed.json").read_text(encoding="utf-8"))["rows"]
-    assert {r["rule"] for r in times} >= {"RMS (same)", "3 levels", "RMS, the published loop"}
+    assert {r["rule"] for r in times} >= {"RMS (same)", "4 levels", "RMS, the published loop"}
     assert all(r["words/s"] > 0 for r in times)
 
     def again(*_: object, **__: object) -> None:

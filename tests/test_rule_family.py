@@ -17,7 +17,7 @@ from torch import Tensor
 from worlds import EOS, segments, tiny_memory
 
 from mlm import buffers, kernels
-from mlm.config import LEARNED
+from mlm.config import LEARNED, MetaConfig
 from mlm.errors import UserError
 from mlm.filters import Filter
 from mlm.gates import Feature, LinearGates
@@ -26,7 +26,8 @@ from mlm.learner import RMS, SGD, Adam, ByFormula, LaneByLane, Momentum, Paramet
 from mlm.memory import LongTerm, lanes_of
 from mlm.rollout import GradientMode, MetaGradient, begin, meta_gradient
 from mlm.rules import ABOUT, HAND_MADE_RULES, as_gates, describe, learned_rule, rule_of, start_at
-from mlm.separable import FilteredGates
+from mlm.separable import FilteredGates, TwoMemories
+from mlm.stage_meta import Learned, new_rule
 from mlm.tuning import TuneText, tune
 
 DYNAMIC = ("lstm.1.bias", "softmax.bias")
@@ -60,11 +61,12 @@ def _scattered(rule: LinearGates, memory: LongTerm, seed: int = 4) -> Parameters
     start = start_at(rule, RMS(), _settings("rms"), memory) if "fisher" in rule.features else None
     phi = start or start_at(rule, SGD(), _settings("sgd"), memory)
     phi = {n: p + 0.1 * torch.randn(p.shape, generator=g).double() for n, p in phi.items()}
-    if rule.flush:
-        phi["flush_scale"] = phi["flush_scale"].abs() + 2
-    for part, least in {"momentum": 0.2, "square": 20.0}.items():
-        if part in phi:
-            phi[part] = phi[part].abs() + least
+    for name in [n for n in phi if n.endswith("flush_scale")]:
+        phi[name] = phi[name].abs() + 2
+    for name in phi:
+        least = {"momentum": 0.2, "square": 20.0, "gain": 0.4}.get(name.removeprefix("slow/"))
+        if least is not None:
+            phi[name] = phi[name].abs() + least
     for part in ("mlp", "lstm"):
         if f"{part}.output" in phi:
             phi[f"{part}.output"] *= 3
@@ -291,8 +293,8 @@ def test_a_rule_that_lacks_a_part_cannot_start_there() -> None:
         start_at(_rule("three_levels"), Adam(), _settings("adam"), memory)
     with pytest.raises(UserError, match="no learned rule can start as 'static' does"):
         as_gates(Static())
-    with pytest.raises(UserError, match="there is no learned rule 'four_levels'"):
-        _rule("four_levels")
+    with pytest.raises(UserError, match="there is no learned rule 'nine_levels'"):
+        _rule("nine_levels")
 
 
 def test_every_rule_is_described_in_one_line() -> None:
@@ -366,7 +368,7 @@ def test_descriptions_of_older_files_are_understood() -> None:
 # ---------------------------------------------------------------- fast = formula
 
 
-@pytest.mark.parametrize("parts", ["momentum", "square", "per_weight", "all"])
+@pytest.mark.parametrize("parts", ["momentum", "square", "per_weight", "per_unit", "gain", "all"])
 @pytest.mark.parametrize("flush", [None, 2.0, 900.0])
 @pytest.mark.parametrize("features", [(), ("fisher", "loss")])
 def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> None:
@@ -381,6 +383,8 @@ def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> 
         momentum=whole or parts == "momentum",
         square=whole or parts == "square",
         per_weight=whole or parts == "per_weight",
+        per_unit=whole or parts == "per_unit",
+        gain=whole or parts == "gain",
     )
     phi = _scattered(rule, memory)
     if rule.flush:
@@ -406,6 +410,56 @@ def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> 
         _close(found[1], right[1], rtol=1e-10, atol=1e-12)
         _close(weights, before, rtol=0, atol=0)
         weights = want
+
+
+@pytest.mark.parametrize("name", ["three_levels", "surprise", "adaptive", "mlp", "lstm"])
+@pytest.mark.parametrize("flush", [2.0, 900.0])
+def test_two_memories_equal_the_formula(name: str, flush: float, engine) -> None:
+    """Each with all that a rule remembers; nothing that is given is written."""
+    memory = tiny_memory(("lstm.0.recurrent", *DYNAMIC))
+    rule = dataclasses.replace(_rule(name), slow=True, per_unit=True)
+    phi = _scattered(rule, memory)
+    for part in ("flush_scale", "slow/flush_scale"):
+        phi[part].fill_(flush)
+    fast, slow = rule.bind(phi, memory), ByFormula(rule, phi, memory)
+    assert isinstance(fast, TwoMemories)
+    weights = lanes_of(fast.start(), 3)
+    for gradients, signal in _texts(memory, number=3):
+        before = {n: w.clone() for n, w in weights.items()}
+        want = slow.update(weights, gradients, signal)
+        out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
+        got = fast.update(weights, gradients, signal, out)
+        assert all(got[n] is out[n] for n in out)
+        _close(got, {n: want[n] for n in got}, **ROUNDING)
+        lam = {n: torch.sin(9 * w + 1) for n, w in weights.items()}
+        found, right = (
+            b.pullback(weights, gradients, signal, {n: c.clone() for n, c in lam.items()}, 0.3)
+            for b in (fast, slow)
+        )
+        _close(found[0], right[0], rtol=1e-10, atol=1e-12)
+        _close(found[1], right[1], rtol=1e-10, atol=1e-12)
+        _close(weights, before, rtol=0, atol=0)
+        weights = {n: want[n] for n in weights}
+
+
+def test_a_slow_memory_is_opened_for_training() -> None:
+    """Half of every step goes there and is forgotten slowly; what is learned already stays."""
+    memory, meta = tiny_memory(DYNAMIC), MetaConfig(rules=("four_levels",))
+    rule, phi = new_rule(meta, "four_levels", Learned(RMS(), _settings("rms"), memory))
+    other = start_at(rule, RMS(), _settings("rms"), memory)
+    gradients, signal = _texts(memory)[0]
+    ends = []
+    for parameters in (phi, other):
+        bound = rule.bind(parameters, memory)
+        ends.append(bound.update(lanes_of(bound.start(), 3), gradients, signal))
+    for n in DYNAMIC:
+        torch.testing.assert_close(ends[0][n], ends[1][n])  # from theta_0 there is no decay yet
+        moved = ends[0][n] - memory.weights[n]
+        torch.testing.assert_close(ends[0][f"{n}/slow"], moved / 2)
+        assert not bool(ends[1][f"{n}/slow"].any())
+    torch.testing.assert_close(phi["slow/flush_scale"], phi["flush_scale"] / 32)
+    again = new_rule(meta, "four_levels", Learned(rule, phi, memory))[1]
+    _close(again, phi, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -533,9 +587,12 @@ def _against_autograd(memory, rule, phi, update, state) -> Parameters:
     return found.gradients
 
 
-@pytest.mark.parametrize("name", ["tensor_steps", "weight_steps", "surprise", "adaptive"])
+@pytest.mark.parametrize(
+    "name", ["tensor_steps", "weight_steps", "unit_steps", "four_levels", "surprise", "adaptive"]
+)
 def test_filtered_gates_equal_autograd(name: str, engine) -> None:
-    memory = tiny_memory(SMALL if name == "weight_steps" else DYNAMIC)
+    small = {"weight_steps": SMALL, "unit_steps": ("lstm.1.input", *SMALL), "four_levels": SMALL}
+    memory = tiny_memory(small.get(name, DYNAMIC))
     rule = _rule(name)
     update, state = reference.family(memory, rule), reference.family_state(memory, rule)
     found = _against_autograd(memory, rule, _scattered(rule, memory), update, state)
@@ -586,6 +643,7 @@ def test_every_part_learns_from_where_it_has_no_effect(name: str) -> None:
     pieces = segments(memory, LENGTHS, 3, 7)
     found = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces).gradients
     hidden = {n for n in found if n.endswith((".input", ".recurrent"))}
+    hidden |= {n for n in found if n.startswith("slow/")} - {"slow/gain"}  # its gain is zero
     for n, g in found.items():
         assert bool(g.isfinite().all()), n
         assert (float(g.norm()) > 1e-9) == (n not in hidden), n
