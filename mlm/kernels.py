@@ -373,6 +373,49 @@ def relax(lo, hi, theta_BN, gradient_BN, start, step, z, step_B, z_B, out_BN):
 
 
 @jit
+def _relax_both_tile(theta, slow, gradient, start, gates_4N, a, b, slow_a, slow_b, out, new_slow):
+    step, z, slow_step, slow_z = gates_4N[0], gates_4N[1], gates_4N[2], gates_4N[3]
+    zero, one = out.dtype.type(0), out.dtype.type(1)
+    for n in range(out.shape[0]):
+        s, near = slow[n], theta[n] - slow[n]
+        flush, slow_flush = b * z[n], slow_b * slow_z[n]
+        flush = zero if flush < zero else one if flush > one else flush
+        slow_flush = zero if slow_flush < zero else one if slow_flush > one else slow_flush
+        near = near - a * step[n] * gradient[n] + flush * (start[n] - near)
+        s = s - slow_a * slow_step[n] * gradient[n] - slow_flush * s
+        new_slow[n] = s
+        out[n] = near + s
+
+
+@jit
+def relax_both(
+    lo, hi, theta_BN, slow_BN, gradient_BN, start, gates_4N, factors_4B, out_BN, new_slow_BN
+):
+    """Tiles lo..hi of every lane: `relax` of theta - slow towards `start` and of slow towards 0.
+
+    `gates_4N` holds step and z of the one and of the other, `factors_4B` what multiplies them in a
+    lane; `out_BN` receives the sum of both.
+    """
+    for tile in range(lo, hi):
+        own = slice(tile * TILE, min(tile * TILE + TILE, out_BN.shape[1]))
+        for lane in range(theta_BN.shape[0]):
+            a, b, slow_a, slow_b = factors_4B[:, lane]
+            _relax_both_tile(
+                theta_BN[lane, own],
+                slow_BN[lane, own],
+                gradient_BN[lane, own],
+                start[own],
+                gates_4N[:, own],
+                a,
+                b,
+                slow_a,
+                slow_b,
+                out_BN[lane, own],
+                new_slow_BN[lane, own],
+            )
+
+
+@jit
 def _pull_step_tile(lam, gradient, step, step_x, own):
     s0 = s1 = lam.dtype.type(0)
     for n in range(lam.shape[0]):

@@ -74,6 +74,19 @@ class SeparableGates(ByFormula):
         part = self.rule.lane_part(row, self.memory, signal)
         return None if part is None else part.exp()
 
+    filters = False
+    """Whether it acts on another gradient than the segment's."""
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """UPDATE and FLUSH of every weight of a tensor, without the lanes' factors."""
+        z = self._z[name]
+        assert z is not None
+        return self._step[name], z
+
+    def lane_factors(self, name: str, signal: Signal) -> tuple[Tensor | None, Tensor | None]:
+        """What multiplies `factors` in each lane, (B,); None = 1."""
+        return self._factor(name, signal), self._lane("flush", name, signal)
+
     def _factor(self, name: str, signal: Signal) -> Tensor | None:
         """UPDATE's factor per lane, with its gain."""
         a_B = self._lane("update", name, signal)
@@ -380,6 +393,7 @@ class FilteredGates(SeparableGates):
             mu, a = rule.filter_numbers(parameters, memory, name)
             given = {"momentum": mu, "square": a, "rms": memory.rms[name], "eps": rule.eps}
             self._filters[name] = Filter(name, **given)
+        self.filters = rule.momentum or rule.square
 
     def _push(
         self,
@@ -480,12 +494,43 @@ class TwoMemories(ByFormula):
         own, others = parts_of(parameters)
         self._fast = rule.fast.bind(own, memory)
         self._slow = rule.slowly.bind(others, away(memory))
+        both = [b for b in (self._fast, self._slow) if isinstance(b, SeparableGates)]
+        self._both = [b for b in both if rule.flush and not b.filters]
+        """The two, where one pass of `kernels.relax_both` does."""
+        self._gates: Weights = {}
+        """(4, N): UPDATE and FLUSH per weight of the one and of the other."""
+        for name in memory.dynamic if self._both else ():
+            pairs = [t.reshape(-1) for b in self._both for t in b.factors(name)]
+            self._gates[name] = torch.stack(pairs)
+
+    def _push(
+        self, name: str, weights: Weights, gradient: Tensor, signal: Signal, out: Weights
+    ) -> None:
+        """Both memories of one tensor in one pass of `kernels.relax_both`, into `out`."""
+        lanes, far = len(gradient), slow_name(name)
+        ones = torch.ones_like(gradient.view(lanes, -1)[:, 0])
+        found = [b.lane_factors(name, signal) for b in self._both]
+        factors = [ones if f is None else f for pair in found for f in pair]
+        kernels.share_out(
+            kernels.relax_both,
+            kernels.tiles(gradient[0].numel()),
+            gradient.numel(),
+            *(t.contiguous().view(lanes, -1) for t in (weights[name], weights[far], gradient)),
+            self.memory.weights[name].contiguous().view(-1),
+            self._gates[name],
+            torch.stack(factors),
+            *(out[n].view(lanes, -1) for n in (name, far)),
+        )
 
     def update(
         self, weights: Weights, gradients: Weights, signal: Signal, out: Weights | None = None
     ) -> Weights:
         """See `Bound.update`."""
         out = out or {n: torch.empty_like(w) for n, w in weights.items()}
+        if self._gates and kernels.usable(*weights.values(), *gradients.values(), *out.values()):
+            for name, gradient in gradients.items():
+                self._push(name, weights, gradient.contiguous(), signal, out)
+            return out
         (near, far), (new_near, new_far) = halves(weights), halves(out)
         kept = {n: buffers.take(tuple(w.shape), w) for n, w in gradients.items()}
         for name in gradients:
