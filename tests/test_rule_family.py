@@ -22,7 +22,18 @@ from mlm.errors import UserError
 from mlm.filters import Filter
 from mlm.gates import Feature, LinearGates
 from mlm.kernels import TILE
-from mlm.learner import RMS, SGD, Adam, ByFormula, LaneByLane, Momentum, Parameters, Signal, Static
+from mlm.learner import (
+    RMS,
+    SGD,
+    Adam,
+    Bound,
+    ByFormula,
+    LaneByLane,
+    Momentum,
+    Parameters,
+    Signal,
+    Static,
+)
 from mlm.memory import LongTerm, lanes_of
 from mlm.rollout import GradientMode, MetaGradient, begin, meta_gradient
 from mlm.rules import ABOUT, HAND_MADE_RULES, as_gates, describe, learned_rule, rule_of, start_at
@@ -391,12 +402,20 @@ def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> 
         phi["flush_scale"].fill_(flush)
     fast, slow = rule.bind(phi, memory), ByFormula(rule, phi, memory)
     assert isinstance(fast, FilteredGates)
-    weights = lanes_of(fast.start(), 3)
-    for gradients, signal in _texts(memory, number=3):
+    texts = _texts(memory, number=3)
+    for gradients, _ in texts:
         for g in gradients.values():
             g[1:].flatten(1)[:, ::5] = 0  # where the RMS gradient is zero, and elsewhere
+    _assert_fast_equals_formula(fast, slow, texts)
+
+
+def _assert_fast_equals_formula(fast: Bound, slow: Bound, texts) -> None:
+    """Update, and pullback against autograd, in `texts`; nothing that is given is written."""
+    weights = lanes_of(fast.start(), 3)
+    for gradients, signal in texts:
         before = {n: w.clone() for n, w in weights.items()}
         want = slow.update(weights, gradients, signal)
+        want = {n: want[n] for n in weights}
         out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
         got = fast.update(weights, gradients, signal, out)
         assert all(got[n] is out[n] for n in out)
@@ -423,23 +442,32 @@ def test_two_memories_equal_the_formula(name: str, flush: float, engine) -> None
         phi[part].fill_(flush)
     fast, slow = rule.bind(phi, memory), ByFormula(rule, phi, memory)
     assert isinstance(fast, TwoMemories)
-    weights = lanes_of(fast.start(), 3)
-    for gradients, signal in _texts(memory, number=3):
-        before = {n: w.clone() for n, w in weights.items()}
-        want = slow.update(weights, gradients, signal)
-        out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
-        got = fast.update(weights, gradients, signal, out)
-        assert all(got[n] is out[n] for n in out)
-        _close(got, {n: want[n] for n in got}, **ROUNDING)
-        lam = {n: torch.sin(9 * w + 1) for n, w in weights.items()}
-        found, right = (
-            b.pullback(weights, gradients, signal, {n: c.clone() for n, c in lam.items()}, 0.3)
-            for b in (fast, slow)
-        )
-        _close(found[0], right[0], rtol=1e-10, atol=1e-12)
-        _close(found[1], right[1], rtol=1e-10, atol=1e-12)
-        _close(weights, before, rtol=0, atol=0)
-        weights = {n: want[n] for n in weights}
+    _assert_fast_equals_formula(fast, slow, _texts(memory, number=3))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_memories_in_one_pass_over_many_tiles(threads: int) -> None:
+    """Each as `relax` alone would, the last tile being short; FLUSH clipped here and there."""
+    g = torch.Generator().manual_seed(3)
+    size = 9 * TILE - 7
+    theta, slow, gradient, start, gates, factors = (
+        torch.randn(*shape, generator=g).double()
+        for shape in [*[(2, size)] * 3, (size,), (4, size), (4, 2)]
+    )
+    out, new_slow = torch.empty_like(theta), torch.empty_like(theta)
+    torch.set_num_threads(threads)
+    kernels.share_out(
+        kernels.relax_both, kernels.tiles(size), theta.numel(), theta, slow, gradient, start,
+        gates, factors, out, new_slow,
+    )  # fmt: skip
+    both = [(theta - slow, start, 0), (slow, torch.zeros_like(start), 2)]
+    near, far = (
+        w + (gates[k + 1] * factors[k + 1].unsqueeze(1)).clamp(0, 1) * (to - w)
+        - factors[k].unsqueeze(1) * gates[k] * gradient
+        for w, to, k in both
+    )  # fmt: skip
+    torch.testing.assert_close(new_slow, far, **ROUNDING)
+    torch.testing.assert_close(out, near + far, **ROUNDING)
 
 
 def test_a_slow_memory_is_opened_for_training() -> None:
