@@ -64,6 +64,10 @@ class Options:
     """Trainings of the meta-learner."""
     through_seeds: int = -1
     """Trainings of it on the other language model; -1 = as many."""
+    cached_seeds: int = -1
+    """Trainings that are read with a cache, too; -1 = all."""
+    fewer: bool = True
+    """Read 2 and 3 levels on the same weights, too."""
     forms: tuple[Literal["lstm", "all", "same"], ...] = ("lstm", "all", "same")
     """Weights that dynamic evaluation may rewrite; the best of them is the rival."""
     dynamic: str = "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias"
@@ -171,14 +175,16 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
         found.append(reading)
     same = {"dynamic": options.dynamic}
     fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
-    found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
+    if options.fewer:
+        found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
     more = options.seeds if options.through_seeds < 0 else options.through_seeds
     learned = [("ordinary", options.run, LEARNED_RULE, options.seeds)]
     if options.through:
         learned.append(("through", options.through, THROUGH + LEARNED_RULE, more))
     for model, where, title, seeds in learned:
         for seed in range(seeds):
-            columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in ("", CACHE)}
+            cached = (CACHE,) * (options.cached_seeds < 0 or seed < options.cached_seeds)
+            columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in ("", *cached)}
             if title.startswith(THROUGH) and not seed:
                 columns = {"static": THROUGH + "static", **columns}
             found.append(Reading(where, f"{model}/seed {seed}", columns, same, seed, not seed))

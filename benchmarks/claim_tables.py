@@ -199,13 +199,15 @@ def halves(table: LossTable, protocol: str) -> list[dict[str, Any]]:
     rows = []
     for place, (article, paper) in enumerate(zip(table.articles, PAPER, strict=False)):
         words = table.rows(article)
-        rules = (STATIC, RIVAL, TWO, THREE, LEARNED_RULE)
-        static_N, *adapted = (table.loss(rule, protocol)[words] for rule in rules)
+        there = table.rules(protocol)
+        rules = [rule for rule in (RIVAL, TWO, THREE, LEARNED_RULE) if rule in there]
+        losses = {rule: table.loss(rule, protocol)[words] for rule in (STATIC, *rules)}
         row: dict[str, Any] = {"article": letter(place), "words": words.stop - words.start}
-        for rule, loss_N in zip(rules[1:], adapted, strict=True):
-            row[rule] = first_to_second(half_gains(static_N, loss_N))
-        over = np.exp(adapted[1].mean()) - np.exp(adapted[2].mean())
-        row[f"{THREE} over {TWO}"] = float(over)
+        for rule in rules:
+            row[rule] = first_to_second(half_gains(losses[STATIC], losses[rule]))
+        if {TWO, THREE} <= {*rules}:
+            over = np.exp(losses[TWO].mean()) - np.exp(losses[THREE].mean())
+            row[f"{THREE} over {TWO}"] = float(over)
         size, first, second, flush = paper
         row |= {"2018: tokens": size, "2018: 2 levels": first_to_second((first, second))}
         rows.append(row | {"2018: 3 levels over 2": flush})
@@ -262,5 +264,6 @@ def write_tables(
         if number:
             continue
         record("halves", halves(table, "stream"), there, **about)
-        figure2(_only(table, [STATIC, TWO, THREE]), folder / "figures", protocol="stream")
+        levels = [rule for rule in (TWO, THREE) if rule in seeds] or [LEARNED_RULE]
+        figure2(_only(table, [STATIC, *levels]), folder / "figures", protocol="stream")
     record("claims", rows, options, rival=dict(chosen))

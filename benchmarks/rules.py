@@ -83,6 +83,8 @@ ROWS: dict[str, Row] = {
     "3 levels": _learned("three_levels", "three_levels+cache"),
     "surprise": _learned("surprise"),
     "adaptive": _learned("adaptive"),
+    "unit steps": _learned("unit_steps"),
+    "4 levels": _learned("four_levels", "four_levels+cache"),
     "from SGD": _learned("three_levels", start="sgd"),
     "no Fisher": _learned("three_levels", start="sgd", fisher="off"),
     "Fisher in FLUSH": _learned("three_levels", start="sgd", fisher="flush"),

@@ -193,20 +193,26 @@ def _quarters(a, hidden):
 
 
 @jit
-def lstm_forward(lo, hi, recurrent, gates_BTG, h_BTH, c_BTH, tanh_c_BTH):
+def lstm_forward(lo, hi, recurrent, low, directions, gates_BTG, h_BTH, c_BTH, tanh_c_BTH):
     """Lanes lo..hi of the LSTM time loop, in place.
 
     `gates_BTG` holds the input projection and receives the activated gates; `recurrent` is
-    (B, G, H), or (1, G, H) for all lanes; `h_BTH` and `c_BTH` (B, T + 1, H) hold the state before
+    (B, G, H), or (1, G, H) for all lanes; `low` (B, G, R) times `directions` (R, H), which may be
+    empty, is added to it; `h_BTH` and `c_BTH` (B, T + 1, H) hold the state before
     the first step at index 0 and receive the others; `tanh_c_BTH` (B, T, H).
     """
     steps, hidden = tanh_c_BTH.shape[1], tanh_c_BTH.shape[2]
     one, two = gates_BTG.dtype.type(1), gates_BTG.dtype.type(2)
+    along = np.zeros(directions.shape[0], gates_BTG.dtype)
     for lane in range(lo, hi):
         weights = recurrent[lane if recurrent.shape[0] > 1 else 0]
         for t in range(steps):
             a, after = gates_BTG[lane, t], h_BTH[lane, t + 1]
             _add_product(weights, h_BTH[lane, t], a)
+            if along.shape[0] > 0:
+                along[:] = 0
+                _add_product(directions, h_BTH[lane, t], along)
+                _add_product(low[lane], along, a)
             old, new, squashed = c_BTH[lane, t], c_BTH[lane, t + 1], tanh_c_BTH[lane, t]
             for k in range(2 * hidden):
                 a[k] = one / (one + fast_exp(-a[k]))
@@ -220,7 +226,9 @@ def lstm_forward(lo, hi, recurrent, gates_BTG, h_BTH, c_BTH, tanh_c_BTH):
 
 
 @jit
-def lstm_backward(lo, hi, recurrent, gates_BTG, c_BTH, tanh_c_BTH, dy_BTH, dh_BH, dc_BH, dgates):
+def lstm_backward(
+    lo, hi, recurrent, low, directions, gates_BTG, c_BTH, tanh_c_BTH, dy_BTH, dh_BH, dc_BH, dgates
+):
     """Lanes lo..hi of back-propagation through the time loop.
 
     `dh_BH` and `dc_BH` hold the gradients of the last state and receive those of the first;
@@ -228,6 +236,7 @@ def lstm_backward(lo, hi, recurrent, gates_BTG, c_BTH, tanh_c_BTH, dy_BTH, dh_BH
     """
     steps, hidden = tanh_c_BTH.shape[1], tanh_c_BTH.shape[2]
     one = gates_BTG.dtype.type(1)
+    along = np.zeros(directions.shape[0], gates_BTG.dtype)
     for lane in range(lo, hi):
         weights = recurrent[lane if recurrent.shape[0] > 1 else 0]
         dh, dc = dh_BH[lane], dc_BH[lane]
@@ -246,6 +255,10 @@ def lstm_backward(lo, hi, recurrent, gates_BTG, c_BTH, tanh_c_BTH, dy_BTH, dh_BH
                 dc[k] = down * f[k]
                 dh[k] = 0
             _add_transposed(weights, d, dh)
+            if along.shape[0] > 0:
+                along[:] = 0
+                _add_transposed(low[lane], d, along)
+                _add_transposed(directions, along, dh)
 
 
 @jit

@@ -422,20 +422,21 @@ def _layer(
     h: Tensor,
     c: Tensor,
     extra_BTG: Tensor | None = None,
+    change: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One LSTM layer: the library's fused kernel where all weights are shared, else the engine.
 
-    `extra_BTG` (B, T, 4H) is added to the input projection.
+    `extra_BTG` and `change` as in `lane_lstm`.
     """
     w_input, w_recurrent, bias = weights
     shared = w_input.dim() == w_recurrent.dim() == 2 and bias.dim() == 1
-    if shared and extra_BTG is None and not is_plain():
+    if shared and extra_BTG is None and change is None and not is_plain():
         flat = [w_input, w_recurrent, bias, torch.zeros_like(bias)]
         state = (h.unsqueeze(0), c.unsqueeze(0))
         grad = torch.is_grad_enabled()
         y, h_n, c_n = torch.lstm(x, state, flat, True, 1, 0.0, grad, False, True)
         return y, h_n.squeeze(0), c_n.squeeze(0)
-    return lane_lstm(x, weights, h, c, extra_BTG)
+    return lane_lstm(x, weights, h, c, extra_BTG, change)
 
 
 def _input_weight(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -447,6 +448,14 @@ def _input_weight(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tenso
     low = weights.get(f"{name}.low")
     if low is not None and low.dim() == 3:
         return weights[name], _low_rank(weights, name, x)
+    return _dense(weights, name), None
+
+
+def _recurrent_weight(weights: Weights, name: str) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """(recurrent matrix, its low-rank change per lane, if any); a shared one is folded in."""
+    low = weights.get(f"{name}.low")
+    if low is not None and low.dim() == 3:
+        return weights[name], (low, weights[f"{name}.directions"])
     return _dense(weights, name), None
 
 
@@ -474,13 +483,13 @@ def _lstm_layer(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, LMState]:
     """Outputs (B, T, H) of an LSTM layer and its part of the state."""
-    recurrent = _dense(weights, f"lstm.{layer}.recurrent")
+    recurrent, change = _recurrent_weight(weights, f"lstm.{layer}.recurrent")
     if weight_drop:
         keep = torch.rand(recurrent.shape, generator=generator, device=recurrent.device)
         recurrent = recurrent * (keep.ge(weight_drop).to(recurrent.dtype) / (1 - weight_drop))
     w_input, extra = _input_weight(weights, f"lstm.{layer}.input", x)
     own = (w_input, recurrent, weights[f"lstm.{layer}.bias"])
-    y, h, c = _layer(x, own, state.h[layer], state.c[layer], extra)
+    y, h, c = _layer(x, own, state.h[layer], state.c[layer], extra, change)
     exact = state.c[layer].dtype  # not the half precision of an autocast
     return y, LMState((h.to(exact),), (c.to(exact),))
 
@@ -503,8 +512,7 @@ def run_lstm(
 ) -> Hidden[LMState]:
     """Read `tokens_BT` (B, T) from `state` through recurrent layers of either cell.
 
-    Every weight is shared or has a leading B. A low-rank change of an LSTM's recurrent weights is
-    folded into them: a full matrix per lane, exact and no cheaper than one that adapts itself.
+    Every weight is shared or has a leading B.
     `dropout` is for training with shared weights only; `generator` makes it repeatable.
     """
     drop = dropout or Dropout()

@@ -74,8 +74,17 @@ class LaneRecurrence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, gates_BTG: Tensor, recurrent: Tensor, h_BH: Tensor, c_BH: Tensor):
-        """Arguments: input projection plus bias (B, T, 4H); U (4H, H) or (B, 4H, H); state.
+    def forward(
+        ctx: Any,
+        gates_BTG: Tensor,
+        recurrent: Tensor,
+        h_BH: Tensor,
+        c_BH: Tensor,
+        low: Tensor | None = None,
+        directions: Tensor | None = None,
+    ):
+        """Arguments: input projection plus bias (B, T, 4H); U (4H, H) or (B, 4H, H); state; and,
+        to be added to U, the product of D (B, 4H, R) and P (R, H).
 
         Returns outputs (B, T, H), last h (B, H), last c (B, H).
         """
@@ -84,51 +93,74 @@ class LaneRecurrence(torch.autograd.Function):
         c_BTH, tanh_c_BTH = torch.empty_like(h_BTH), gates_BTG.new_empty(lanes, steps, hidden)
         h_BTH[:, 0], c_BTH[:, 0] = h_BH, c_BH
         gates_BTG = gates_BTG.clone(memory_format=torch.contiguous_format)
-        _run(kernels.lstm_forward, eager_forward, recurrent, gates_BTG, h_BTH, c_BTH, tanh_c_BTH)
-        ctx.save_for_backward(gates_BTG, recurrent, h_BTH, c_BTH, tanh_c_BTH)
+        if low is None or directions is None:
+            low, directions = gates_BTG.new_empty(lanes, 0, 0), gates_BTG.new_empty(0, hidden)
+        own = (gates_BTG, h_BTH, c_BTH, tanh_c_BTH)
+        _run(kernels.lstm_forward, eager_forward, recurrent, (low, directions), *own)
+        ctx.save_for_backward(recurrent, low, directions, *own)
         return h_BTH[:, 1:], h_BTH[:, -1].clone(), c_BTH[:, -1].clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):
         """Back-propagation through time; gradients in the order of `forward`'s arguments."""
         dy_BTH, dh_last, dc_last = grads
-        gates_BTG, recurrent, h_BTH, c_BTH, tanh_c_BTH = ctx.saved_tensors
+        recurrent, low, directions, gates_BTG, h_BTH, c_BTH, tanh_c_BTH = ctx.saved_tensors
         dh, dc = (g.clone(memory_format=torch.contiguous_format) for g in (dh_last, dc_last))
         dgates_BTG = torch.empty_like(gates_BTG)
         own = (gates_BTG, c_BTH, tanh_c_BTH, dy_BTH.contiguous(), dh, dc, dgates_BTG)
-        _run(kernels.lstm_backward, eager_backward, recurrent, *own)
-        drecurrent = None
+        _run(kernels.lstm_backward, eager_backward, recurrent, (low, directions), *own)
+        before = h_BTH[:, :-1]
+        drecurrent = dlow = None
         if ctx.needs_input_grad[1]:
-            before = h_BTH[:, :-1]
             if recurrent.dim() == 2:
                 drecurrent = dgates_BTG.flatten(0, 1).t() @ before.flatten(0, 1)
             else:
                 drecurrent = take(tuple(recurrent.shape), recurrent)
                 torch.bmm(dgates_BTG.transpose(1, 2), before, out=drecurrent)
-        return dgates_BTG, drecurrent, dh, dc
+        if any(ctx.needs_input_grad[4:5]):
+            dlow = take(tuple(low.shape), low)
+            torch.bmm(dgates_BTG.transpose(1, 2), before @ directions.t(), out=dlow)
+        return dgates_BTG, drecurrent, dh, dc, dlow, None
 
 
-def _run(kernel: Any, eager: Any, recurrent: Tensor, *lane_tensors: Tensor) -> None:
+def _run(
+    kernel: Any,
+    eager: Any,
+    recurrent: Tensor,
+    change: tuple[Tensor, Tensor],
+    *lane_tensors: Tensor,
+) -> None:
     """The time loop of every lane: compiled where that is possible, else eager, block by block."""
-    if kernels.usable(recurrent, *lane_tensors):
+    low, directions = change
+    if kernels.usable(recurrent, *change, *lane_tensors):
         lanes, steps = lane_tensors[0].shape[:2]
         weights = recurrent if recurrent.dim() == 3 else recurrent.unsqueeze(0)
         work = lanes * steps * weights[0].numel()
-        kernels.share_out(kernel, lanes, work, weights.contiguous(), *lane_tensors)
+        fixed = (t.contiguous() for t in (weights, low, directions))
+        kernels.share_out(kernel, lanes, work, *fixed, *lane_tensors)
         return
     for block in _lane_blocks(recurrent, lane_tensors[0].shape[0]):
         weights = recurrent if recurrent.dim() == 2 else recurrent[block]
-        eager(weights, *(tensor[block] for tensor in lane_tensors))
+        own = (tensor[block] for tensor in lane_tensors)
+        eager(weights, low[block], directions, *own)
 
 
 def eager_forward(
-    recurrent: Tensor, gates_BTG: Tensor, h_BTH: Tensor, c_BTH: Tensor, tanh_c_BTH: Tensor
+    recurrent: Tensor,
+    low: Tensor,
+    directions: Tensor,
+    gates_BTG: Tensor,
+    h_BTH: Tensor,
+    c_BTH: Tensor,
+    tanh_c_BTH: Tensor,
 ) -> None:
     """`kernels.lstm_forward` for all lanes with tensor operations; arguments as there."""
     hidden = h_BTH.shape[2]
     for t in range(gates_BTG.shape[1]):
         a = gates_BTG[:, t]
         a += _recur(h_BTH[:, t], recurrent)
+        if len(directions):
+            a += _recur(_recur(h_BTH[:, t], directions), low)
         i, f, g, o = a.split(hidden, 1)
         a[:, : 2 * hidden].sigmoid_()
         g.tanh_()
@@ -140,6 +172,8 @@ def eager_forward(
 
 def eager_backward(
     recurrent: Tensor,
+    low: Tensor,
+    directions: Tensor,
     gates_BTG: Tensor,
     c_BTH: Tensor,
     tanh_c_BTH: Tensor,
@@ -171,6 +205,8 @@ def eager_backward(
         torch.mul(factor[:, t, 3], dh_BH, out=dgates[:, t, 3])
         dc_BH *= f[:, t]
         dh_BH.copy_(_recur_back(dgates_BTG[:, t], recurrent))
+        if len(directions):
+            dh_BH += _recur_back(_recur_back(dgates_BTG[:, t], low), directions)
 
 
 class LaneLinear(torch.autograd.Function):
@@ -229,6 +265,7 @@ def lane_lstm(
     h_BH: Tensor,
     c_BH: Tensor,
     extra_BTG: Tensor | None = None,
+    change: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One LSTM layer whose weights may differ from lane to lane.
 
@@ -237,6 +274,8 @@ def lane_lstm(
         weights: input (4H, I), recurrent (4H, H), bias (4H), each shared or with a leading B.
         h_BH, c_BH: the state before the first step.
         extra_BTG: (B, T, 4H), added to the input projection.
+        change: D (B, 4H, R) and P (R, H), whose product is added to the recurrent weights; P has no
+            gradient but within `plain_operations`.
 
     Returns:
         outputs (B, T, H), last h and c (B, H). Differentiable once in every argument, any number
@@ -246,6 +285,8 @@ def lane_lstm(
     gates = lane_linear(x_BTI, w_input, bias)
     gates = gates if extra_BTG is None else gates + extra_BTG
     if _plain:
-        return plain_lstm(gates, w_recurrent, h_BH, c_BH)
-    y, h, c = LaneRecurrence.apply(gates, w_recurrent, h_BH, c_BH)  # type: ignore[misc]
+        whole = w_recurrent if change is None else w_recurrent + change[0] @ change[1]
+        return plain_lstm(gates, whole, h_BH, c_BH)
+    own = (gates, w_recurrent, h_BH, c_BH, *(change or ()))
+    y, h, c = LaneRecurrence.apply(*own)  # type: ignore[misc]
     return y, h, c
