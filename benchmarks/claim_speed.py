@@ -98,6 +98,8 @@ def main() -> None:
     work: dict[str, Work] = {}
     segments: dict[str, int] = {}
     for name, (folder, rule) in RULES.items():
+        if not (options.run / "claim" / folder).exists():  # a form that was left out
+            continue
         run = open_run(RunFolder(options.run / "claim" / folder).load_config(), quiet=True)
         use_threads(options.threads)
         segments[name] = run.config.adapt.segment

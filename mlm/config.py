@@ -126,7 +126,8 @@ class AdaptConfig:
     the vocabulary's table in every lane. `softmax.low`, `lstm.*.input.low`, `lstm.*.recurrent.low`
     (`low`: all three) are cheap changes of low rank to a matrix that itself stays as it is."""
     rank: int = 32
-    """Rank of those changes; of a matrix with fewer inputs, their number."""
+    """Rank of those changes; of a matrix with fewer inputs, their number: then the change is not
+    small but the matrix itself in another basis."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000

@@ -46,8 +46,8 @@ BENCHMARK_FLAGS = {
     "benchmarks.busy": "--rounds 1 --lanes 2 --segment 5 --updates 1",
     "benchmarks.rules": "--rows hand-made --budget 1 --steps 1 --words 100 --articles 1 "
     "--timing-tokens 100 --repetitions 1 --updates 2",
-    "benchmarks.claim": "--seeds 1 --all-seeds 0 --resamples 9 --budget 1 --steps 1 --articles 1 "
-    "--segment 5 --rank 2 --rival-segment 5",
+    "benchmarks.claim": "--seeds 1 --resamples 9 --budget 1 --steps 1 --articles 1 "
+    "--segment 5 --rank 2 --lanes 2 --rival-segment 5",
     "benchmarks.fisher": "--words 100 --priors 0 0.04 --segment 5 --budget 1",
     "benchmarks.claim_speed": "--tokens 160 --rounds 1",
     "benchmarks.growth": "--only lanes --rounds 1 --updates 1 --unroll 2",
