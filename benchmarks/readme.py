@@ -254,6 +254,7 @@ def engine(file: str) -> list[str]:
     if path.name == "pareto.json":
         rows = sorted(rows, key=lambda row: (row["segment"], row["time over static"]))
     columns = ENGINE.get(re.split("[_.]", path.name)[0]) or {key: key for key in rows[0]}
+    columns = {k: title for k, title in columns.items() if any(k in row for row in rows)}
     text = {k for k in columns if all(isinstance(row.get(k), str | None) for row in rows)}
     lines = [
         f"| {' | '.join(columns.values())} |",

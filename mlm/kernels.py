@@ -386,18 +386,25 @@ def relax(lo, hi, theta_BN, gradient_BN, start, step, z, step_B, z_B, out_BN):
 
 
 @jit
-def _relax_both_tile(theta, slow, gradient, start, gates_4N, a, b, slow_a, slow_b, out, new_slow):
-    step, z, slow_step, slow_z = gates_4N[0], gates_4N[1], gates_4N[2], gates_4N[3]
+def _minus_tile(x, y, out):
+    for n in range(out.shape[0]):
+        out[n] = x[n] - y[n]
+
+
+@jit
+def _plus_tile(x, out):
+    for n in range(out.shape[0]):
+        out[n] += x[n]
+
+
+@jit
+def _decay_tile(theta, gradient, step, z, a, b, out):
+    """`_relax_tile` towards zero."""
     zero, one = out.dtype.type(0), out.dtype.type(1)
     for n in range(out.shape[0]):
-        s, near = slow[n], theta[n] - slow[n]
-        flush, slow_flush = b * z[n], slow_b * slow_z[n]
+        flush = b * z[n]
         flush = zero if flush < zero else one if flush > one else flush
-        slow_flush = zero if slow_flush < zero else one if slow_flush > one else slow_flush
-        near = near - a * step[n] * gradient[n] + flush * (start[n] - near)
-        s = s - slow_a * slow_step[n] * gradient[n] - slow_flush * s
-        new_slow[n] = s
-        out[n] = near + s
+        out[n] = theta[n] - a * step[n] * gradient[n] - flush * theta[n]
 
 
 @jit
@@ -407,25 +414,28 @@ def relax_both(
     """Tiles lo..hi of every lane: `relax` of theta - slow towards `start` and of slow towards 0.
 
     `gates_4N` holds step and z of the one and of the other, `factors_4B` what multiplies them in a
-    lane; `out_BN` receives the sum of both.
+    lane; `out_BN` receives the sum of both. Loops over few arrays that do not overlap: else LLVM
+    gives up vectorising.
     """
+    room = np.empty(TILE, out_BN.dtype)
     for tile in range(lo, hi):
         own = slice(tile * TILE, min(tile * TILE + TILE, out_BN.shape[1]))
+        near = room[: own.stop - own.start]
+        step, z, slow_step, slow_z = (
+            gates_4N[0, own],
+            gates_4N[1, own],
+            gates_4N[2, own],
+            gates_4N[3, own],
+        )
         for lane in range(theta_BN.shape[0]):
-            a, b, slow_a, slow_b = factors_4B[:, lane]
-            _relax_both_tile(
-                theta_BN[lane, own],
-                slow_BN[lane, own],
-                gradient_BN[lane, own],
-                start[own],
-                gates_4N[:, own],
-                a,
-                b,
-                slow_a,
-                slow_b,
-                out_BN[lane, own],
-                new_slow_BN[lane, own],
-            )
+            a, b = factors_4B[0, lane], factors_4B[1, lane]
+            slow_a, slow_b = factors_4B[2, lane], factors_4B[3, lane]
+            slow, gradient = slow_BN[lane, own], gradient_BN[lane, own]
+            out, new_slow = out_BN[lane, own], new_slow_BN[lane, own]
+            _minus_tile(theta_BN[lane, own], slow, near)
+            _relax_tile(near, gradient, start[own], step, z, a, b, out)
+            _decay_tile(slow, gradient, slow_step, slow_z, slow_a, slow_b, new_slow)
+            _plus_tile(new_slow, out)
 
 
 @jit
