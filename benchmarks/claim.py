@@ -3,13 +3,13 @@
     python -m benchmarks.claim runs/ordinary --through runs/through --split test
 
 Two language models of the same size, text and number of tokens: one trained as usual, one trained
-through the adaptation (`--lm.through rms`). On each, the hand-made rules are tuned and the
-meta-learner is trained with several seeds, all with the same number of evaluations on the first
-validation words. RMS dynamic evaluation is tuned in three forms, its published setting among the
-candidates of each, and the best of them on those words, in each protocol, is the rival. Every
-reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of `train.py`;
-what is there with the same settings is not made again, so processes started with `--only` can share
-the work.
+through the adaptation (`--lm.through rms`). On each, the meta-learner is trained with several
+seeds and judged on the first validation words. RMS dynamic evaluation is tuned there in three
+forms, its published setting among the candidates of each, with more evaluations for each form and
+protocol than a meta-learner has in all; the best form in each protocol is the rival. Every reading
+is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of `train.py`; what is
+there with the same settings is not made again, so processes started with `--only` can share the
+work.
 
 The losses of all readings are put side by side, word by word: gains are nats per word over the
 *ordinary* static model, intervals paired bootstrap over articles, the gain of a learned rule is the
@@ -60,6 +60,8 @@ class Options:
     """What is read. `test` is for the end."""
     away: tuple[str, ...] = ()
     """Corpora of another kind, read by the same checkpoints."""
+    long: str = ""
+    """Corpus of long articles (`benchmarks.unread`), read by one seed: where its gain grows."""
     seeds: int = 3
     """Trainings of the meta-learner."""
     through_seeds: int = -1
@@ -83,7 +85,9 @@ class Options:
     lanes: int = 8
     """Articles that meta-training reads side by side."""
     budget: int = 8
-    """Settings, or steps of training, judged on validation."""
+    """Steps of training of the meta-learner, or settings of its cache, judged on validation."""
+    rival_budget: int = 20
+    """Settings of each form of dynamic evaluation, and of its cache, judged there."""
     articles: int = 0
     """Articles to score; 0 = all."""
     only: tuple[str, ...] = ()
@@ -108,6 +112,8 @@ class Reading:
     """What each of the run's rules is called in the tables."""
     adapt: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    budget: int = 0
+    """Evaluations on the tuning words; 0 = `Options.budget`."""
     travels: bool = False
     """Whether it reads the corpora of another kind, too."""
 
@@ -127,7 +133,7 @@ class Reading:
             rules=rules,
             protocols=PROTOCOLS,
             split=options.split,
-            budget=options.budget,
+            budget=self.budget or options.budget,
             max_articles=options.articles,
             resamples=options.resamples,
         )
@@ -158,7 +164,13 @@ def forms(options: Options) -> dict[str, Reading]:
         "same": {"dynamic": options.dynamic},
     }
     return {
-        form: Reading(options.run, f"ordinary/{form}", {"rms": f"rms, {form}"}, adapt)
+        form: Reading(
+            options.run,
+            f"ordinary/{form}",
+            {"rms": f"rms, {form}"},
+            adapt,
+            budget=options.rival_budget,
+        )
         for form, adapt in weights.items()
         if form in options.forms
     }
@@ -202,9 +214,8 @@ def make(reading: Reading, options: Options) -> Run:
     """
     config, path = reading.config(options), reading.path
     run = open_run(config, quiet=True)
-    same = [path.parent / name for name in ("same", "seed_0")]
-    tuned = next((p for p in same if (p / "tuning.json").exists()), None)
-    prepare(path, language_model(reading.where), tuned)
+    tuned = path.parent / "seed_0"
+    prepare(path, language_model(reading.where), tuned if tuned.exists() else None)
     mark, made = identity(run), path / "made.json"
     if _mark(made) != mark:
         say(f"{reading.name}: training")
@@ -333,6 +344,13 @@ def _read_all(
     return found
 
 
+def _read_long(every: Sequence[Reading], options: Options) -> LossTable:
+    """The corpus of long articles under the first seed of the learned rule."""
+    first = next(reading for reading in every if LEARNED_RULE in reading.columns)
+    first = dataclasses.replace(first, columns={LEARNED_RULE: LEARNED_RULE})
+    return read(first, open_run(first.config(options), quiet=True), options.long)
+
+
 def main() -> None:
     """Make what is missing, then the tables and pictures."""
     options = tyro.cli(Options, description=__doc__)
@@ -342,10 +360,12 @@ def main() -> None:
         return
     tuned = rivals(options)
     chosen = {row["protocol"]: row["form"] for row in tuned if row["rival"]}
-    made = _read_all(readings(options, chosen), options, corpora)
+    every = readings(options, chosen)
+    made = _read_all(every, options, corpora)
     merged = {open_corpus(corpus).name: merge(made[corpus], chosen) for corpus in corpora}
     record("rivals", tuned, options)
-    write_tables(merged, options, chosen)
+    long = _read_long(every, options) if options.long else None
+    write_tables(merged, options, chosen, long)
 
 
 if __name__ == "__main__":

@@ -234,12 +234,29 @@ def _detail_of_a_seed(row: dict[str, Any]) -> bool:
     return row["kind"] in ("position", "article") and ", seed" in row["rule"]
 
 
+def growths(table: LossTable, corpus: str, resamples: int = RESAMPLES) -> list[dict[str, Any]]:
+    """Where the gain of one seed grows in long articles."""
+    what = f"{CLAIMED[LEARNED_RULE][0]}, seed 0: beyond {LONG:,} words"
+    rows = []
+    for protocol in PROTOCOLS:
+        found = Gains(table, protocol, resamples).growth(LEARNED_RULE)
+        if found is not None:
+            rows.append(
+                {"corpus": corpus, "what": what, "protocol": protocol, "asked": "> 0", **found}
+            )
+    return rows
+
+
 def write_tables(
-    merged: Mapping[str, tuple[LossTable, Seeds]], options: Any, chosen: Mapping[str, str]
+    merged: Mapping[str, tuple[LossTable, Seeds]],
+    options: Any,
+    chosen: Mapping[str, str],
+    long: LossTable | None = None,
 ) -> None:
     """Tables and pictures of every corpus; the claim's rows, all corpora together.
 
-    The first corpus is the one that is claimed about: of the others, totals and positions.
+    The first corpus is the one that is claimed about: of the others, totals and positions; of the
+    long articles, growth.
     """
     rows = []
     out = Path(options.out)
@@ -266,4 +283,6 @@ def write_tables(
         record("halves", halves(table, "stream"), there, **about)
         levels = [rule for rule in (TWO, THREE) if rule in seeds] or [LEARNED_RULE]
         figure2(_only(table, [STATIC, *levels]), folder / "figures", protocol="stream")
+    if long is not None:
+        rows += growths(long, Path(options.long).name, options.resamples)
     record("claims", rows, options, rival=dict(chosen))

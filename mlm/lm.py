@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mlm import softmax
 from mlm.qrnn import lane_qrnn
-from mlm.recurrence import is_plain, lane_lstm
+from mlm.recurrence import is_plain, lane_linear, lane_lstm
 
 Weights = dict[str, Tensor]
 
@@ -368,7 +368,10 @@ def _low_rank(weights: Weights, name: str, x_BTI: Tensor) -> Tensor | None:
     D = `name.low` is (O, r) or (B, O, r). None without it.
     """
     along = _along(weights, name, x_BTI)
-    return None if along is None else _linear(along, weights[f"{name}.low"])
+    if along is None:
+        return None
+    low = weights[f"{name}.low"]
+    return lane_linear(along, low, low.new_zeros(low.shape[-2]))
 
 
 def _dense(weights: Weights, name: str) -> Tensor:

@@ -179,7 +179,7 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()
 
 
-def _limited(articles: Iterable[Article], max_words: int) -> Iterator[Article]:
+def limited(articles: Iterable[Article], max_words: int) -> Iterator[Article]:
     """The first whole articles of up to `max_words` words together (at least one); 0 = all."""
     total = 0
     for index, article in enumerate(articles):
@@ -222,7 +222,7 @@ def _split_file(
     if path.exists():
         tqdm.write(f"note: {note}; building it again", file=sys.stderr)
     with _bar(f"{corpus.name} {split}: encoding", progress, total) as bar:
-        articles = _limited(corpus.articles(split), max_words)
+        articles = limited(corpus.articles(split), max_words)
         return write_token_file(path, articles, vocabulary, source, bar)
 
 
@@ -252,7 +252,7 @@ def prepare(
     train_words: int | None = None  # for the progress bar
     if vocabulary is None:
         with _bar(f"{corpus.name}: fitting the vocabulary", progress) as bar:
-            train = _limited(corpus.articles("train"), max_train_words)
+            train = limited(corpus.articles("train"), max_train_words)
             vocabulary = fit_vocabulary(_counted(train, bar), kind, size)
             train_words = int(bar.n) or None
         vocabulary.save(directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,10 @@ from mlm import kernels
 from mlm.config import Config
 from mlm.errors import run_cli
 from mlm.pipeline import run_stages
+
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Outcome(NamedTuple):

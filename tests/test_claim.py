@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,15 @@ from conftest import Command, Finished
 
 import benchmarks.claim
 from benchmarks.claim import Options, merge, readings
-from benchmarks.claim_tables import LONG, Gains, claims, halves, positions
+from benchmarks.claim_tables import LONG, Gains, claims, growths, halves, positions
 from mlm.config import PROTOCOLS
 from mlm.errors import UserError
 from mlm.losses import LossTable, column_name
 from mlm.report import read_evaluation
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
-       "--segment", 5, "--rank", 2, "--lanes", 2, "--rival-segment", 5)  # fmt: skip
+       "--segment", 5, "--rank", 2, "--lanes", 2, "--rival-segment", 5,
+       "--rival-budget", 2)  # fmt: skip
 
 
 def _table(
@@ -100,7 +102,12 @@ def test_growth_is_that_of_long_articles() -> None:
     assert growth is not None
     assert growth["found"] == pytest.approx(0.3)
     assert growth["note"] == "2 articles"
-    assert Gains(_table([50], {"four_levels": 0.1}), "article").growth("four_levels") is None
+    rows = growths(_table(words, {"four_levels": gain_N}), "long", 9)
+    assert [r["protocol"] for r in rows] == [*PROTOCOLS]
+    assert rows[0]["found"] == pytest.approx(0.3)
+    short = _table([50], {"four_levels": 0.1})
+    assert Gains(short, "article").growth("four_levels") is None
+    assert growths(short, "long", 9) == []
 
 
 def test_halves_are_perplexities() -> None:
@@ -136,7 +143,8 @@ def test_every_reading_is_a_run_made_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, other = finished.copy(tmp_path / "run"), finished.copy(tmp_path / "other")
-    few = (folder, "--through", other, *FEW, "--out", tmp_path / "out")
+    long = shutil.copytree(finished.corpus, tmp_path / "long")
+    few = (folder, "--through", other, *FEW, "--long", long, "--out", tmp_path / "out")
     assert command("benchmarks.claim", *few, "--only", "ordinary/seed").code == 0
     assert not (tmp_path / "out").exists(), "tables of half the readings"
     done = command("benchmarks.claim", *few)
@@ -161,6 +169,10 @@ def test_every_reading_is_a_run_made_once(
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
     assert (home / "figures" / "figure2.png").exists()
+    rules = {r["rule"] for r in read_evaluation(folder / "claim" / "seed_0" / "on-long")}
+    assert rules == {"static", "four_levels"}
+    trials = json.loads((folder / "claim" / "all" / "tuning.json").read_text(encoding="utf-8"))
+    assert len(trials["rms/article"]["trials"]) == 2, "the rival's budget"
 
     done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
                    "--out", tmp_path / "out")  # fmt: skip
