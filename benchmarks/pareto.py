@@ -3,7 +3,7 @@
     python -m benchmarks.pareto runs/wikipedia
 
 For every choice of weights, rank and segment length M: RMS dynamic evaluation tuned on validation,
-then the three-level meta-learner trained from there. Gain: nats per word over static on the
+then the meta-learner (`--rule`) trained from there. Gain: nats per word over static on the
 validation articles that tuning reads, protocol article. Cost: scoring time over static scoring,
 the two taking turns on the same text. Every finished row is kept in <out>/pareto.json, and one
 measured before with the same settings is not measured again; the picture (PNG, SVG) and the CSV
@@ -28,16 +28,16 @@ import tyro
 from benchmarks.pareto_picture import draw
 from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
 from mlm.checkpoint import RunFolder, load_lm, machine
-from mlm.config import MetaConfig
+from mlm.config import LearnedRule
 from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 from mlm.gates import LinearGates
-from mlm.learner import RMS, Bound
+from mlm.learner import RMS, Bound, Parameters
 from mlm.memory import LongTerm, has_low_rank
 from mlm.meta import MetaTrainer
 from mlm.run import Run, open_run, say
 from mlm.scoring import score_articles
-from mlm.stage_meta import new_memory
+from mlm.stage_meta import Learned, new_memory, new_rule
 from mlm.tuning import tune
 
 SETS = (
@@ -57,6 +57,8 @@ SETS = (
 STATIC_SEGMENT = 64
 """Tokens per step of static scoring, whatever M is: it has no updates to wait for."""
 TIMING_FISHER_WORDS = 2_000
+NEWER = {"rule": "three_levels", "lanes": 0, "unroll": 0}
+"""Settings that rows measured before there were any do not name."""
 SHOWN = ("dynamic", "rank", "segment", "rms", "learned", "time over static", "MB per lane")
 
 
@@ -73,8 +75,14 @@ class Options:
     """M: tokens between updates."""
     budget: int = 8
     """Settings tried for RMS."""
+    rule: LearnedRule = "three_levels"
+    """The meta-learner."""
     steps: int = 16
     """Meta-updates."""
+    lanes: int = 0
+    """Articles that meta-training reads side by side; 0 = as the run's settings say."""
+    unroll: int = 0
+    """Updates that a meta-gradient looks through; 0 = as the run's settings say."""
     words: int = 12_000
     """Validation words that gains are measured on."""
     timing_tokens: int = 16_384
@@ -118,11 +126,6 @@ def choices(options: Options, layers: int, rank: int) -> list[Choice]:
     return found
 
 
-def three_levels(meta: MetaConfig) -> LinearGates:
-    """The meta-learner with FLUSH, as the run's settings want it."""
-    return LinearGates("three_levels", True, meta.features, meta.per_tensor, meta.free_copy)
-
-
 class Bench:
     """The trained run, and what every choice is compared with."""
 
@@ -132,7 +135,12 @@ class Bench:
         evaluation = dataclasses.replace(
             config.evaluation, tune_words=options.words, budget=options.budget
         )
-        meta = dataclasses.replace(config.meta, steps=options.steps)
+        meta = dataclasses.replace(
+            config.meta,
+            steps=options.steps,
+            lanes=options.lanes or config.meta.lanes,
+            unroll=options.unroll or config.meta.unroll,
+        )
         stages = {"out": options.run, "stages": ("meta",)}
         config = dataclasses.replace(config, evaluation=evaluation, meta=meta, **stages)
         self.run: Run = open_run(config, quiet=True)
@@ -199,19 +207,24 @@ class Bench:
         )
         return new_memory(self.weights, self.shape, adapt, self.held)
 
+    def start(self, memory: LongTerm, setting: dict[str, float]) -> tuple[LinearGates, Parameters]:
+        """The meta-learner as the run's settings want it, at RMS dynamic evaluation so tuned."""
+        like = next(iter(memory.rms.values()))
+        tuned = {name: like.new_tensor(value) for name, value in setting.items()}
+        return new_rule(self.run.config.meta, self.options.rule, Learned(RMS(), tuned, memory))
+
     def time_again(self, rows: list[dict[str, Any]]) -> None:
         """Replace the times of `rows` by new ones, all measured side by side.
 
         How long an update takes does not depend on what the gates have learned: they are used as
         they start.
         """
-        rule = three_levels(self.run.config.meta)
         work = {"static": self.static_work()}
         for number, row in enumerate(rows):
             choice = Choice(row["dynamic"], row["rank"], row["segment"])
             memory = self.memory(choice, TIMING_FISHER_WORDS)
-            start = rule.start_at_rms(memory, row["setting"]["rate"], row["setting"]["decay"])
-            work[str(number)] = self.scoring(memory, rule.bind(start, memory))
+            rule, parameters = self.start(memory, row["setting"])
+            work[str(number)] = self.scoring(memory, rule.bind(parameters, memory))
         times = side_by_side(work, self.options.repetitions)
         for number, row in enumerate(rows):
             row.update(_times(times[str(number)], times["static"]))
@@ -219,7 +232,7 @@ class Bench:
     @cached_property
     def common(self) -> dict[str, Any]:
         """What all rows of this command have in common."""
-        names = ("budget", "steps", "words", "timing_tokens", "repetitions")
+        names = ("budget", *NEWER, "steps", "words", "timing_tokens", "repetitions")
         model = hashlib.sha256(self.lm.read_bytes()).hexdigest()[:16]
         more = {name: getattr(self.options, name) for name in names}
         return {"run": self.options.run.name, "model": model, **more}
@@ -237,8 +250,7 @@ class Bench:
         run = self.run
         memory = self.memory(choice, run.config.adapt.fisher_words)
         best = tune(memory, RMS(), run.tune_text, "article", self.options.budget)[0]
-        rule = three_levels(run.config.meta)
-        start = rule.start_at_rms(memory, best.setting["rate"], best.setting["decay"])
+        rule, start = self.start(memory, best.setting)
         trainer = MetaTrainer(memory, rule, start, self.held, run.config.meta, run.config.seed)
         for _ in range(self.options.steps):
             trainer.train_step()
@@ -273,7 +285,8 @@ def _saved_rows(path: Path) -> list[dict[str, Any]]:
         UserError: the file is damaged.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return [NEWER | row for row in rows]
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:

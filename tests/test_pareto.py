@@ -100,6 +100,17 @@ def test_rows_are_measured_once(
     assert command(*base, "--sets", "softmax.bias", "--words", 150).code == 0
     assert len(measured) == 4
     assert len(json.loads((out / "pareto.json").read_text(encoding="utf-8"))["rows"]) == 3
+    # Rows of before there was a choice are those of 3 levels; another rule's is a row of its own.
+    old = json.loads((out / "pareto.json").read_text(encoding="utf-8"))
+    for row in old["rows"]:
+        assert row.pop("rule") == "three_levels"
+    (out / "pareto.json").write_text(json.dumps(old), encoding="utf-8")
+    assert command(*base, "--sets", "softmax.bias").code == 0
+    assert len(measured) == 4
+    slow = command(*base, "--sets", "softmax.bias", "--rule", "four_levels", "--unroll", 2)
+    assert (slow.code, len(measured)) == (0, 5), slow.err
+    rows = json.loads((out / "pareto.json").read_text(encoding="utf-8"))["rows"]
+    assert [r["rule"] for r in rows] == ["three_levels"] * 3 + ["four_levels"]
 
 
 def test_damage_is_told(finished: Finished, command: Command, tmp_path: Path) -> None:
