@@ -33,6 +33,7 @@ from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 from mlm.gates import LinearGates
 from mlm.learner import RMS, Bound, Parameters
+from mlm.lowrank import turned
 from mlm.memory import LongTerm, has_low_rank
 from mlm.meta import MetaTrainer
 from mlm.run import Run, open_run, say
@@ -205,7 +206,7 @@ class Bench:
             rank=max(1, choice.rank),
             fisher_words=fisher_words,
         )
-        return new_memory(self.weights, self.shape, adapt, self.held)
+        return turned(new_memory(self.weights, self.shape, adapt, self.held))
 
     def start(self, memory: LongTerm, setting: dict[str, float]) -> tuple[LinearGates, Parameters]:
         """The meta-learner as the run's settings want it, at RMS dynamic evaluation so tuned."""

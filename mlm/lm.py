@@ -357,9 +357,14 @@ def _linear(x_BTI: Tensor, weight: Tensor) -> Tensor:
 
 
 def _along(weights: Weights, name: str, x_BTI: Tensor) -> Tensor | None:
-    """x P^T, (B, T, r), for P = `name.directions` (r, I); None without a low-rank change."""
-    directions = weights.get(f"{name}.directions")
+    """x P^T, (B, T, r), for P (r, I), the directions or the basis; None without a change."""
+    directions = weights.get(f"{name}.{'basis' if _turned(weights, name) else 'directions'}")
     return None if directions is None else _linear(x_BTI, directions)
+
+
+def _turned(weights: Weights, name: str) -> bool:
+    """Whether `name.low` holds the whole matrix, along `name.basis` (`mlm.lowrank.turned`)."""
+    return f"{name}.basis" in weights
 
 
 def _low_rank(weights: Weights, name: str, x_BTI: Tensor) -> Tensor | None:
@@ -377,7 +382,11 @@ def _low_rank(weights: Weights, name: str, x_BTI: Tensor) -> Tensor | None:
 def _dense(weights: Weights, name: str) -> Tensor:
     """A matrix with its low-rank change folded in: W + D P, per lane where W or D is."""
     low = weights.get(f"{name}.low")
-    return weights[name] if low is None else weights[name] + low @ weights[f"{name}.directions"]
+    if low is None:
+        return weights[name]
+    if _turned(weights, name):
+        return low @ weights[f"{name}.basis"]
+    return weights[name] + low @ weights[f"{name}.directions"]
 
 
 def _lookup(table: Tensor, ids_BT: Tensor) -> Tensor:
@@ -442,16 +451,18 @@ def _layer(
     return lane_lstm(x, weights, h, c, extra_BTG, change)
 
 
-def _input_weight(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """(input matrix, what is added to its product with x) of a layer.
+def _input(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(x, input matrix, what is added to their product) of a layer.
 
-    A low-rank change per lane is cheaper as a term of its own; a shared one is folded in, so that
-    static reading keeps the fused kernel.
+    A low-rank change per lane is cheaper as a term of its own, and one that holds the whole matrix
+    as that matrix; a shared one is folded in, so that static reading keeps the fused kernel.
     """
     low = weights.get(f"{name}.low")
-    if low is not None and low.dim() == 3:
-        return weights[name], _low_rank(weights, name, x)
-    return _dense(weights, name), None
+    if low is None or low.dim() == 2:
+        return x, _dense(weights, name), None
+    if _turned(weights, name):
+        return _linear(x, weights[f"{name}.basis"]), low, None
+    return x, weights[name], _low_rank(weights, name, x)
 
 
 def _recurrent_weight(weights: Weights, name: str) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -490,7 +501,7 @@ def _lstm_layer(
     if weight_drop:
         keep = torch.rand(recurrent.shape, generator=generator, device=recurrent.device)
         recurrent = recurrent * (keep.ge(weight_drop).to(recurrent.dtype) / (1 - weight_drop))
-    w_input, extra = _input_weight(weights, f"lstm.{layer}.input", x)
+    x, w_input, extra = _input(weights, f"lstm.{layer}.input", x)
     own = (w_input, recurrent, weights[f"lstm.{layer}.bias"])
     y, h, c = _layer(x, own, state.h[layer], state.c[layer], extra, change)
     exact = state.c[layer].dtype  # not the half precision of an autocast
@@ -539,10 +550,17 @@ def _fused_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
-    layer = softmax.Layer(weights["embedding"], weights["softmax.bias"], weights.get("softmax.low"))
+    bias, low = weights["softmax.bias"], weights.get("softmax.low")
+    turned = low if _turned(weights, "softmax") else None
+    if turned is None:
+        layer = softmax.Layer(weights["embedding"], bias, low)
+    else:
+        layer = softmax.Layer(turned, bias)
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
+    if turned is not None and projected is not None:
+        output_BTE, projected = projected, None
     return softmax.weighted_nll(output_BTE, layer, projected, targets_BT, weights_BT)
 
 
@@ -576,9 +594,14 @@ def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT
         elif cluster.dim() > head.dim():
             head = head.expand(cluster.shape[0], *head.shape)
         head = torch.cat([head, cluster], dim=-2)
-    logits = _linear(output_BTE, head) + (bias if bias.dim() == 1 else bias.unsqueeze(1))
-    low = _low_rank(weights, "softmax", output_BTE)  # of an adaptive softmax, to the head's logits
-    logits = logits if low is None else logits + low
+    if _turned(weights, "softmax"):
+        logits = _low_rank(weights, "softmax", output_BTE)
+        assert logits is not None
+    else:
+        logits = _linear(output_BTE, head)
+        low = _low_rank(weights, "softmax", output_BTE)  # of an adaptive softmax, of the head
+        logits = logits if low is None else logits + low
+    logits = logits + (bias if bias.dim() == 1 else bias.unsqueeze(1))
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     if not shape.cutoffs:
         return F.cross_entropy(

@@ -7,13 +7,18 @@ while reading and zero at the start of every article: FLUSH pulls it to zero, an
 the model is the static one. For a matrix `name` the weights D and P are `name.low` and
 `name.directions`; `softmax.low` changes the output layer only, not the embedding it is tied to (of
 an adaptive softmax the head with its clusters), `lstm.*.input.low` and `lstm.*.recurrent.low` the
-gates.
+gates. With r = I the change is the matrix itself in another basis, and reading is faster with
+
+    W_lane x = (W P^-1 + D_lane) (P x)
+
+one product instead of two (`turned`): then `name.low` starts at W P^-1, and P is `name.basis`.
 
 Letters: B lanes, T time, I inputs, O outputs, r rank, N vectors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -21,7 +26,7 @@ from torch import Tensor
 
 from mlm.errors import UserError
 from mlm.lm import LanguageModel, LMShape, LMState, Weights, embed
-from mlm.memory import DIRECTIONS, LOW
+from mlm.memory import BASIS, DIRECTIONS, LOW, LongTerm
 from mlm.streams import LaneStream, Segment
 from mlm.training import Text
 
@@ -131,6 +136,35 @@ def add_low_rank(
         added[name + LOW] = like.new_zeros(outputs, len(directions))
         added[name + DIRECTIONS] = directions
     return {**weights, **added}
+
+
+def turned(memory: LongTerm) -> LongTerm:
+    """The same long-term memory; changes of full rank hold the matrix they change.
+
+    Gates, gradients and losses are the same, to rounding. Not for recurrent matrices, whose change
+    is a term in the time loop, nor for what adapts without a change, too, nor for the head of an
+    adaptive softmax, which has other rows.
+    """
+    weights = dict(memory.weights)
+    for name in [n.removesuffix(DIRECTIONS) for n in weights if n.endswith(DIRECTIONS)]:
+        base = "embedding" if name == "softmax" else name
+        directions, low, whole = weights[name + DIRECTIONS], weights[name + LOW], weights[base]
+        square = len(directions) == directions.shape[1] and len(low) == len(whole)
+        if not square or base in memory.dynamic or name.endswith(".recurrent"):
+            continue
+        inverse = directions.t() / directions.square().sum(1)  # its rows are orthogonal
+        weights[name + LOW] = low + whole @ inverse
+        weights[name + BASIS] = weights.pop(name + DIRECTIONS)
+    return dataclasses.replace(memory, weights=weights)
+
+
+def plain(memory: LongTerm) -> LongTerm:
+    """`turned` undone: theta_0's changes are zero again."""
+    weights = dict(memory.weights)
+    for name in [n.removesuffix(BASIS) for n in weights if n.endswith(BASIS)]:
+        weights[name + LOW] = torch.zeros_like(weights[name + LOW])
+        weights[name + DIRECTIONS] = weights.pop(name + BASIS)
+    return dataclasses.replace(memory, weights=weights)
 
 
 def check_rank(path: Path, weights: Weights, rank: int) -> None:

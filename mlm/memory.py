@@ -25,8 +25,9 @@ DYNAMIC_SETS = {
     "bias": ("*bias",),
     "low": ("*.low",),
 }
-LOW, DIRECTIONS = ".low", ".directions"
-"""Endings of a low-rank change's two factors (see `mlm.lowrank`)."""
+LOW, DIRECTIONS, BASIS = ".low", ".directions", ".basis"
+"""Endings of a low-rank change's two factors, and of the second where the first holds the whole
+matrix (see `mlm.lowrank`)."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class LongTerm:
 
     @cached_property
     def static(self) -> Weights:
-        """theta_0 without low-rank changes, which are zero there."""
-        return {n: w for n, w in self.weights.items() if not n.endswith((LOW, DIRECTIONS))}
+        """theta_0 without low-rank changes, which change nothing there."""
+        return {n: w for n, w in self.weights.items() if not n.endswith((LOW, DIRECTIONS, BASIS))}
 
     def start(self) -> Weights:
         """theta_0 of the dynamic tensors."""
@@ -97,7 +98,7 @@ def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
     Raises:
         UserError: a pattern matches nothing.
     """
-    names = [name for name in weights if not name.endswith((LOW, DIRECTIONS))]
+    names = [name for name in weights if not name.endswith((LOW, DIRECTIONS, BASIS))]
     matrices = [n for n in names if n.startswith("lstm.") and n.endswith((".input", ".recurrent"))]
     if {"lstm.0.bias", "qrnn.0.bias"} & set(names):
         names += [name + LOW for name in (*matrices, "softmax")]

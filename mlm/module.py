@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from mlm.errors import UserError
 from mlm.lm import Read, Weights
+from mlm.memory import BASIS, DIRECTIONS, LOW
 
 CONTRACT = (
     "a language model of your own needs initial_state(lanes) -> tuple of tensors, lanes first, and "
@@ -76,11 +77,11 @@ class ModuleModel:
         self._dims = {name: p.dim() for name, p in module.named_parameters()}
         if not callable(getattr(module, "initial_state", None)):
             raise UserError(f"{self._name}.initial_state is missing: {CONTRACT}")
-        bad = [n for n in self._dims if "/" in n or n.endswith((".low", ".directions"))]
+        bad = [n for n in self._dims if "/" in n or n.endswith((LOW, DIRECTIONS, BASIS))]
         if bad:
             raise UserError(
                 f"{self._name}: the names {', '.join(bad)} are taken here; rename the parameters "
-                "so that they hold no / and do not end in .low or .directions"
+                f"so that they hold no / and do not end in {LOW}, {DIRECTIONS} or {BASIS}"
             )
 
     @property

@@ -19,7 +19,7 @@ from mlm.config import CACHE, LEARNED, AdaptConfig, Config
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.kernels import use_kernels
-from mlm.lowrank import check_rank
+from mlm.lowrank import check_rank, turned
 from mlm.memory import LongTerm, choose_dynamic
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
@@ -155,7 +155,13 @@ class Run:
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, memory.weights, adapt.rank)
-        return guarded(memory, adapt, self.vocabulary.size)
+        return self.ready(memory)
+
+    def ready(self, memory: LongTerm) -> LongTerm:
+        """A long-term memory as this run reads with it: guarded, and in its fastest form."""
+        memory = guarded(memory, self.config.adapt, self.vocabulary.size)
+        # What else is learned, or was, is stored in terms of the plain form.
+        return turned(memory) if set(self.config.meta.learn) <= {"rule"} else memory
 
 
 def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongTerm:

@@ -23,7 +23,7 @@ from mlm.files import write_text
 from mlm.gates import Feature, LinearGates
 from mlm.learner import Bound, Parameters, UpdateRule
 from mlm.lm import BaseModel, Weights
-from mlm.lowrank import add_low_rank
+from mlm.lowrank import add_low_rank, plain
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
 from mlm.rules import (
@@ -35,7 +35,7 @@ from mlm.rules import (
     rule_of,
     start_at,
 )  # fmt: skip
-from mlm.run import Run, guarded, say
+from mlm.run import Run, say
 from mlm.training import Text
 from mlm.tuning import Trial, tune
 
@@ -93,7 +93,7 @@ def build_memory(run: Run) -> LongTerm:
     weights = {n: w.to(run.device) for n, w in weights.items()}
     memory = new_memory(weights, shape, run.config.adapt, run.training_text(1), run.quiet)
     save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
-    return guarded(memory, run.config.adapt, run.data.vocabulary.size)
+    return run.ready(memory)
 
 
 def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
@@ -261,6 +261,7 @@ def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
     own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
     parameters: dict[str, Tensor] = {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}
     if own:
+        memory = plain(memory)
         memory = dataclasses.replace(memory, weights={**memory.weights, **own})
     return Learned(rule_of(name, about["rule"]), parameters, memory)
 

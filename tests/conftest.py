@@ -18,7 +18,6 @@ from mlm.config import Config
 from mlm.errors import run_cli
 from mlm.pipeline import run_stages
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -18,9 +18,11 @@ Weights = dict[str, Tensor]
 
 
 def changed(w: Weights, name: str, matrix: Tensor) -> Tensor:
-    """W + D P where the matrix has a low-rank change."""
+    """W + D P where the matrix has a low-rank change, which may hold all of it."""
     if f"{name}.low" not in w:
         return matrix
+    if f"{name}.basis" in w:
+        return w[f"{name}.low"] @ w[f"{name}.basis"]
     return matrix + w[f"{name}.low"] @ w[f"{name}.directions"]
 
 

@@ -15,18 +15,19 @@ from conftest import Command, Finished
 from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
-from mlm.checkpoint import RunFolder, load_memory, load_tensors, save_memory
+from mlm.checkpoint import RunFolder, load_memory, load_tensors, save_memory, save_tensors
 from mlm.errors import UserError
 from mlm.gates import LinearGates
 from mlm.learner import RMS
-from mlm.lm import initial_state, score, token_nll
-from mlm.lowrank import add_low_rank, principal_directions, second_moments
+from mlm.lm import LMShape, initial_state, score, token_nll
+from mlm.lowrank import add_low_rank, plain, principal_directions, second_moments, turned
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank, lanes_of
 from mlm.meta import estimate_fisher
 from mlm.rollout import begin, meta_gradient, read
+from mlm.rules import open_slow, start_at
 from mlm.run import open_run
 from mlm.scoring import score_articles
-from mlm.stage_meta import identity
+from mlm.stage_meta import identity, load_learned
 from mlm.training import Text
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
@@ -306,6 +307,111 @@ def test_the_fisher_of_a_change_at_zero_is_alive() -> None:
     memory = _low_memory(LOW)
     found = estimate_fisher(memory.weights, memory.shape, LOW, _text(), 5, 60)
     assert all(float(found.rms[name].max()) > 1e-4 for name in LOW)
+
+
+# ---------------------------------------------------------------- turned: the whole matrix in D
+
+
+def _pair(dynamic: tuple[str, ...], **shape: Any) -> tuple[LongTerm, LongTerm]:
+    """A memory with changes of full rank, and the same turned."""
+    memory = _low_memory(dynamic, rank=99, **shape)
+    return memory, turned(memory)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("cutoffs", [(), (4, 9)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_turned_matrix_reads_as_the_change_it_holds(
+    cutoffs: tuple[int, ...], shared: bool
+) -> None:
+    """Losses, state and gradients, where lanes differ and where they do not."""
+    memory, other = _pair((*LOW, "lstm.0.bias", "softmax.bias"), cutoffs=cutoffs)
+    leaves = _busy(memory, 3)
+    if shared:
+        leaves = {n: w[0].detach().requires_grad_() for n, w in leaves.items()}
+    moved = {n: other.weights[n] - memory.weights[n] for n in leaves}
+    assert {n for n, w in moved.items() if w.any()} == {
+        n for n in LOW if "recurrent" not in n and not (cutoffs and n == "softmax.low")
+    }
+    ids, targets = _ids(3, 1), _ids(3, 2)
+    shape = memory.shape
+    assert isinstance(shape, LMShape)
+    state = initial_state(shape, 3, dtype=torch.float64)
+    found = []
+    for here, add in ((memory, 0.0), (other, 1.0)):
+        own = {n: (w + add * moved[n]).detach().requires_grad_() for n, w in leaves.items()}
+        nll, after = score({**here.weights, **own}, shape, ids, targets, state)
+        gradients = torch.autograd.grad(nll.sum(), list(own.values()))
+        found.append([nll, *after.h, *after.c, *gradients])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("rule", [LinearGates(), LinearGates("four", per_unit=True, slow=True)])
+def test_a_turned_memory_is_the_same_memory(rule: LinearGates) -> None:
+    """Reading, its static twin and the meta-gradient, crossing borders."""
+    memories = _pair((*LOW, "softmax.bias"))
+    texts = [np.tile(np.array([3, 7, 7, 1]), 30), *articles((11, 0, 8))]
+    found = []
+    for memory in memories:
+        phi = start_at(rule, RMS(), _setting(0.02, 0.05), memory)
+        if rule.slow:
+            open_slow(phi)
+        phi = {n: p + 0.1 * _random(*p.shape, seed=k) for k, (n, p) in enumerate(phi.items())}
+        bound = rule.bind(phi, memory)
+        pieces = segments(memory, LENGTHS, 3, 6)
+        meta = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces)
+        scores = [score_articles(memory, b, texts, EOS, 3) for b in (bound, None)]
+        assert scores[0].total != scores[1].total
+        found.append([*(t for s in scores for t in s.nll), *meta.gradients.values()])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_turned() -> None:
+    memory, other = _pair(LOW)
+    turned_names = {n.removesuffix(".basis") for n in other.weights if n.endswith(".basis")}
+    assert turned_names == {"lstm.0.input", "lstm.1.input", "softmax"}
+    assert set(other.static) == set(memory.static)
+    assert choose_dynamic(other.weights, "all") == choose_dynamic(memory.weights, "all")
+    assert turned(other).weights.keys() == other.weights.keys()
+    back = plain(other)
+    assert back.weights.keys() == memory.weights.keys()
+    assert all(torch.equal(w, memory.weights[n]) for n, w in back.weights.items())
+    # the table itself adapts too, or the rank is not full: two terms
+    for kept in (_low_memory(("embedding", "softmax.low"), 99), _low_memory(LOW)):
+        assert turned(kept).weights.keys() == kept.weights.keys()
+
+
+def test_a_run_turns_where_only_the_rule_is_learned(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    """The file keeps the plain form; weights learned in terms of it are used in it."""
+    for learn in (("rule",), ("rule", "theta_0")):
+        folder = finished.copy(tmp_path / "-".join(learn))
+        done = command("train", "--out", folder, "--adapt.dynamic", "softmax.low", "--adapt.rank",
+                       99, "--meta.learn", *learn, "--stages", "meta", "evaluate")  # fmt: skip
+        assert done.code == 0, done.err
+        assert (
+            "softmax.directions"
+            in load_memory(
+                folder / "checkpoints" / "memory.safetensors",
+                open_run(RunFolder(folder).load_config()).vocabulary.hash,
+            ).weights
+        )
+        run = open_run(RunFolder(folder).load_config())
+        assert ("softmax.basis" in run.memory.weights) == (learn == ("rule",))
+    path = folder / "checkpoints" / "three_levels.safetensors"
+    tensors, about = load_tensors(path, "")
+    low = run.memory.weights["softmax.low"]
+    save_tensors(path, {**tensors, "weights/softmax.low": torch.ones_like(low)}, about)
+    meta = dataclasses.replace(run.config.meta, learn=("rule",))
+    other = open_run(dataclasses.replace(run.config, meta=meta))
+    assert "softmax.basis" in other.memory.weights
+    mine, theirs = (load_learned(r, "three_levels", r.memory).memory.weights for r in (run, other))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert bool((mine["softmax.low"] == 1).all())
 
 
 # ---------------------------------------------------------------- names, files, errors
