@@ -3,8 +3,9 @@
     python -m benchmarks.claim_speed runs/ordinary
 
 Reads the beginnings of validation articles with the rules that `benchmarks.claim` left in
-RUN/claim, all taking turns. The published loop is that of Krause et al. (2018): batch 1, M = 5,
-`loss.backward()` and an update parameter by parameter, all weights.
+RUN/claim, all taking turns, each with one thread or with all, as suits it. The published loop is
+that of Krause et al. (2018): batch 1, M = 5, `loss.backward()`, an update parameter by parameter,
+all weights.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import tyro
 
 from benchmarks.contestants import Setting, krause
 from benchmarks.rules import scoring
-from benchmarks.timing import Work, ratio, record, side_by_side, speed
+from benchmarks.timing import Work, best_threads, ratio, record, speed
 from mlm.checkpoint import RunFolder
 from mlm.errors import run_cli
 from mlm.lm import BaseModel
@@ -55,8 +57,8 @@ class Options:
     """Tokens of one turn; the published loop reads a sixteenth."""
     rounds: int = 7
     """Turns of each."""
-    threads: int = 1
-    """CPU threads."""
+    threads: int = 0
+    """CPU threads for all; 0 = for everybody what is faster, one or PyTorch's choice."""
     out: Path = Path("results/claim")
     """Where speed.json goes."""
 
@@ -95,29 +97,30 @@ def main() -> None:
     """Print and write the table."""
     options = tyro.cli(Options, description=__doc__)
     use_threads(options.threads)
+    number = torch.get_num_threads()  # the runs ask for one
     work: dict[str, Work] = {}
     segments: dict[str, int] = {}
     for name, (folder, rule) in RULES.items():
         if not (options.run / "claim" / folder).exists():  # a form that was left out
             continue
         run = open_run(RunFolder(options.run / "claim" / folder).load_config(), quiet=True)
-        use_threads(options.threads)
         segments[name] = run.config.adapt.segment
         if rule == "static":
             work[name] = static_work(run, options.tokens)
         else:
             work[name] = scoring(run, ready_rule(run, rule, "article"), options.tokens)
     run = open_run(RunFolder(options.run / "claim" / "all").load_config(), quiet=True)
-    use_threads(options.threads)
     memory = dataclasses.replace(run.memory, segment=PUBLISHED_SEGMENT)
     work[PUBLISHED] = published(run, memory, options.tokens // 16)
     segments[PUBLISHED] = PUBLISHED_SEGMENT
-    found = side_by_side(work, options.rounds)
+    use_threads(number)
+    found, used = best_threads(work, options.rounds, options.threads)
     per_word = run.validation_text(0).tokens_per_word
     rows: list[dict[str, Any]] = [
         {
             "rule": name,
             "M": segments[name],
+            "threads": used[name],
             "words/s": speed(found[name]) / per_word,
             "time / static": ratio(found[name], found["static"]),
             "4 levels / it": ratio(found[LEARNED_RULE], found[name]),

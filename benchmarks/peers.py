@@ -42,11 +42,10 @@ from benchmarks.timing import (
     SIZES,
     Work,
     World,
+    best_threads,
     ratio,
     record,
-    side_by_side,
     speed,
-    threads,
     world,
 )
 from mlm.errors import UserError, run_cli
@@ -308,28 +307,6 @@ def _meta(shape: LMShape, options: Options, entries: _Entries) -> None:
     entries.work[META_OURS], entries.work[META_HIGHER] = meta_work(place, options)
 
 
-def _best_threads(
-    work: Mapping[str, Work], options: Options
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds per token of every entry with the number of threads that suits it best, and that.
-
-    Small operations are slower on two threads than on one; nobody should lose by that.
-    """
-    counts = [options.threads] if options.threads else sorted({1, torch.get_num_threads()})
-
-    def bound(run: Work, number: int) -> Work:
-        def turn() -> int:
-            with threads(number):
-                return run()
-
-        return turn
-
-    todo = {f"{name} {n}": bound(run, n) for name, run in work.items() for n in counts}
-    seconds = side_by_side(todo, options.rounds)
-    used = {name: max(counts, key=lambda n: speed(seconds[f"{name} {n}"])) for name in work}
-    return {name: seconds[f"{name} {n}"] for name, n in used.items()}, used
-
-
 def compare(
     shape: LMShape, options: Options, contestants: Mapping[str, Contestant] = CONTESTANTS
 ) -> list[dict[str, Any]]:
@@ -344,7 +321,7 @@ def compare(
         entries = _reading(shape, options, contestants)
         if options.unroll:
             _meta(shape, options, entries)
-        seconds, used = _best_threads(entries.work, options)
+        seconds, used = best_threads(entries.work, options.rounds, options.threads)
     finally:
         torch.backends.cudnn.allow_tf32 = tf32
     rows = []

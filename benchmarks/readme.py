@@ -124,6 +124,7 @@ ENGINE: dict[str, dict[str, str]] = {
     "speed": {
         "rule": "rule",
         "M": "M",
+        "threads": "threads",
         "words/s": "words/s",
         "time / static": "time over static",
         "4 levels / it": "time of 4 levels over it",

@@ -141,6 +141,29 @@ def side_by_side(work: Mapping[str, Work], rounds: int, warm_up: int = 1) -> dic
     return found
 
 
+def best_threads(
+    work: Mapping[str, Work], rounds: int, number: int = 0
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds per token of every entry with the number of threads that suits it best, and that.
+
+    Small operations are slower on two threads than on one; nobody should lose by that. Tried are
+    one and PyTorch's choice, or `number` alone if it is not 0.
+    """
+    counts = [number] if number else sorted({1, torch.get_num_threads()})
+
+    def bound(run: Work, count: int) -> Work:
+        def turn() -> int:
+            with threads(count):
+                return run()
+
+        return turn
+
+    todo = {f"{name} {n}": bound(run, n) for name, run in work.items() for n in counts}
+    seconds = side_by_side(todo, rounds)
+    used = {name: max(counts, key=lambda n: speed(seconds[f"{name} {n}"])) for name in work}
+    return {name: seconds[f"{name} {n}"] for name, n in used.items()}, used
+
+
 class Ratio(NamedTuple):
     """Ratio of two entries, round by round."""
 

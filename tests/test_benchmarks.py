@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,25 @@ def test_entries_take_turns_and_the_warm_up_is_not_counted() -> None:
     assert calls == ["a", "bb"] * 3
     assert {name: len(times) for name, times in found.items()} == {"a": 2, "bb": 2}
     assert all(seconds > 0 for times in found.values() for seconds in times)
+
+
+def test_everybody_has_the_threads_that_suit_it() -> None:
+    slow = {"small": 2, "large": 1}
+
+    def work(name: str):
+        def run() -> int:
+            time.sleep(0.02 if torch.get_num_threads() == slow[name] else 0.001)
+            return 1
+
+        return run
+
+    jobs = {name: work(name) for name in slow}
+    with timing.threads(2):
+        seconds, used = timing.best_threads(jobs, 3)
+        assert torch.get_num_threads() == 2
+    assert used == {"small": 1, "large": 2}
+    assert all(max(times) < 0.02 for times in seconds.values())
+    assert timing.best_threads(jobs, 1, 1)[1] == {"small": 1, "large": 1}
 
 
 def test_a_ratio_is_taken_within_rounds() -> None:
