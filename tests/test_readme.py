@@ -48,6 +48,7 @@ BENCHMARK_FLAGS = {
     "--timing-tokens 100 --repetitions 1 --updates 2",
     "benchmarks.claim": "--seeds 1 --resamples 9 --budget 1 --steps 1 --articles 1 "
     "--segment 5 --rank 2 --lanes 2 --rival-segment 5 --rival-budget 1",
+    "benchmarks.unread": "--skip 20 --longer 1",
     "benchmarks.fisher": "--words 100 --priors 0 0.04 --segment 5 --budget 1",
     "benchmarks.claim_speed": "--tokens 160 --rounds 1",
     "benchmarks.growth": "--only lanes --rounds 1 --updates 1 --unroll 2",
