@@ -70,8 +70,13 @@ class Options:
     """Trainings that are read with a cache, too; -1 = all."""
     fewer: bool = True
     """Read 2 and 3 levels on the same weights, too."""
-    forms: tuple[Literal["lstm", "all", "same"], ...] = ("lstm", "all", "same")
-    """Weights that dynamic evaluation may rewrite; the best of them is the rival."""
+    forms: tuple[Literal["lstm", "published", "all", "same"], ...] = (
+        "lstm",
+        "published",
+        "all",
+        "same",
+    )
+    """Of dynamic evaluation; the best on the tuning words is the rival."""
     dynamic: str = "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias"
     """Weights that the meta-learner rewrites."""
     rank: int = 256
@@ -155,11 +160,13 @@ class Reading:
 
 
 def forms(options: Options) -> dict[str, Reading]:
-    """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published; and
-    of what the meta-learner rewrites."""
+    """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published, the
+    Fisher without a prior; of all with what the meta-learner has, the prior; of what the
+    meta-learner rewrites, as often."""
     rival = {"segment": options.rival_segment}
     weights = {
         "lstm": {"dynamic": "lstm,softmax.bias", **rival},
+        "published": {"dynamic": "all", "fisher_prior": 0.0, **rival},
         "all": {"dynamic": "all", **rival},
         "same": {"dynamic": options.dynamic},
     }

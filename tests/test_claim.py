@@ -64,6 +64,13 @@ def test_ratios_of_gains_and_their_seeds() -> None:
     assert ratio["found"] == pytest.approx(1.5)
     assert ratio["found interval"] == pytest.approx([1.5, 1.5])
     assert ratio["seeds"] == "1.000 2.000"
+    assert len([r for r in rows if "4 levels: times" in r["what"]]) == 2, "one form, two protocols"
+    forms = _rules(**{"rms, all": 0.2, "rms, all+cache": 0.3, "rms, same": 0.1})
+    rows = claims(_table([300, 500], forms), SEEDS, CHOSEN, 9)
+    found = {r["what"]: r["found"] for r in rows if r["protocol"] == "stream"}
+    assert found["4 levels: times the gain of RMS (same)"] == pytest.approx(3.0)
+    assert found["4 levels: times the gain of RMS (all)"] == pytest.approx(1.5)
+    assert not [what for what in found if "all+cache" in what]
     more = next(r for r in rows if r["what"] == "4 levels + cache: more than RMS (all) + cache")
     assert more["found"] == pytest.approx(0.1)
 
@@ -156,7 +163,7 @@ def test_every_reading_is_a_run_made_once(
         if r["kind"] == "total"
     }
     tuned = json.loads((tmp_path / "out" / "rivals.json").read_text(encoding="utf-8"))["rows"]
-    assert {r["form"] for r in tuned} == {"lstm", "all", "same"}
+    assert {r["form"] for r in tuned} == {"lstm", "published", "all", "same"}
     for protocol in PROTOCOLS:
         mine = [r for r in tuned if r["protocol"] == protocol]
         best = min(mine, key=lambda r: r["nll"])
