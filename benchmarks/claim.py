@@ -81,6 +81,8 @@ class Options:
     """Weights that the meta-learner rewrites."""
     rank: int = 256
     """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
+    related: int = 256
+    """Directions in which related words move together; 0 = none."""
     segment: int = 32
     """M of the meta-learner."""
     rival_segment: int = 20
@@ -168,7 +170,7 @@ def forms(options: Options) -> dict[str, Reading]:
         "lstm": {"dynamic": "lstm,softmax.bias", **rival},
         "published": {"dynamic": "all", "fisher_prior": 0.0, **rival},
         "all": {"dynamic": "all", **rival},
-        "same": {"dynamic": options.dynamic},
+        "same": {"dynamic": options.dynamic, "related": options.related},
     }
     return {
         form: Reading(
@@ -192,7 +194,7 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {**reading.columns, **cached}
             reading = dataclasses.replace(reading, columns=columns, travels=True)
         found.append(reading)
-    same = {"dynamic": options.dynamic}
+    same = {"dynamic": options.dynamic, "related": options.related}
     fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
     if options.fewer:
         found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
@@ -206,7 +208,9 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in ("", *cached)}
             if title.startswith(THROUGH) and not seed:
                 columns = {"static": THROUGH + "static", **columns}
-            found.append(Reading(where, f"{model}/seed {seed}", columns, same, seed, not seed))
+            found.append(
+                Reading(where, f"{model}/seed {seed}", columns, same, seed=seed, travels=not seed)
+            )
     return found
 
 

@@ -128,6 +128,9 @@ class AdaptConfig:
     rank: int = 32
     """Rank of those changes; of a matrix with fewer inputs, their number: then the change is not
     small but the matrix itself in another basis."""
+    related: int = 0
+    """Directions in which words that articles use together move together in the output layer;
+    0 = none. They need `softmax.low` at full rank."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
@@ -348,6 +351,8 @@ def _problems(c: Config) -> list[str]:
         if not ok:
             found.append(f"{flag} is {value}; {rule}")
 
+    related_alone = not c.adapt.related or c.meta.learn == ("rule",)
+    need(related_alone, "--adapt.related", c.adapt.related, "it goes with --meta.learn rule only")
     at_least_one = {
         "--model.embedding": c.model.embedding,
         "--model.hidden": c.model.hidden,
@@ -372,6 +377,7 @@ def _problems(c: Config) -> list[str]:
     for flag, value in {
         "--threads": c.threads,
         "--adapt.threads": c.adapt.threads,
+        "--adapt.related": c.adapt.related,
         "--seed": c.seed,
         "--text.train-words": c.text.train_words,
         "--text.vocabulary-size": c.text.vocabulary_size,

@@ -555,7 +555,7 @@ def _fused_nll(
     if turned is None:
         layer = softmax.Layer(weights["embedding"], bias, low)
     else:
-        layer = softmax.Layer(turned, bias)
+        layer = softmax.Layer(turned, bias, None, weights.get("softmax.related"))
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
@@ -597,6 +597,8 @@ def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT
     if _turned(weights, "softmax"):
         logits = _low_rank(weights, "softmax", output_BTE)
         assert logits is not None
+        related = weights.get("softmax.related")
+        logits = logits if related is None else logits + (logits @ related) @ related.t()
     else:
         logits = _linear(output_BTE, head)
         low = _low_rank(weights, "softmax", output_BTE)  # of an adaptive softmax, of the head

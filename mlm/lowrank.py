@@ -145,17 +145,22 @@ def turned(memory: LongTerm) -> LongTerm:
     is a term in the time loop, nor for what adapts without a change, too, nor for the head of an
     adaptive softmax, which has other rows.
     """
-    weights = dict(memory.weights)
+    return dataclasses.replace(memory, weights=whole(memory.weights, memory.dynamic))
+
+
+def whole(weights: Weights, dynamic: tuple[str, ...]) -> Weights:
+    """`turned`, of the weights alone."""
+    weights = dict(weights)
     for name in [n.removesuffix(DIRECTIONS) for n in weights if n.endswith(DIRECTIONS)]:
         base = "embedding" if name == "softmax" else name
-        directions, low, whole = weights[name + DIRECTIONS], weights[name + LOW], weights[base]
-        square = len(directions) == directions.shape[1] and len(low) == len(whole)
-        if not square or base in memory.dynamic or name.endswith(".recurrent"):
+        directions, low, matrix = weights[name + DIRECTIONS], weights[name + LOW], weights[base]
+        square = len(directions) == directions.shape[1] and len(low) == len(matrix)
+        if not square or base in dynamic or name.endswith(".recurrent"):
             continue
         inverse = directions.t() / directions.square().sum(1)  # its rows are orthogonal
-        weights[name + LOW] = low + whole @ inverse
+        weights[name + LOW] = low + matrix @ inverse
         weights[name + BASIS] = weights.pop(name + DIRECTIONS)
-    return dataclasses.replace(memory, weights=weights)
+    return weights
 
 
 def plain(memory: LongTerm) -> LongTerm:

@@ -28,6 +28,10 @@ DYNAMIC_SETS = {
 LOW, DIRECTIONS, BASIS = ".low", ".directions", ".basis"
 """Endings of a low-rank change's two factors, and of the second where the first holds the whole
 matrix (see `mlm.lowrank`)."""
+RELATED = "softmax.related"
+"""What relates words to each other in the output layer (see `mlm.related`)."""
+CHANGES = (LOW, DIRECTIONS, BASIS, RELATED)
+"""Endings of what is not a weight of stage 1."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class LongTerm:
     @cached_property
     def static(self) -> Weights:
         """theta_0 without low-rank changes, which change nothing there."""
-        return {n: w for n, w in self.weights.items() if not n.endswith((LOW, DIRECTIONS, BASIS))}
+        return {n: w for n, w in self.weights.items() if not n.endswith(CHANGES)}
 
     def start(self) -> Weights:
         """theta_0 of the dynamic tensors."""
@@ -98,7 +102,7 @@ def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
     Raises:
         UserError: a pattern matches nothing.
     """
-    names = [name for name in weights if not name.endswith((LOW, DIRECTIONS, BASIS))]
+    names = [name for name in weights if not name.endswith(CHANGES)]
     matrices = [n for n in names if n.startswith("lstm.") and n.endswith((".input", ".recurrent"))]
     if {"lstm.0.bias", "qrnn.0.bias"} & set(names):
         names += [name + LOW for name in (*matrices, "softmax")]

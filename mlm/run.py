@@ -20,7 +20,7 @@ from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.kernels import use_kernels
 from mlm.lowrank import check_rank, turned
-from mlm.memory import LongTerm, choose_dynamic
+from mlm.memory import RELATED, LongTerm, choose_dynamic
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
 from mlm.training import Text, shape_of
@@ -155,6 +155,11 @@ class Run:
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, memory.weights, adapt.rank)
+        if (RELATED in memory.weights) != (adapt.related > 0):
+            raise UserError(
+                f"{path} was made with{'' if RELATED in memory.weights else 'out'} related words, "
+                f"but the settings say --adapt.related {adapt.related}; run `--stages meta` again"
+            )
         return self.ready(memory)
 
     def ready(self, memory: LongTerm) -> LongTerm:

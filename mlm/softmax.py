@@ -29,12 +29,14 @@ class Layer(NamedTuple):
     """(V)."""
     low: Tensor | None = None
     """(V, R): logits += projected low^T, a low-rank part of the head."""
+    related: Tensor | None = None
+    """(V, S), Q, shared: logits = (I + Q Q^T) (output head^T) + bias (`mlm.related`)."""
 
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
     """Whether `weighted_nll` can serve: on the CPU, shared tensors without gradient."""
     present = [t for t in layer if t is not None]
-    shared = (2, 1, 2)
+    shared = (2, 1, 2, 2)
     learned = [
         t.dim() == dim
         for t, dim in zip(layer, shared, strict=True)
@@ -104,6 +106,13 @@ def _rows(
     )
 
 
+def spread(x_V: Tensor, related: Tensor) -> Tensor:
+    """x (I + Q Q^T) of contiguous vectors (..., V), in place: related words move together."""
+    flat = x_V.flatten(0, -2)
+    flat.addmm_(flat @ related, related.t())
+    return x_V
+
+
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -112,14 +121,15 @@ class _WeightedNLL(torch.autograd.Function):
         head: Tensor,
         bias: Tensor,
         low: Tensor | None,
+        related: Tensor | None,
         projected: Tensor | None,
         targets: Tensor,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
-        names = ("output", "head", "bias", "low", "projected")
-        inputs = zip(names, (output, head, bias, low, projected), strict=True)
+        names = ("output", "head", "bias", "low", "related", "projected")
+        inputs = zip(names, (output, head, bias, low, related, projected), strict=True)
         found = {
             name: torch.zeros_like(x) if name == "bias" else take(tuple(x.shape), x)
             for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
@@ -141,8 +151,12 @@ class _WeightedNLL(torch.autograd.Function):
             if own.low is not None and projected is not None:
                 low_BRV = own.low.transpose(-1, -2).expand(len(logits), -1, -1)
                 logits.baddbmm_(projected[block], low_BRV)
+            if related is not None:
+                spread(logits, related)
             of_bias = some.get("bias")
             _rows(logits, own, targets[block], weights[block], nll[block], of_bias, bool(found))
+            if related is not None and found:
+                spread(logits, related)  # the gradient of what was spread: the map is symmetric
             if "output" in some:
                 _product(logits, own.head.transpose(-1, -2), some["output"])
             if "head" in some:

@@ -26,6 +26,7 @@ from mlm.lm import BaseModel, Weights
 from mlm.lowrank import add_low_rank, plain
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
+from mlm.related import relate, related_words
 from mlm.rules import (
     HAND_MADE_RULES,
     as_gates,
@@ -64,17 +65,28 @@ def identity(run: Run, learned: bool = True) -> str:
             keys.pop(name)
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
+    if not run.config.adapt.related:
+        keys["adapt"].pop("related")
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
 
 
 def new_memory(
-    weights: Weights, shape: BaseModel, adapt: AdaptConfig, text: Text, quiet: bool = True
+    weights: Weights,
+    shape: BaseModel,
+    adapt: AdaptConfig,
+    text: Text,
+    quiet: bool = True,
+    corpus: Text | None = None,
 ) -> LongTerm:
-    """theta_0 with the low-rank changes that are asked for, and its Fisher, from held-out text."""
+    """theta_0 with the low-rank changes that are asked for, and its Fisher, from held-out text;
+    words are related as in `corpus` (None: that text, too)."""
     dynamic = choose_dynamic(weights, adapt.dynamic)
     weights = add_low_rank(weights, shape, dynamic, adapt.rank, text, adapt.fisher_words)
+    if adapt.related:
+        found = related_words(corpus or text, shape.vocabulary, adapt.related)
+        weights = relate(weights, dynamic, found)
     return estimate_fisher(
         weights,
         shape,
@@ -91,7 +103,8 @@ def build_memory(run: Run) -> LongTerm:
     """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder."""
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
-    memory = new_memory(weights, shape, run.config.adapt, run.training_text(1), run.quiet)
+    texts = run.training_text(1), run.training_text(0)
+    memory = new_memory(weights, shape, run.config.adapt, texts[0], run.quiet, texts[1])
     save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
     return run.ready(memory)
 
