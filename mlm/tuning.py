@@ -17,8 +17,9 @@ from mlm.learner import RMS, Adam, HandMade, Momentum, Parameters
 from mlm.memory import LongTerm
 from mlm.scoring import score_articles, score_protocol
 
-RATES = (3e-5, 3e-3)
-"""Step sizes tried at first, in weight units per update and unit RMS gradient."""
+RATES = (1e-4, 3e-3)
+"""Step sizes tried at first, in weight units per update and unit RMS gradient: for the LSTM alone
+good ones are near the upper end, for all weights in the middle."""
 KRAUSE_RATE, KRAUSE_DECAY = 5e-5, 2e-3
 """Krause et al.'s published setting at M = 5; both scale with M / 5."""
 USUAL = {"momentum": 0.9, "square": 1e-3}
@@ -113,12 +114,12 @@ class _Search:
         usual = {"decay": KRAUSE_DECAY * pace, **USUAL}
         self.usual = {name: usual[name] for name in self.names if name != "rate"}
         decay = usual["decay"]
-        values = {"decay": (0.0, decay * 3, decay / 3, decay * 9), **OTHERS}
+        values = {"decay": (decay / 3, 0.0, decay * 3, decay * 9), **OTHERS}
         order = ("decay", "momentum", "square")
         self.others = {name: values[name] for name in order if name in self.names}
 
     def rates(self, number: int) -> list[float]:
-        """Step sizes over two decades; the one nearest to a published one gives way to it."""
+        """Step sizes over one and a half decades; the one nearest to a published one gives way to it."""
         rates, published = (
             _spaced(RATES[0] * self.unit, RATES[1] * self.unit, number),
             self.published,
@@ -151,7 +152,7 @@ def tune(
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on a rule's settings; best trial first.
 
-    First step sizes over two decades, a published one among them, at the published values of what
+    First step sizes over one and a half decades, a published one among them, at the published values of what
     else the rule has; then other decays, momentums and second moments, one after the other at the
     best setting so far; then step sizes next to the best, further outwards when it lies at the
     edge.
