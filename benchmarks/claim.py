@@ -67,7 +67,7 @@ class Options:
     through_seeds: int = -1
     """Trainings of it on the other language model; -1 = as many."""
     cached_seeds: int = -1
-    """Trainings that are read with a cache, too; -1 = all."""
+    """Trainings on the ordinary language model that are read with a cache, too; -1 = all."""
     fewer: bool = True
     """Read 2 and 3 levels on the same weights, too."""
     forms: tuple[Literal["lstm", "published", "all", "same"], ...] = (
@@ -204,7 +204,9 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
         learned.append(("through", options.through, THROUGH + LEARNED_RULE, more))
     for model, where, title, seeds in learned:
         for seed in range(seeds):
-            cached = (CACHE,) * (options.cached_seeds < 0 or seed < options.cached_seeds)
+            cached = (CACHE,) * (
+                model == "ordinary" and (options.cached_seeds < 0 or seed < options.cached_seeds)
+            )
             columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in ("", *cached)}
             if title.startswith(THROUGH) and not seed:
                 columns = {"static": THROUGH + "static", **columns}
