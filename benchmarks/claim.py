@@ -82,7 +82,7 @@ class Options:
     rank: int = 256
     """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
     related: int = 256
-    """Directions in which related words move together; 0 = none."""
+    """Directions in which related words move together, where the rank is full; 0 = none."""
     segment: int = 32
     """M of the meta-learner."""
     rival_segment: int = 20
@@ -132,7 +132,14 @@ class Reading:
     def config(self, options: Options) -> Config:
         """Settings of its run."""
         base = RunFolder(options.run).load_config()
-        adapt = {"segment": options.segment, "rank": options.rank, "threads": options.threads}
+        adapt: dict[str, Any] = {
+            "segment": options.segment,
+            "rank": options.rank,
+            "threads": options.threads,
+        }
+        adapt |= self.adapt
+        if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them
+            adapt["related"] = 0
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
         evaluation = dataclasses.replace(
@@ -152,7 +159,7 @@ class Reading:
                 resume=False,
                 overwrite=False,
                 seed=self.seed,
-                adapt=dataclasses.replace(base.adapt, **{**adapt, **self.adapt}),
+                adapt=dataclasses.replace(base.adapt, **adapt),
                 meta=dataclasses.replace(
                     base.meta, rules=trained, steps=options.steps, lanes=options.lanes
                 ),

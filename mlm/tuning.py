@@ -119,7 +119,7 @@ class _Search:
         self.others = {name: values[name] for name in order if name in self.names}
 
     def rates(self, number: int) -> list[float]:
-        """Step sizes over one and a half decades; the one nearest to a published one gives way to it."""
+        """Step sizes over `RATES`; the one nearest to a published one gives way to it."""
         rates, published = (
             _spaced(RATES[0] * self.unit, RATES[1] * self.unit, number),
             self.published,
@@ -152,10 +152,9 @@ def tune(
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on a rule's settings; best trial first.
 
-    First step sizes over one and a half decades, a published one among them, at the published values of what
-    else the rule has; then other decays, momentums and second moments, one after the other at the
-    best setting so far; then step sizes next to the best, further outwards when it lies at the
-    edge.
+    First step sizes over `RATES`, a published one among them, at the published values of what else
+    the rule has; then other decays, momentums and second moments, one after the other at the best
+    setting so far; then step sizes next to the best, further outwards when it lies at the edge.
     """
     search = _Search(rule, memory)
     trials: list[Trial] = []

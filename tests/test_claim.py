@@ -13,14 +13,17 @@ from conftest import Command, Finished
 import benchmarks.claim
 from benchmarks.claim import Options, merge, readings
 from benchmarks.claim_tables import LONG, Gains, claims, growths, halves, positions
+from mlm.checkpoint import RunFolder
 from mlm.config import PROTOCOLS
 from mlm.errors import UserError
 from mlm.losses import LossTable, column_name
 from mlm.report import read_evaluation
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
-       "--segment", 5, "--rank", 2, "--lanes", 2, "--rival-segment", 5,
+       "--segment", 5, "--rank", 99, "--related", 2, "--lanes", 2, "--rival-segment", 5,
        "--rival-budget", 2)  # fmt: skip
+
+NAMES = ("all", "published", "same", "seed_0")
 
 
 def _table(
@@ -180,6 +183,8 @@ def test_every_reading_is_a_run_made_once(
     assert rules == {"static", "four_levels"}
     trials = json.loads((folder / "claim" / "all" / "tuning.json").read_text(encoding="utf-8"))
     assert len(trials["rms/article"]["trials"]) == 2, "the rival's budget"
+    related = {n: RunFolder(folder / "claim" / n).load_config().adapt.related for n in NAMES}
+    assert related == {"all": 0, "published": 0, "same": 2, "seed_0": 2}
 
     done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
                    "--out", tmp_path / "out")  # fmt: skip
