@@ -219,7 +219,8 @@ def open_slow(parameters: Parameters) -> None:
 
     Meta-training sees what to forget within an unroll and hardly further; it does not find a memory
     that pays after a thousand updates from one that is shut, but it improves one that is open. RMS
-    dynamic evaluation split in this way gains a tenth more (results of `claim`).
+    dynamic evaluation that forgets too fast gains a tenth more when it is split in this way; one
+    whose decay is tuned well gains nothing by it alone (results of `claim`).
     """
     slow = {n.removeprefix(SLOW): p for n, p in parameters.items() if n.startswith(SLOW)}
     for rows, share in ((parameters["update"], 1 - SLOW_SHARE), (slow["update"], SLOW_SHARE)):
