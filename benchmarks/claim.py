@@ -4,12 +4,12 @@
 
 Two language models of the same size, text and number of tokens: one trained as usual, one trained
 through the adaptation (`--lm.through rms`). On each, the meta-learner is trained with several
-seeds and judged on the first validation words. RMS dynamic evaluation is tuned there in three
-forms, its published setting among the candidates of each, with more evaluations for each form and
-protocol than a meta-learner has in all; the best form in each protocol is the rival. Every reading
-is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of `train.py`; what is
-there with the same settings is not made again, so processes started with `--only` can share the
-work.
+seeds and judged on the first validation words. RMS dynamic evaluation is tuned there in several
+forms (`--forms`), its published setting among the candidates of each, with more evaluations for
+each form and protocol than a meta-learner has in all; the best form in each protocol is the rival.
+Every reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of
+`train.py`; what is there with the same settings is not made again, so processes started with
+`--only` can share the work.
 
 The losses of all readings are put side by side, word by word: gains are nats per word over the
 *ordinary* static model, intervals paired bootstrap over articles, the gain of a learned rule is the
