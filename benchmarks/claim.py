@@ -70,6 +70,8 @@ class Options:
     """Trainings on the ordinary language model that are read with a cache, too; -1 = all."""
     fewer: bool = True
     """Read 2 and 3 levels on the same weights, too."""
+    ablate: bool = True
+    """Read one seed of the learned rule without related words, too."""
     forms: tuple[Literal["lstm", "published", "all", "same"], ...] = (
         "lstm",
         "published",
@@ -201,10 +203,14 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {**reading.columns, **cached}
             reading = dataclasses.replace(reading, columns=columns, travels=True)
         found.append(reading)
-    same = {"dynamic": options.dynamic, "related": options.related}
+    same: dict[str, Any] = {"dynamic": options.dynamic, "related": options.related}
     fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
     if options.fewer:
         found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
+    if options.ablate and options.related:
+        columns = {LEARNED_RULE: f"{LEARNED_RULE}, without related words"}
+        plain = {"dynamic": options.dynamic}
+        found.append(Reading(options.run, "ordinary/unrelated", columns, plain, seed=1))
     more = options.seeds if options.through_seeds < 0 else options.through_seeds
     learned = [("ordinary", options.run, LEARNED_RULE, options.seeds)]
     if options.through:
@@ -366,7 +372,7 @@ def _read_all(
 
 def _read_long(every: Sequence[Reading], options: Options) -> LossTable:
     """The corpus of long articles under the first seed of the learned rule."""
-    first = next(reading for reading in every if LEARNED_RULE in reading.columns)
+    first = next(reading for reading in every if reading.name == "ordinary/seed 0")
     first = dataclasses.replace(first, columns={LEARNED_RULE: LEARNED_RULE})
     return read(first, open_run(first.config(options), quiet=True), options.long)
 
