@@ -20,7 +20,7 @@ from mlm.config import Config, from_dict, to_dict
 from mlm.errors import UserError
 from mlm.files import atomic_path, naming, write_text
 from mlm.lm import BaseModel, LanguageModel, LMShape
-from mlm.memory import LongTerm
+from mlm.memory import Borders, LongTerm
 from mlm.snail import SnailShape
 
 RESULTS = (
@@ -270,6 +270,9 @@ def save_memory(path: Path, memory: LongTerm, vocabulary_hash: str) -> None:
         "loss": memory.loss,
         "segment": memory.segment,
     }
+    if memory.borders is not None:
+        tensors["borders"] = memory.borders.weights
+        about["eos"] = memory.borders.eos
     save_tensors(path, tensors, about)
 
 
@@ -285,6 +288,7 @@ def load_memory(path: Path, vocabulary_hash: str) -> LongTerm:
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
+    borders = Borders(tensors["borders"], about["eos"]) if "borders" in tensors else None
     return LongTerm(
         _shape(about),
         part("theta_0/"),
@@ -292,4 +296,5 @@ def load_memory(path: Path, vocabulary_hash: str) -> LongTerm:
         part("rms/"),
         about["loss"],
         about["segment"],
+        borders=borders,
     )

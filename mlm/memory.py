@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,20 @@ CHANGES = (LOW, DIRECTIONS, BASIS, RELATED)
 """Endings of what is not a weight of stage 1."""
 
 
+class Borders(NamedTuple):
+    """Tells whether a line that ends was an article's first (see `mlm.borders`)."""
+
+    weights: Tensor
+    """(E + 1,): w, then b."""
+    eos: int
+    """Token at the end of a line."""
+
+    def opened(self, inputs_BM: Tensor, mask_BM: Tensor, output_BME: Tensor) -> Tensor:
+        """(B,) bool: lanes that read the end of an article's first line in this segment."""
+        logits_BM = output_BME @ self.weights[:-1] + self.weights[-1]
+        return ((logits_BM > 0) & mask_BM & (inputs_BM == self.eos)).any(1)
+
+
 @dataclass(frozen=True)
 class LongTerm:
     """What the corpus left behind, never written while reading.
@@ -52,6 +67,8 @@ class LongTerm:
     segment: int
     limit: float = math.inf
     """Mean loss of a segment, in nats per token, above which a lane is reset (the guard)."""
+    borders: Borders | None = None
+    """What tells a lane that it has begun to read another article; None = nothing does."""
 
     @cached_property
     def mean_rms(self) -> float:
@@ -72,7 +89,10 @@ class LongTerm:
         """The same memory on `device`, optionally in another dtype."""
         weights = {n: w.to(device, dtype) for n, w in self.weights.items()}
         rms = {n: w.to(device, dtype) for n, w in self.rms.items()}
-        return dataclasses.replace(self, weights=weights, rms=rms)
+        borders = self.borders
+        if borders is not None:
+            borders = borders._replace(weights=borders.weights.to(device, dtype))
+        return dataclasses.replace(self, weights=weights, rms=rms, borders=borders)
 
 
 def _patterns(wanted: str) -> dict[str, tuple[str, ...]]:

@@ -33,15 +33,18 @@ class Reader(NamedTuple):
     """(B,) updates since the lane's weights were last theta_0."""
     exploded: Tensor
     """(B,) lanes whose loss passed `memory.limit`: they start from theta_0 at the next segment."""
+    opened: Tensor
+    """(B,) lanes that have begun to read another article: so do their weights (`mlm.borders`)."""
 
     def select(self, lanes: Tensor) -> Reader:
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
-        return Reader(weights, self.state.select(lanes), self.age[lanes], self.exploded[lanes])
+        flags = self.exploded[lanes], self.opened[lanes]
+        return Reader(weights, self.state.select(lanes), self.age[lanes], *flags)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for files."""
-        tensors = {"age": self.age, "exploded": self.exploded}
+        tensors = {"age": self.age, "exploded": self.exploded, "opened": self.opened}
         tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
 
@@ -50,7 +53,8 @@ class Reader(NamedTuple):
         here = {n: tensors[n].to(self.age.device) for n in self.tensors()}
         state = [here[f"state/{k}"] for k in range(len(self.state.tensors()))]
         weights = {n: here[f"weights/{n}"] for n in self.weights}
-        return Reader(weights, self.state.of(state), here["age"], here["exploded"])
+        flags = here["exploded"], here["opened"]
+        return Reader(weights, self.state.of(state), here["age"], *flags)
 
 
 def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
@@ -59,16 +63,24 @@ def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
     state = memory.shape.initial_state(lanes, some.device, some.dtype)
     age = torch.zeros(lanes, device=some.device, dtype=some.dtype)
     start = memory.start() if rule is None else rule.start()
-    return Reader(lanes_of(start, lanes), state, age, torch.zeros_like(age, dtype=torch.bool))
+    none = torch.zeros_like(age, dtype=torch.bool)
+    return Reader(lanes_of(start, lanes), state, age, none, none.clone())
 
 
-def open_articles(start: Weights, reader: Reader, new_B: Tensor) -> Reader:
-    """Reset weights (to `start`), hidden state and age of the lanes that open an article."""
-    if not bool(new_B.any()):
+def open_articles(
+    start: Weights, reader: Reader, new_B: Tensor, flush_B: Tensor | None = None
+) -> Reader:
+    """Reset weights (to `start`), hidden state and age of the lanes that open an article.
+
+    Those in `flush_B` keep the hidden state.
+    """
+    reset_B = new_B if flush_B is None else new_B | flush_B
+    if not bool(reset_B.any()):
         return reader
-    weights = reset_lanes(reader.weights, start, new_B)
+    weights = reset_lanes(reader.weights, start, reset_B)
     state = reader.state.keep(~new_B)
-    return Reader(weights, state, reader.age * ~new_B, reader.exploded & ~new_B)
+    age, flags = reader.age * ~reset_B, (reader.exploded & ~reset_B, reader.opened & ~reset_B)
+    return Reader(weights, state, age, *flags)
 
 
 class Scored(NamedTuple):
@@ -129,7 +141,7 @@ class Step(NamedTuple):
     before: Reader
     """The lanes as they read it: those that opened an article, or had to be reset, at theta_0."""
     new: Tensor
-    """(B,) lanes that were reset before it."""
+    """(B,) lanes whose weights were reset before it."""
     scored: Scored
     signal: Signal
     after: Reader
@@ -148,8 +160,9 @@ def step(
 ) -> Step:
     """One step of reading: predict, score, update, carry.
 
-    Lanes flagged `segment.new` are reset first. `out` receives the new weights (for speed; it must
-    not be the reader's own).
+    Lanes flagged `segment.new` are reset first, and the weights of those in which
+    `memory.borders` found that an article began in the segment before. `out` receives the new
+    weights (for speed; it must not be the reader's own).
 
     The guard: a lane whose weights are not finite, or give no finite loss, which shows before any
     target does, is reset to theta_0 and reads the segment from there; a lane whose mean loss
@@ -158,7 +171,9 @@ def step(
     """
     start = rule.start()
     new = segment.new | reader.exploded
-    reader = open_articles(start, reader, new)
+    flush = reader.opened & ~new
+    reader = open_articles(start, reader, new, flush)
+    new = new | flush
     scored = score_segment(memory, reader, segment, learn)
     some = [w for n, w in reader.weights.items() if not n.endswith("/slow")]  # part of the weights
     whole = torch.stack([w.flatten(1).sum(1).isfinite() for w in some]).all(0)
@@ -171,8 +186,16 @@ def step(
     signal = Signal(scored.loss, reader.age)
     weights = rule.update(reader.weights, scored.gradients, signal, out)
     exploded = (scored.loss > memory.limit) & (reader.age > 0)
-    after = Reader(weights, scored.state, reader.age + 1, exploded)
+    opened = opens_article(memory, segment, scored.output, reader.age)
+    after = Reader(weights, scored.state, reader.age + 1, exploded, opened)
     return Step(reader, new, scored, signal, after, broken | exploded)
+
+
+def opens_article(memory: LongTerm, segment: Segment, output_BME: Tensor, age_B: Tensor) -> Tensor:
+    """(B,) lanes that have learned from one article and begin to read another."""
+    if memory.borders is None:
+        return torch.zeros_like(segment.new)
+    return memory.borders.opened(segment.inputs, segment.mask, output_BME) & (age_B > 0)
 
 
 def _finite(gradients: Weights) -> Tensor:
@@ -342,6 +365,13 @@ def snapshot_spacing(updates: int) -> int:
     return math.ceil(math.sqrt(updates / 2))
 
 
+def _recycle(now: _Past, weights: bool) -> None:
+    """What an update was made of is memory for the next ones."""
+    buffers.give(now.gradients.values())
+    if weights:
+        buffers.give(now.weights.values())
+
+
 def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:
     """Read all segments with the tangent beside the weights; fills `found`."""
     rule, tangent = unroll.rule, unroll.rule.tangent(len(reader.age))
@@ -352,9 +382,7 @@ def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:
         if unroll.pull:
             rule.owed(tangent, unroll.penalty(now.weights), now.signal, penalty)
         rule.advance(now.weights, now.gradients, now.signal, tangent, found)
-        buffers.give(now.gradients.values())
-        if t:  # the first weights are the caller's
-            buffers.give(now.weights.values())
+        _recycle(now, weights=t > 0)  # the first weights are the caller's
         del now  # two copies of the weights less during the next step
     for name, value in found.items():
         value.mul_(unroll.scale).add_(penalty[name])
@@ -391,9 +419,7 @@ def _reverse(unroll: _Unroll, reader: Reader, found: Parameters, spacing: int) -
 def _forget(past: list[_Past]) -> None:
     """Empty `past`: its memory serves the next updates. The oldest weights are a snapshot's."""
     for k, now in enumerate(past):
-        buffers.give(now.gradients.values())
-        if k:
-            buffers.give(now.weights.values())
+        _recycle(now, weights=k > 0)
     past.clear()
 
 
@@ -419,7 +445,5 @@ def _walk_back(
         if bool(now.new.any()):  # theta_{t-1} was dropped for theta_0 there
             for value in lam.values():
                 value[now.new] = 0
-        buffers.give(now.gradients.values())
-        if past:  # the oldest weights are the caller's, or a snapshot's
-            buffers.give(now.weights.values())
+        _recycle(now, weights=bool(past))  # the oldest are the caller's, or a snapshot's
     return lam

@@ -16,7 +16,7 @@ from mlm.learner import Parameters, Signal, UpdateRule
 from mlm.lm import State, Weights
 from mlm.memory import LongTerm, reset_lanes
 from mlm.recurrence import plain_operations
-from mlm.rollout import MetaGradient, Reader
+from mlm.rollout import MetaGradient, Reader, opens_article
 from mlm.streams import Segment
 
 
@@ -78,7 +78,7 @@ def _unroll(
     tokens, flushed = 0, 0
     for t, segment in enumerate(segments):
         reader = _opened(start, reader, segment.new | reader.exploded)
-        nll, gradients, state = _inner(memory, reader, segment)
+        nll, gradients, state, output = _inner(memory, reader, segment)
         if t:
             loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
             penalty = penalty + _distance(memory, reader.weights)
@@ -87,7 +87,8 @@ def _unroll(
         theta = rule.formula(phi, memory, reader.weights, gradients, signal)
         exploded = (own.detach() > memory.limit) & (reader.age > 0)
         flushed += int(exploded.sum())
-        reader = Reader(theta, state, reader.age + 1, exploded)
+        opened = opens_article(memory, segment, output.detach(), reader.age)
+        reader = Reader(theta, state, reader.age + 1, exploded, opened)
     terms = len(reader.age) * max(1, len(segments) - 1)
     return loss, tokens, penalty / terms, reader, flushed
 
@@ -97,13 +98,17 @@ def _opened(start: Weights, reader: Reader, new_B: Tensor) -> Reader:
 
     A rule may hand a tensor on as it is, and earlier hidden states depend on it as well.
     """
-    theta = reset_lanes(reader.weights, start, new_B)
+    reset_B = new_B | reader.opened
+    theta = reset_lanes(reader.weights, start, reset_B)
     theta = {n: w.view_as(w).requires_grad_(True) for n, w in theta.items()}
-    return Reader(theta, reader.state.keep(~new_B), reader.age * ~new_B, reader.exploded)
+    flags = reader.exploded, reader.opened
+    return Reader(theta, reader.state.keep(~new_B), reader.age * ~reset_B, *flags)
 
 
-def _inner(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Tensor, Weights, State]:
-    """Losses (B, M), the inner gradients and the state after a segment, all differentiable."""
+def _inner(
+    memory: LongTerm, reader: Reader, segment: Segment
+) -> tuple[Tensor, Weights, State, Tensor]:
+    """Losses (B, M), inner gradients, state and outputs of a segment, all differentiable."""
     theta = {n: reader.weights[n] for n in memory.dynamic}
     share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]
     full = {**memory.weights, **theta}
@@ -111,7 +116,8 @@ def _inner(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Tensor, 
     found = torch.autograd.grad(
         now.total, list(theta.values()), create_graph=True, materialize_grads=True
     )
-    return now.nll * segment.mask, dict(zip(theta, found, strict=True)), now.state
+    gradients = dict(zip(theta, found, strict=True))
+    return now.nll * segment.mask, gradients, now.state, now.output
 
 
 def _distance(memory: LongTerm, weights: Weights) -> Tensor:

@@ -1,0 +1,219 @@
+"""Borders of articles, told by the hidden state: the fit, FLUSH, streams, files."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, Finished
+from worlds import EOS, made_up_rms, tiny_memory
+
+from mlm.borders import learn_borders
+from mlm.checkpoint import load_memory, load_tensors, save_memory
+from mlm.gates import LinearGates
+from mlm.learner import RMS, Signal
+from mlm.lm import LMShape, initial_weights
+from mlm.memory import Borders, LongTerm
+from mlm.rollout import begin, meta_gradient, score_segment, step
+from mlm.rules import start_at
+from mlm.scoring import score_articles, score_stream
+from mlm.second_order import second_order
+from mlm.stage_meta import seen_by
+from mlm.streams import LaneStream
+from mlm.training import Text
+
+SETTING = {"rate": torch.tensor(0.004).double(), "decay": torch.tensor(0.02).double()}
+HEADING = [7, 8, 7, EOS]
+
+
+def _articles(number: int, seed: int = 0) -> list[np.ndarray]:
+    """A heading of words that lines do not have, then lines of other words."""
+    random = np.random.default_rng(seed)
+    found = []
+    for _ in range(number):
+        lines = [[*random.integers(1, 7, random.integers(3, 9)), EOS] for _ in range(4)]
+        found.append(np.array([*HEADING, *np.concatenate(lines)]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def memory() -> LongTerm:
+    """A tiny model, untrained: what it read last is in its hidden state all the same."""
+    generator = torch.Generator().manual_seed(0)
+    shape = LMShape(12, 16, 16, 1)
+    weights = {n: w.double() for n, w in initial_weights(shape, generator).items()}
+    articles = _articles(60)
+    text = Text(articles, sum(map(len, articles)), EOS)
+    borders = learn_borders(shape, weights, text)
+    rms = made_up_rms(weights, tuple(weights), generator)
+    return LongTerm(shape, weights, tuple(weights), rms, 2.3, 5, borders=borders)
+
+
+def _first_lines(articles: list[np.ndarray]) -> list[int]:
+    """Positions, in the joined text, that follow the line end of a heading."""
+    starts = np.cumsum([0, *map(len, articles)])[:-1]
+    return [int(start) + len(HEADING) for start in starts]
+
+
+def test_it_tells_headings_from_other_lines(memory: LongTerm) -> None:
+    articles = _articles(30, seed=1)
+    ids = torch.from_numpy(np.concatenate(articles)).unsqueeze(0)
+    inputs = torch.cat([torch.tensor([[EOS]]), ids[:, :-1]], 1)
+    state = memory.shape.initial_state(1, dtype=torch.float64)
+    output = memory.shape.read(memory.static, inputs, ids, state).output
+    assert memory.borders is not None
+    found = [
+        k
+        for k in range(ids.shape[1])
+        if memory.borders.opened(
+            inputs[:, k : k + 1], torch.ones(1, 1, dtype=torch.bool), output[:, k : k + 1]
+        )
+    ]
+    assert found == _first_lines(articles)
+    silent = torch.zeros_like(inputs, dtype=torch.bool)
+    assert not memory.borders.opened(inputs, silent, output).any(), "masked tokens do not count"
+
+
+def test_articles_that_begin_as_all_lines_do_are_not_told_apart() -> None:
+    plain = tiny_memory(layers=1)
+    random = np.random.default_rng(0)
+    lines = [np.array([*random.integers(1, 7, 6), EOS]) for _ in range(400)]
+    articles = [np.concatenate(lines[k : k + 8]) for k in range(0, 400, 8)]
+    found = learn_borders(plain.shape, plain.static, Text(articles, 2800, EOS))
+    assert float(found.weights[-1]) < 0
+    text = np.concatenate(articles)
+    bound = RMS().bind(SETTING, plain)
+    told = dataclasses.replace(plain, borders=found)
+    unaware, aware = (score_articles(m, bound, [text], EOS, 1).nll[0] for m in (plain, told))
+    np.testing.assert_array_equal(aware, unaware)
+
+
+def test_a_stream_is_read_like_articles_but_for_the_hidden_state(memory: LongTerm) -> None:
+    """Weights are theta_0 from the segment after a heading on: step by step."""
+    articles = _articles(6, seed=2)
+    text = np.concatenate(articles)
+    bound = RMS().bind(SETTING, memory)
+    reader = begin(memory, 1, bound)
+    flushed = []
+    for k, piece in enumerate(LaneStream([text], 1, memory.segment, EOS)):
+        now = step(memory, bound, reader, piece)
+        at_theta_0 = all(
+            torch.equal(now.before.weights[n][0], memory.weights[n]) for n in memory.dynamic
+        )
+        assert at_theta_0 == bool(now.new) == (float(now.before.age) == 0)
+        if k and at_theta_0:
+            assert float(now.before.state.tensors()[0].abs().sum()) > 0, "the hidden state stays"
+            flushed.append(k)
+        assert not now.flushed.any(), "the guard has nothing to do with it"
+        reader = now.after
+    read_in = [first // memory.segment for first in _first_lines(articles)]
+    assert flushed == [k + 1 for k in read_in if k]
+    plain = dataclasses.replace(memory, borders=None)
+    kept, dropped = (score_stream(m, bound, articles, EOS).total for m in (plain, memory))
+    assert kept != dropped
+
+
+@pytest.mark.parametrize("mode", ["reverse", "checkpoint", "forward"])
+def test_the_meta_gradient_stops_at_a_border(memory: LongTerm, mode: Any) -> None:
+    """Against autograd through the formula, borders told, inner gradients held constant."""
+    rule = LinearGates("three_levels")
+    phi = start_at(rule, RMS(), SETTING, memory)
+    texts = [np.concatenate(_articles(5, seed=s)) for s in (3, 4)]
+    stream = LaneStream(texts, 2, memory.segment, EOS)
+    pieces = [next(stream) for _ in range(12)]
+    bound = rule.bind(phi, memory)
+    found = meta_gradient(memory, bound, phi, begin(memory, 2, bound), pieces, mode)
+    # the same text with its borders marked, from where the detector finds them
+    reader, marked = begin(memory, 2, bound), []
+    for piece in pieces:
+        marked.append(piece._replace(new=piece.new | reader.opened))
+        reader = step(memory, bound, reader, piece).after
+    assert sum(int(p.new.sum()) for p in marked) > 2
+    plain = dataclasses.replace(memory, borders=None)
+    want = _meta_gradient_keeping_state(plain, rule, phi, marked)
+    for name, g in found.gradients.items():
+        torch.testing.assert_close(g, want[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def _meta_gradient_keeping_state(
+    memory: LongTerm, rule: LinearGates, phi: dict[str, torch.Tensor], pieces: list[Any]
+) -> dict[str, torch.Tensor]:
+    """First order by autograd through the formula; weights, not states, are reset where told."""
+    leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
+    reader = begin(memory, 2, rule.bind(phi, memory))
+    theta, total, tokens = dict(reader.weights), torch.zeros(()).double(), 0
+    for t, piece in enumerate(pieces):
+        flag = {n: piece.new.view(-1, *[1] * (w.dim() - 1)) for n, w in theta.items()}
+        theta = {n: torch.where(flag[n], memory.weights[n], w) for n, w in theta.items()}
+        reader = reader._replace(
+            weights={n: w.detach() for n, w in theta.items()}, age=reader.age * ~piece.new
+        )
+        scored = score_segment(memory, reader, piece)
+        if t:
+            total = total + sum((theta[n] * g).sum() for n, g in scored.gradients.items())
+            tokens += int(piece.mask.sum())
+        signal = Signal(scored.loss, reader.age)
+        theta = rule.formula(leaves, memory, theta, scored.gradients, signal)
+        reader = reader._replace(state=scored.state, age=reader.age + 1)
+    total = total * memory.segment / tokens
+    found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for (n, p), g in zip(leaves.items(), found, strict=True)
+    }
+
+
+def test_the_second_order_unroll_reads_alike(memory: LongTerm) -> None:
+    rule = LinearGates("three_levels")
+    phi = start_at(rule, RMS(), SETTING, memory)
+    joined = [np.concatenate(_articles(5, seed=s)) for s in (3, 4)]
+    stream = LaneStream(joined, 2, memory.segment, EOS)
+    pieces = [next(stream) for _ in range(8)]
+    bound = rule.bind(phi, memory)
+    first = meta_gradient(memory, bound, phi, begin(memory, 2, bound), pieces)
+    second = second_order(memory, rule, phi, begin(memory, 2, bound), pieces)
+    assert second.loss == pytest.approx(first.loss, rel=1e-12)
+    assert torch.equal(second.reader.opened, first.reader.opened)
+    assert torch.equal(second.reader.age, first.reader.age)
+
+
+def test_only_a_learned_flush_sees_borders(memory: LongTerm) -> None:
+    assert seen_by(LinearGates("three_levels"), memory).borders is memory.borders
+    for rule in (RMS(), LinearGates("two_levels", flush=False)):
+        assert seen_by(rule, memory).borders is None
+
+
+def test_files(memory: LongTerm, tmp_path: Path) -> None:
+    path = tmp_path / "memory.safetensors"
+    save_memory(path, memory, "x")
+    again = load_memory(path, "x").borders
+    assert isinstance(memory.borders, Borders)
+    assert isinstance(again, Borders)
+    assert torch.equal(again.weights, memory.borders.weights)
+    assert again.eos == EOS
+    moved = memory.to("cpu", torch.float32).borders
+    assert isinstance(moved, Borders)
+    assert moved.weights.dtype == torch.float32
+    save_memory(path, dataclasses.replace(memory, borders=None), "x")
+    assert load_memory(path, "x").borders is None
+
+
+def test_a_run_that_sees_borders(finished: Finished, command: Command, tmp_path: Path) -> None:
+    """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
+    folder = finished.copy(tmp_path / "run")
+    rules = ("--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels")
+    words = ("--out", folder, *rules)
+    done = command("train", *words, "--adapt.borders", "--stages", "meta", "evaluate")
+    assert done.code == 0, done.err
+    tensors, about = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
+    assert tensors["borders"].dim() == 1
+    assert "eos" in about
+    losses = (folder / "losses.parquet").read_bytes()
+    assert command("evaluate", folder, "--no-draw").code == 0
+    assert (folder / "losses.parquet").read_bytes() == losses
+    error = command("train", *words, "--adapt.no-borders", "--stages", "evaluate").error
+    assert "was made with --adapt.borders, but the settings say otherwise" in error
