@@ -83,8 +83,12 @@ class Options:
     """Weights that the meta-learner rewrites."""
     rank: int = 256
     """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
-    related: int = 256
+    related: int = 128
     """Directions in which related words move together, where the rank is full; 0 = none."""
+    borders: bool = True
+    """FLUSH sees where an article begins."""
+    basis_words: int = 1_000_000
+    """Words from which bases and relations are learned; 0 = they are principal directions."""
     segment: int = 32
     """M of the meta-learner."""
     rival_segment: int = 20
@@ -141,7 +145,7 @@ class Reading:
         }
         adapt |= self.adapt
         if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them
-            adapt["related"] = 0
+            adapt |= {"related": 0, "basis_words": 0}
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
         evaluation = dataclasses.replace(
@@ -170,6 +174,16 @@ class Reading:
         )
 
 
+def learned_adapt(options: Options) -> dict[str, Any]:
+    """What a learned rule rewrites, and what it sees."""
+    return {
+        "dynamic": options.dynamic,
+        "related": options.related,
+        "borders": options.borders,
+        "basis_words": options.basis_words,
+    }
+
+
 def forms(options: Options) -> dict[str, Reading]:
     """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published, the
     Fisher without a prior; of all with what the meta-learner has, the prior; of what the
@@ -179,7 +193,7 @@ def forms(options: Options) -> dict[str, Reading]:
         "lstm": {"dynamic": "lstm,softmax.bias", **rival},
         "published": {"dynamic": "all", "fisher_prior": 0.0, **rival},
         "all": {"dynamic": "all", **rival},
-        "same": {"dynamic": options.dynamic, "related": options.related},
+        "same": learned_adapt(options),
     }
     return {
         form: Reading(
@@ -203,13 +217,13 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {**reading.columns, **cached}
             reading = dataclasses.replace(reading, columns=columns, travels=True)
         found.append(reading)
-    same: dict[str, Any] = {"dynamic": options.dynamic, "related": options.related}
+    same = learned_adapt(options)
     fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
     if options.fewer:
         found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
     if options.ablate and options.related:
         columns = {LEARNED_RULE: f"{LEARNED_RULE}, without related words"}
-        plain = {"dynamic": options.dynamic}
+        plain = {**same, "related": 0}
         found.append(Reading(options.run, "ordinary/unrelated", columns, plain, seed=1))
     more = options.seeds if options.through_seeds < 0 else options.through_seeds
     learned = [("ordinary", options.run, LEARNED_RULE, options.seeds)]
@@ -344,13 +358,19 @@ def merge(
     return dataclasses.replace(first, losses=columns), seeds
 
 
+def _chosen(tuned: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The rival's form in each protocol, from the rows of `rivals`."""
+    return {row["protocol"]: row["form"] for row in tuned if row["rival"]}
+
+
 def _some(options: Options) -> list[Reading]:
-    """The readings that --only names.
+    """The readings that --only names; the rival's with its caches once every form is tuned.
 
     Raises:
         UserError: it names none.
     """
-    every = readings(options, {})
+    ready = all((form.path / "made.json").exists() for form in forms(options).values())
+    every = readings(options, _chosen(rivals(options)) if ready else {})
     found = [r for r in every if r.name.startswith(options.only)]
     if not found:
         names = ", ".join(r.name for r in every)
@@ -385,7 +405,7 @@ def main() -> None:
         _read_all(_some(options), options, corpora)
         return
     tuned = rivals(options)
-    chosen = {row["protocol"]: row["form"] for row in tuned if row["rival"]}
+    chosen = _chosen(tuned)
     every = readings(options, chosen)
     made = _read_all(every, options, corpora)
     merged = {open_corpus(corpus).name: merge(made[corpus], chosen) for corpus in corpora}

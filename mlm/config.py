@@ -131,6 +131,12 @@ class AdaptConfig:
     related: int = 0
     """Directions in which words that articles use together move together in the output layer;
     0 = none. They need `softmax.low` at full rank."""
+    basis_words: int = 0
+    """Training words from which the bases of `.low` at full rank, and how words are related, are
+    learned while reading, with the same static model; 0 = they stay principal directions."""
+    borders: bool = False
+    """A lane whose hidden state says that another article has begun drops what it learned from the
+    last: FLUSH in texts whose borders nobody marks, such as protocol `stream`."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
@@ -351,8 +357,12 @@ def _problems(c: Config) -> list[str]:
         if not ok:
             found.append(f"{flag} is {value}; {rule}")
 
-    related_alone = not c.adapt.related or c.meta.learn == ("rule",)
-    need(related_alone, "--adapt.related", c.adapt.related, "it goes with --meta.learn rule only")
+    alone = c.meta.learn == ("rule",)
+    for flag, value in {
+        "--adapt.related": c.adapt.related,
+        "--adapt.basis-words": c.adapt.basis_words,
+    }.items():
+        need(not value or alone, flag, value, "it goes with --meta.learn rule only")
     at_least_one = {
         "--model.embedding": c.model.embedding,
         "--model.hidden": c.model.hidden,
@@ -378,6 +388,7 @@ def _problems(c: Config) -> list[str]:
         "--threads": c.threads,
         "--adapt.threads": c.adapt.threads,
         "--adapt.related": c.adapt.related,
+        "--adapt.basis-words": c.adapt.basis_words,
         "--seed": c.seed,
         "--text.train-words": c.text.train_words,
         "--text.vocabulary-size": c.text.vocabulary_size,

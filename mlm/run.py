@@ -160,6 +160,11 @@ class Run:
                 f"{path} was made with{'' if RELATED in memory.weights else 'out'} related words, "
                 f"but the settings say --adapt.related {adapt.related}; run `--stages meta` again"
             )
+        if (memory.borders is not None) != adapt.borders:
+            raise UserError(
+                f"{path} was made with{'' if memory.borders else 'out'} --adapt.borders, but the "
+                "settings say otherwise; run `--stages meta` again"
+            )
         return self.ready(memory)
 
     def ready(self, memory: LongTerm) -> LongTerm:

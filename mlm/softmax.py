@@ -34,12 +34,12 @@ class Layer(NamedTuple):
 
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
-    """Whether `weighted_nll` can serve: on the CPU, shared tensors without gradient."""
+    """Whether `weighted_nll` can serve: on the CPU, shared tensors (but Q) without gradient."""
     present = [t for t in layer if t is not None]
-    shared = (2, 1, 2, 2)
+    shared = (2, 1, 2)
     learned = [
         t.dim() == dim
-        for t, dim in zip(layer, shared, strict=True)
+        for t, dim in zip(layer, shared, strict=False)
         if t is not None and torch.is_grad_enabled() and t.requires_grad
     ]
     return (
@@ -65,7 +65,7 @@ def weighted_nll(
 
     Returns:
         losses (B, T) in nats, outside the autograd graph, and sum(weights * losses), which is
-        differentiable once in `output_BTE`, `projected_BTR` and per-lane tensors of `layer`.
+        differentiable once in `output_BTE`, `projected_BTR`, per-lane tensors of `layer` and Q.
     """
     tensors = [output_BTE, *layer, projected_BTR]
     if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad alone
@@ -106,11 +106,20 @@ def _rows(
     )
 
 
-def spread(x_V: Tensor, related: Tensor) -> Tensor:
-    """x (I + Q Q^T) of contiguous vectors (..., V), in place: related words move together."""
+def _spread(x_V: Tensor, related: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """x (I + Q Q^T) of contiguous vectors (..., V), in place: related words move together.
+
+    Returns what was there, (N, V), if it is to be kept, and its product with Q, (N, S).
+    """
     flat = x_V.flatten(0, -2)
-    flat.addmm_(flat @ related, related.t())
-    return x_V
+    before = flat.clone() if keep else flat
+    along_NS = flat @ related
+    flat.addmm_(along_NS, related.t())
+    return before, along_NS
+
+
+SUMS = ("bias", "related")
+"""What gradients are added to; others are written."""
 
 
 class _WeightedNLL(torch.autograd.Function):
@@ -131,7 +140,7 @@ class _WeightedNLL(torch.autograd.Function):
         names = ("output", "head", "bias", "low", "related", "projected")
         inputs = zip(names, (output, head, bias, low, related, projected), strict=True)
         found = {
-            name: torch.zeros_like(x) if name == "bias" else take(tuple(x.shape), x)
+            name: torch.zeros_like(x) if name in SUMS else take(tuple(x.shape), x)
             for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
             if want and x is not None
         }
@@ -145,18 +154,20 @@ class _WeightedNLL(torch.autograd.Function):
                 bias if bias.dim() == 1 else bias[block],
                 low if low is None or low.dim() == 2 else low[block],
             )
-            some = {name: gradient[block] for name, gradient in found.items()}
+            some = {name: g if name == "related" else g[block] for name, g in found.items()}
             logits = buffer[: block.stop - lo]
             _product(output[block], own.head, logits)
             if own.low is not None and projected is not None:
                 low_BRV = own.low.transpose(-1, -2).expand(len(logits), -1, -1)
                 logits.baddbmm_(projected[block], low_BRV)
-            if related is not None:
-                spread(logits, related)
+            spreads = [] if related is None else [_spread(logits, related, "related" in some)]
             of_bias = some.get("bias")
             _rows(logits, own, targets[block], weights[block], nll[block], of_bias, bool(found))
-            if related is not None and found:
-                spread(logits, related)  # the gradient of what was spread: the map is symmetric
+            if related is not None and found:  # the gradient is spread: the map is symmetric
+                spreads.append(_spread(logits, related, "related" in some))
+                if "related" in some:
+                    (x, along), (g, back) = spreads
+                    some["related"].addmm_(x.t(), back).addmm_(g.t(), along)
             if "output" in some:
                 _product(logits, own.head.transpose(-1, -2), some["output"])
             if "head" in some:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from mlm.borders import learn_borders
 from mlm.cache import CacheSetting
 from mlm.cache_tuning import tune_cache
 from mlm.checkpoint import load_lm, load_tensors, save_memory, save_tensors
@@ -23,7 +24,7 @@ from mlm.files import write_text
 from mlm.gates import Feature, LinearGates
 from mlm.learner import Bound, Parameters, UpdateRule
 from mlm.lm import BaseModel, Weights
-from mlm.lowrank import add_low_rank, plain
+from mlm.lowrank import add_low_rank, plain, turned
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
 from mlm.related import relate, related_words
@@ -39,6 +40,7 @@ from mlm.rules import (
 from mlm.run import Run, say
 from mlm.training import Text
 from mlm.tuning import Trial, tune
+from mlm.warp import learn_bases
 
 WEIGHTS = "weights/"
 """Beginning of the names of the language model's weights beside a rule's parameters."""
@@ -65,8 +67,9 @@ def identity(run: Run, learned: bool = True) -> str:
             keys.pop(name)
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
-    if not run.config.adapt.related:
-        keys["adapt"].pop("related")
+    for name in ("related", "borders", "basis_words"):
+        if not keys["adapt"][name]:
+            keys["adapt"].pop(name)
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
@@ -103,8 +106,14 @@ def build_memory(run: Run) -> LongTerm:
     """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder."""
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
-    texts = run.training_text(1), run.training_text(0)
-    memory = new_memory(weights, shape, run.config.adapt, texts[0], run.quiet, texts[1])
+    adapt, text = run.config.adapt, run.training_text(1)
+    corpus = run.training_text(0) if adapt.related else None
+    memory = new_memory(weights, shape, adapt, text, run.quiet, corpus)
+    if adapt.borders:
+        borders = learn_borders(shape, weights, text)
+        memory = dataclasses.replace(memory, borders=borders)
+    if adapt.basis_words:
+        memory = learn_bases(turned(memory), text, adapt.basis_words, run.quiet)
     save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
     return run.ready(memory)
 
@@ -135,6 +144,7 @@ def tuned_rule(
 ) -> tuple[UpdateRule, dict[str, float]]:
     """A hand-made rule and its best settings on validation."""
     rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
+    memory = seen_by(rule, memory)
     setting = _tuned(
         run, f"{name}/{protocol}", lambda: tune(memory, rule, run.tune_text, protocol, budget)
     )
@@ -144,6 +154,13 @@ def tuned_rule(
 def _parameters(setting: dict[str, float], memory: LongTerm) -> Parameters:
     like = next(iter(memory.rms.values()))
     return {name: like.new_tensor(value) for name, value in setting.items()}
+
+
+def seen_by(rule: UpdateRule, memory: LongTerm) -> LongTerm:
+    """The long-term memory as a rule reads with it: borders open FLUSH, where it is learned."""
+    if isinstance(rule, LinearGates) and rule.flush:
+        return memory
+    return dataclasses.replace(memory, borders=None)
 
 
 # -- learned rules ------------------------------------------------------------------------------
@@ -228,7 +245,8 @@ def stage_meta(run: Run) -> None:
     for name in meta.rules:
         start = starting_point(run, memory)
         rule, first = new_rule(meta, name, start)
-        trainer = MetaTrainer(start.memory, rule, first, text, meta, run.config.seed)
+        own = seen_by(rule, dataclasses.replace(start.memory, borders=memory.borders))
+        trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(
             trainer,
             lambda t: validation_gain(t.memory, t.rule, t.parameters, tune_text, static),
@@ -276,7 +294,8 @@ def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
     if own:
         memory = plain(memory)
         memory = dataclasses.replace(memory, weights={**memory.weights, **own})
-    return Learned(rule_of(name, about["rule"]), parameters, memory)
+    rule = rule_of(name, about["rule"])
+    return Learned(rule, parameters, seen_by(rule, memory))
 
 
 def check_learned(run: Run) -> None:
@@ -330,6 +349,7 @@ def _ready(run: Run, name: str, protocol: str) -> Ready:
         return Ready(memory, None, (), {})
     if name in HAND_MADE:
         rule, setting = tuned_rule(run, memory, name, protocol)
+        memory = seen_by(rule, memory)
         return Ready(memory, rule.bind(_parameters(setting, memory), memory), (), dict(setting))
     learned = load_learned(run, name, memory)
     rule = learned.rule

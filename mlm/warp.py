@@ -1,0 +1,200 @@
+"""Learned bases: through which directions a matrix of full rank is read and rewritten.
+
+    output = T L (P x)        T = I + Q Q^T (`mlm.related`, else I),  L = theta_0 + D
+
+L (O, I) is a lane's own, P (I, I) and Q (O, S) are shared. A gradient step on L moves the outputs
+at x' by T T^T g (x . P^T P x'): P says which inputs are alike, T which outputs go together. Both
+can be learned: D is kept while P and Q move, and theta_0's L follows them,
+
+    L_0 = T^-1 W P^-1,
+
+so that the static model never changes. Their gradient is that of the loss of reading by P and Q
+where an update rule, here RMS, has led, not through its updates: warped gradient descent
+(Flennerhag et al. 2020, section 3). P moves as R P_0, where P_0 are the principal directions, R
+from the identity.
+
+Letters: O outputs, I inputs, S directions of Q.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm import buffers
+from mlm.errors import UserError
+from mlm.learner import RMS
+from mlm.lm import Weights
+from mlm.memory import BASIS, LOW, RELATED, LongTerm
+from mlm.meta import MixedLanes
+from mlm.rollout import begin, step
+from mlm.streams import Segment
+from mlm.training import Text, cosine
+
+TURN = ".turn"
+"""Ending of R's name."""
+LANES = 16
+SEGMENTS = 2
+"""Of every lane, between two steps."""
+PEAK = 4e-4
+"""Of Adam's rate; cosine to zero."""
+SETTING = {"rate": 1.5e-3, "decay": 5e-3}
+"""Of RMS, under which the text is read."""
+
+
+def warped_matrices(memory: LongTerm) -> list[str]:
+    """Names of the matrices that adapt in a basis of their own."""
+    return [name.removesuffix(BASIS) for name in memory.weights if name.endswith(BASIS)]
+
+
+def basis_parameters(memory: LongTerm) -> Weights:
+    """What is learned: R of every such matrix, and Q where words are related."""
+    found = {}
+    for name in warped_matrices(memory):
+        basis = memory.weights[name + BASIS]
+        found[name + TURN] = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
+    if RELATED in memory.weights:
+        found[RELATED] = memory.weights[RELATED].clone()
+    return found
+
+
+def _base(memory: LongTerm, name: str) -> Tensor:
+    """W."""
+    return memory.weights["embedding" if name == "softmax" else name]
+
+
+def _untangled(x_O: Tensor, q_OS: Tensor | None) -> Tensor:
+    """T^-1 x = x - Q (I + Q^T Q)^-1 Q^T x, for columns x."""
+    if q_OS is None:
+        return x_O
+    inner_SS = torch.eye(q_OS.shape[1], dtype=q_OS.dtype, device=q_OS.device) + q_OS.t() @ q_OS
+    return x_O - q_OS @ torch.linalg.solve(inner_SS, q_OS.t() @ x_O)
+
+
+def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
+    """The long-term memory with these R and Q; the same static model.
+
+    `memory` holds P_0: one whose bases have not been learned.
+    """
+    moved: Weights = {}
+    for name in warped_matrices(memory):
+        basis = parameters[name + TURN] @ memory.weights[name + BASIS]
+        related = parameters.get(RELATED) if name == "softmax" else None
+        start = torch.linalg.solve(basis.t(), _base(memory, name).t()).t()
+        moved[name + BASIS] = basis
+        moved[name + LOW] = _untangled(start, related).contiguous()
+        if related is not None:
+            moved[RELATED] = related.clone()
+    return dataclasses.replace(memory, weights={**memory.weights, **moved})
+
+
+def read_by(memory: LongTerm) -> tuple[str, ...]:
+    """The weights by which the loss is to be differentiated for `basis_gradients`."""
+    names = [name + ending for name in warped_matrices(memory) for ending in (BASIS, LOW)]
+    return (*names, RELATED) if RELATED in memory.weights else tuple(names)
+
+
+def basis_gradients(memory: LongTerm, first: LongTerm, gradients: Mapping[str, Tensor]) -> Weights:
+    """Gradients by R and Q, L_0 following them.
+
+    Args:
+        memory: with the P and Q that were read with; first: with P_0.
+        gradients: by `read_by`, each with the others held; of L the sum over lanes.
+    """
+    found: Weights = {}
+    for name in warped_matrices(memory):
+        basis, low = memory.weights[name + BASIS], memory.weights[name + LOW]
+        of_low = gradients[name + LOW]
+        follows = torch.linalg.solve(basis, (low.t() @ of_low).t()).t()  # L_0^T G P^-T
+        of_basis = gradients[name + BASIS] - follows
+        found[name + TURN] = of_basis @ first.weights[name + BASIS].t()
+        if name == "softmax" and RELATED in memory.weights:
+            q_OS = memory.weights[RELATED]
+            # L_0 moves by -T^-1 (dQ Q^T + Q dQ^T) L_0
+            straight = _untangled(of_low, q_OS)
+            pull = straight @ (low.t() @ q_OS) + low @ (straight.t() @ q_OS)
+            found[RELATED] = gradients[RELATED] - pull
+    return found
+
+
+class Bases:
+    """R and Q while they are learned, and the lanes that read."""
+
+    def __init__(self, memory: LongTerm, lanes: int) -> None:
+        self.first = self.memory = memory
+        self.parameters = basis_parameters(memory)
+        self.optimizer = torch.optim.Adam(list(self.parameters.values()), betas=(0.9, 0.99))
+        like = memory.rms[memory.dynamic[0]]
+        self.setting = {name: like.new_tensor(value) for name, value in SETTING.items()}
+        self.rule = RMS().bind(self.setting, memory)
+        self.reader = begin(memory, lanes, self.rule)
+
+    def learn(self, segments: Sequence[Segment], rate: float) -> float:
+        """Read on, then one step of Adam; returns the nats of the segments."""
+        wanted, total = read_by(self.memory), 0.0
+        sums = {name: torch.zeros_like(self.memory.weights[name]) for name in wanted}
+        for segment in segments:
+            now = step(self.memory, self.rule, self.reader, segment, learn=wanted)
+            for name, value in sums.items():
+                shared = now.scored.shared.get(name)
+                value += now.scored.gradients[name].sum(0) if shared is None else shared
+            buffers.give(now.scored.gradients.values())
+            self.reader = now.after
+            total += float(now.scored.nll.sum())
+        for name, gradient in basis_gradients(self.memory, self.first, sums).items():
+            self.parameters[name].grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self._move()
+        return total
+
+    def _move(self) -> None:
+        """The lanes keep what they have learned."""
+        before, self.memory = self.memory, with_bases(self.first, self.parameters)
+        for name in warped_matrices(self.memory):
+            low = name + LOW
+            self.reader.weights[low].add_(self.memory.weights[low] - before.weights[low])
+        self.rule = RMS().bind(self.setting, self.memory)
+
+
+@torch.no_grad()
+def learn_bases(memory: LongTerm, text: Text, words: int, quiet: bool = True) -> LongTerm:
+    """The long-term memory with bases learned from the first `words` words read of `text`.
+
+    Half of the lanes read article by article, the others one text each.
+
+    Args:
+        memory: `mlm.lowrank.turned`; its Fisher stays as it is.
+
+    Raises:
+        UserError: no matrix adapts in a basis of its own; the loss is not finite.
+    """
+    if not warped_matrices(memory):
+        raise UserError(
+            "--adapt.basis-words needs a matrix that adapts in a basis of its own: name "
+            "softmax.low or lstm.*.input.low in --adapt.dynamic, with an --adapt.rank of all its "
+            "inputs"
+        )
+    lanes = MixedLanes(text, LANES, 0.5, memory.segment, 0)
+    bases, tokens, wanted = Bases(memory, LANES), 0, int(words * text.tokens_per_word)
+    device = memory.rms[memory.dynamic[0]].device
+    with tqdm(total=wanted, desc="bases", unit="tok", unit_scale=True, disable=quiet) as bar:
+        while tokens < wanted:
+            pieces = [lanes.next().to(device) for _ in range(SEGMENTS)]
+            nats = bases.learn(pieces, PEAK * cosine(tokens, wanted))
+            if not all(bool(p.isfinite().all()) for p in bases.parameters.values()):
+                raise UserError(
+                    f"--adapt.basis-words: after {tokens:,} tokens the loss is {nats} nats; the "
+                    "language model's loss is NaN, train it again"
+                )
+            read = sum(int(piece.mask.sum()) for piece in pieces)
+            tokens += read
+            bar.update(read)
+            bar.set_postfix_str(f"loss {nats / read:.3f}")
+    buffers.clear()
+    return bases.memory
