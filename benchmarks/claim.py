@@ -231,11 +231,11 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
         learned.append(("through", options.through, THROUGH + LEARNED_RULE, more))
     for model, where, title, seeds in learned:
         for seed in range(seeds):
-            cached = (CACHE,) * (
-                model == "ordinary" and (options.cached_seeds < 0 or seed < options.cached_seeds)
-            )
-            columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in ("", *cached)}
-            if title.startswith(THROUGH) and not seed:
+            ordinary = where == options.run
+            cached = ordinary and (options.cached_seeds < 0 or seed < options.cached_seeds)
+            endings = ("", CACHE) if cached else ("",)
+            columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in endings}
+            if not ordinary and not seed:
                 columns = {"static": THROUGH + "static", **columns}
             found.append(
                 Reading(where, f"{model}/seed {seed}", columns, same, seed=seed, travels=not seed)

@@ -38,7 +38,7 @@ from mlm.memory import LongTerm, has_low_rank
 from mlm.meta import MetaTrainer
 from mlm.run import Run, open_run, say
 from mlm.scoring import score_articles
-from mlm.stage_meta import Learned, new_memory, new_rule
+from mlm.stage_meta import Learned, as_parameters, new_memory, new_rule
 from mlm.tuning import tune
 
 SETS = (
@@ -210,8 +210,7 @@ class Bench:
 
     def start(self, memory: LongTerm, setting: dict[str, float]) -> tuple[LinearGates, Parameters]:
         """The meta-learner as the run's settings want it, at RMS dynamic evaluation so tuned."""
-        like = next(iter(memory.rms.values()))
-        tuned = {name: like.new_tensor(value) for name, value in setting.items()}
+        tuned = as_parameters(setting, memory)
         return new_rule(self.run.config.meta, self.options.rule, Learned(RMS(), tuned, memory))
 
     def time_again(self, rows: list[dict[str, Any]]) -> None:

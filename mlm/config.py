@@ -132,8 +132,8 @@ class AdaptConfig:
     """Directions in which words that articles use together move together in the output layer;
     0 = none. They need `softmax.low` at full rank."""
     basis_words: int = 0
-    """Training words from which the bases of `.low` at full rank, and how words are related, are
-    learned while reading, with the same static model; 0 = they stay principal directions."""
+    """Held-out training words from which the bases of `.low` at full rank, and how words are
+    related, are learned while reading, with the same static model; 0 = principal directions."""
     borders: bool = False
     """A lane whose hidden state says that another article has begun drops what it learned from the
     last: FLUSH in texts whose borders nobody marks, such as protocol `stream`."""

@@ -151,7 +151,8 @@ def tuned_rule(
     return rule, setting
 
 
-def _parameters(setting: dict[str, float], memory: LongTerm) -> Parameters:
+def as_parameters(setting: dict[str, float], memory: LongTerm) -> Parameters:
+    """Settings of a hand-made rule as the parameters it is bound with."""
     like = next(iter(memory.rms.values()))
     return {name: like.new_tensor(value) for name, value in setting.items()}
 
@@ -187,7 +188,7 @@ def starting_point(run: Run, memory: LongTerm) -> Learned:
     start = run.config.meta.start
     if start in HAND_MADE:
         rule, setting = tuned_rule(run, memory, start, "article")
-        return Learned(rule, _parameters(setting, memory), memory)
+        return Learned(rule, as_parameters(setting, memory), memory)
     return load_learned(run, start, memory)
 
 
@@ -350,7 +351,7 @@ def _ready(run: Run, name: str, protocol: str) -> Ready:
     if name in HAND_MADE:
         rule, setting = tuned_rule(run, memory, name, protocol)
         memory = seen_by(rule, memory)
-        return Ready(memory, rule.bind(_parameters(setting, memory), memory), (), dict(setting))
+        return Ready(memory, rule.bind(as_parameters(setting, memory), memory), (), dict(setting))
     learned = load_learned(run, name, memory)
     rule = learned.rule
     setting = {

@@ -164,7 +164,7 @@ class Bases:
 
 @torch.no_grad()
 def learn_bases(memory: LongTerm, text: Text, words: int, quiet: bool = True) -> LongTerm:
-    """The long-term memory with bases learned from the first `words` words read of `text`.
+    """The long-term memory with bases learned from `words` words of `text`, or all it has.
 
     Half of the lanes read article by article, the others one text each.
 
@@ -181,7 +181,8 @@ def learn_bases(memory: LongTerm, text: Text, words: int, quiet: bool = True) ->
             "inputs"
         )
     lanes = MixedLanes(text, LANES, 0.5, memory.segment, 0)
-    bases, tokens, wanted = Bases(memory, LANES), 0, int(words * text.tokens_per_word)
+    bases, tokens = Bases(memory, LANES), 0
+    wanted = min(text.tokens, int(words * text.tokens_per_word))
     device = memory.rms[memory.dynamic[0]].device
     with tqdm(total=wanted, desc="bases", unit="tok", unit_scale=True, disable=quiet) as bar:
         while tokens < wanted:

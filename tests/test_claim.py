@@ -20,8 +20,8 @@ from mlm.losses import LossTable, column_name
 from mlm.report import read_evaluation
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
-       "--segment", 5, "--rank", 99, "--related", 2, "--lanes", 2, "--rival-segment", 5,
-       "--rival-budget", 2)  # fmt: skip
+       "--segment", 5, "--rank", 99, "--related", 2, "--basis-words", 300, "--lanes", 2,
+       "--rival-segment", 5, "--rival-budget", 2)  # fmt: skip
 
 NAMES = ("all", "published", "same", "seed_0", "unrelated")
 
