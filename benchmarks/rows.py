@@ -25,8 +25,8 @@ def language_model(path: Path) -> RunFolder:
 def prepare(path: Path, source: RunFolder, tuned: Path | None = None) -> RunFolder:
     """A run folder at `path` with the language model and the vocabulary of `source`.
 
-    `tuned`: a row whose hand-made rules are tuned already; they are not tuned again where nothing
-    that they depend on differs.
+    `tuned`: a row whose long-term memory is made, and whose hand-made rules are tuned; neither is
+    done again where nothing that it depends on differs.
     """
     folder = RunFolder(path)
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,8 @@ def prepare(path: Path, source: RunFolder, tuned: Path | None = None) -> RunFold
     if not folder.vocabulary.exists():
         copy = shutil.copytree if source.vocabulary.is_dir() else shutil.copyfile
         copy(source.vocabulary, folder.vocabulary)
-    known, mine = (tuned or path) / "tuning.json", path / "tuning.json"
-    if known.exists() and not mine.exists():
-        shutil.copyfile(known, mine)
+    for name in ("tuning.json", "checkpoints/memory.safetensors"):
+        known, mine = (tuned or path) / name, path / name
+        if known.exists() and not mine.exists():
+            shutil.copyfile(known, mine)
     return folder

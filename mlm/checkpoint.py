@@ -259,8 +259,8 @@ def load_lm(
     return weights, _shape(about), about
 
 
-def save_memory(path: Path, memory: LongTerm, vocabulary_hash: str) -> None:
-    """Write theta_0 and the Fisher."""
+def save_memory(path: Path, memory: LongTerm, vocabulary_hash: str, identity: str = "") -> None:
+    """Write theta_0 and the Fisher; `identity` names what they were made from."""
     tensors = {f"theta_0/{n}": w for n, w in memory.weights.items()}
     tensors |= {f"rms/{n}": r for n, r in memory.rms.items()}
     about = {
@@ -269,6 +269,7 @@ def save_memory(path: Path, memory: LongTerm, vocabulary_hash: str) -> None:
         "dynamic": list(memory.dynamic),
         "loss": memory.loss,
         "segment": memory.segment,
+        "identity": identity,
     }
     if memory.borders is not None:
         tensors["borders"] = memory.borders.weights

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -65,6 +66,20 @@ def identity(run: Run, learned: bool = True) -> str:
     if not learned:
         for name in ("meta", "seed"):
             keys.pop(name)
+    return _hash(run, keys)
+
+
+def memory_identity(run: Run) -> str:
+    """Hash of what the long-term memory depends on."""
+    config = to_dict(run.config)
+    keys = {k: config[k] for k in ("corpus", "text", "adapt")}
+    for name in ("threads", "kernels", "guard"):
+        keys["adapt"].pop(name)
+    return _hash(run, keys)
+
+
+def _hash(run: Run, keys: dict[str, Any]) -> str:
+    """Of settings, without those that are not in use, and the language model."""
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
     for name in ("related", "borders", "basis_words"):
@@ -103,7 +118,13 @@ def new_memory(
 
 
 def build_memory(run: Run) -> LongTerm:
-    """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder."""
+    """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder.
+
+    What the folder holds is taken if it was made from the same.
+    """
+    path, mark = run.folder.checkpoint("memory"), memory_identity(run)
+    if _made_from(path, mark):
+        return run.memory
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
     adapt, text = run.config.adapt, run.training_text(1)
@@ -114,8 +135,16 @@ def build_memory(run: Run) -> LongTerm:
         memory = dataclasses.replace(memory, borders=borders)
     if adapt.basis_words:
         memory = learn_bases(turned(memory), text, adapt.basis_words, run.quiet)
-    save_memory(run.folder.checkpoint("memory"), memory, run.data.vocabulary.hash)
+    save_memory(path, memory, run.data.vocabulary.hash, mark)
     return run.ready(memory)
+
+
+def _made_from(path: Path, mark: str) -> bool:
+    """Whether the long-term memory at `path` is whole and made from what `mark` names."""
+    try:
+        return load_tensors(path, "")[1].get("identity") == mark
+    except UserError:
+        return False
 
 
 def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:

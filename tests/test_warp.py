@@ -12,7 +12,7 @@ import torch
 from conftest import Command, Finished
 from worlds import EOS, articles, segments, tiny_memory
 
-from mlm import kernels, warp
+from mlm import kernels, stage_meta, warp
 from mlm.checkpoint import load_tensors
 from mlm.errors import UserError
 from mlm.learner import RMS
@@ -165,8 +165,10 @@ def test_it_needs_a_matrix_with_a_basis_of_its_own() -> None:
         learn_bases(tiny_memory(("softmax.bias",)), _text(), 100)
 
 
-def test_a_run_with_learned_bases(finished: Finished, command: Command, tmp_path: Path) -> None:
-    """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
+def test_a_run_with_learned_bases(
+    finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stage 2 and a later `evaluate.py`; bases are learned once, and anew for other settings."""
     folder = finished.copy(tmp_path / "run")
     low = "--adapt.dynamic", "softmax.low,softmax.bias,lstm.*.input.low", "--adapt.rank", 99
     rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "three_levels"
@@ -183,6 +185,18 @@ def test_a_run_with_learned_bases(finished: Finished, command: Command, tmp_path
     assert (folder / "losses.parquet").read_bytes() == losses
     learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
     assert "it goes with --meta.learn rule only" in command("train", *words, *learn).error
+    learned: list[int] = []
+
+    def learn_bases(memory: LongTerm, text: Text, words: int, quiet: bool) -> LongTerm:
+        learned.append(words)
+        return memory
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_meta, "learn_bases", learn_bases)
+        for number in (1000, 900, 900):
+            words = ("--out", folder, *low, *rules, "--adapt.basis-words", number)
+            assert command("train", *words, "--stages", "meta").code == 0
+    assert learned == [900]
     lstm = "--out", folder, "--adapt.dynamic", "lstm", "--adapt.basis-words", 9, "--stages", "meta"
     assert "--adapt.basis-words needs a matrix" in command("train", *lstm).error
     assert "must not be negative" in command("train", "--adapt.basis-words", -1).error
