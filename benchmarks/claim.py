@@ -71,7 +71,7 @@ class Options:
     fewer: bool = True
     """Read 2 and 3 levels on the same weights, too."""
     ablate: bool = True
-    """Read one seed of the learned rule without related words, too."""
+    """Read one seed of the learned rule without learned bases, too."""
     forms: tuple[Literal["lstm", "published", "all", "same"], ...] = (
         "lstm",
         "published",
@@ -187,13 +187,13 @@ def learned_adapt(options: Options) -> dict[str, Any]:
 def forms(options: Options) -> dict[str, Reading]:
     """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published, the
     Fisher without a prior; of all with what the meta-learner has, the prior; of what the
-    meta-learner rewrites, as often."""
+    meta-learner rewrites, as often, in bases that are not learned."""
     rival = {"segment": options.rival_segment}
     weights = {
         "lstm": {"dynamic": "lstm,softmax.bias", **rival},
         "published": {"dynamic": "all", "fisher_prior": 0.0, **rival},
         "all": {"dynamic": "all", **rival},
-        "same": learned_adapt(options),
+        "same": {**learned_adapt(options), "basis_words": 0},
     }
     return {
         form: Reading(
@@ -221,10 +221,10 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
     fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
     if options.fewer:
         found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
-    if options.ablate and options.related:
-        columns = {LEARNED_RULE: f"{LEARNED_RULE}, without related words"}
-        plain = {**same, "related": 0}
-        found.append(Reading(options.run, "ordinary/unrelated", columns, plain, seed=1))
+    if options.ablate and options.basis_words:
+        columns = {LEARNED_RULE: f"{LEARNED_RULE}, without learned bases"}
+        plain = {**same, "basis_words": 0}
+        found.append(Reading(options.run, "ordinary/principal", columns, plain))
     more = options.seeds if options.through_seeds < 0 else options.through_seeds
     learned = [("ordinary", options.run, LEARNED_RULE, options.seeds)]
     if options.through:

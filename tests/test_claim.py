@@ -23,7 +23,7 @@ FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles"
        "--segment", 5, "--rank", 99, "--related", 2, "--basis-words", 300, "--lanes", 2,
        "--rival-segment", 5, "--rival-budget", 2)  # fmt: skip
 
-NAMES = ("all", "published", "same", "seed_0", "unrelated")
+NAMES = ("all", "published", "same", "seed_0", "principal")
 
 
 def _table(
@@ -176,7 +176,7 @@ def test_every_reading_is_a_run_made_once(
         # two equal language models, equally read
         assert totals[protocol, "through: four_levels"] == totals[protocol, "four_levels"]
         assert totals[protocol, "through: static"] == 0
-        assert (protocol, "four_levels, without related words") in totals
+        assert (protocol, "four_levels, without learned bases") in totals
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
     assert (home / "figures" / "figure2.png").exists()
@@ -184,8 +184,11 @@ def test_every_reading_is_a_run_made_once(
     assert rules == {"static", "four_levels"}
     trials = json.loads((folder / "claim" / "all" / "tuning.json").read_text(encoding="utf-8"))
     assert len(trials["rms/article"]["trials"]) == 2, "the rival's budget"
-    related = {n: RunFolder(folder / "claim" / n).load_config().adapt.related for n in NAMES}
-    assert related == {"all": 0, "published": 0, "same": 2, "seed_0": 2, "unrelated": 0}
+    adapt = {n: RunFolder(folder / "claim" / n).load_config().adapt for n in NAMES}
+    related = {n: a.related for n, a in adapt.items()}
+    assert related == {"all": 0, "published": 0, "same": 2, "seed_0": 2, "principal": 2}
+    assert {n for n, a in adapt.items() if a.basis_words} == {"seed_0"}
+    assert {n for n, a in adapt.items() if a.borders} == {"same", "seed_0", "principal"}
 
     done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
                    "--out", tmp_path / "out")  # fmt: skip
