@@ -32,13 +32,13 @@ from mlm.config import LearnedRule
 from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 from mlm.gates import LinearGates
-from mlm.learner import RMS, Bound, Parameters
+from mlm.learner import RMS, Bound, Parameters, as_parameters
 from mlm.lowrank import turned
 from mlm.memory import LongTerm, has_low_rank
 from mlm.meta import MetaTrainer
 from mlm.run import Run, open_run, say
 from mlm.scoring import score_articles
-from mlm.stage_meta import Learned, as_parameters, new_memory, new_rule
+from mlm.stage_meta import Learned, new_memory, new_rule
 from mlm.tuning import tune
 
 SETS = (

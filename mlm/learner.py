@@ -11,7 +11,7 @@ Letters: B lanes, N weights of a tensor.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -98,6 +98,12 @@ class Bound(Protocol):
     def owed(self, tangent: Tangent, cotangent: Weights, signal: Signal, found: Parameters) -> None:
         """found <- found + <S, cotangent>, in place; `advance` does so with the gradient."""
         ...
+
+
+def as_parameters(setting: Mapping[str, float], memory: LongTerm) -> Parameters:
+    """Settings of a hand-made rule as the parameters it is bound with."""
+    like = next(iter(memory.rms.values()))
+    return {name: like.new_tensor(value) for name, value in setting.items()}
 
 
 def of_tensor(weights: Weights, name: str) -> Weights:

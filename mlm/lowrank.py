@@ -148,11 +148,16 @@ def turned(memory: LongTerm) -> LongTerm:
     return dataclasses.replace(memory, weights=whole(memory.weights, memory.dynamic))
 
 
+def base_of(name: str) -> str:
+    """The name of the matrix that `name.low` changes."""
+    return "embedding" if name == "softmax" else name
+
+
 def whole(weights: Weights, dynamic: tuple[str, ...]) -> Weights:
     """`turned`, of the weights alone."""
     weights = dict(weights)
     for name in [n.removesuffix(DIRECTIONS) for n in weights if n.endswith(DIRECTIONS)]:
-        base = "embedding" if name == "softmax" else name
+        base = base_of(name)
         directions, low, matrix = weights[name + DIRECTIONS], weights[name + LOW], weights[base]
         square = len(directions) == directions.shape[1] and len(low) == len(matrix)
         if not square or base in dynamic or name.endswith(".recurrent"):

@@ -48,6 +48,13 @@ def related_words(text: Text, vocabulary: int, directions: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(found_VS))
 
 
+def untangled(x_V: Tensor, related: Tensor) -> Tensor:
+    """T^-1 x = x - Q (I + Q^T Q)^-1 Q^T x, for columns x (V, ...) and any Q."""
+    inner_SS = torch.eye(related.shape[1], dtype=related.dtype, device=related.device)
+    inner_SS = inner_SS + related.t() @ related
+    return x_V - related @ torch.linalg.solve(inner_SS, related.t() @ x_V)
+
+
 def relate(weights: Weights, dynamic: tuple[str, ...], related: Tensor) -> Weights:
     """Weights whose output layer moves related words together; the model is the same.
 
@@ -62,7 +69,6 @@ def relate(weights: Weights, dynamic: tuple[str, ...], related: Tensor) -> Weigh
             "the LSTM's outputs, no adaptive softmax, and no embedding that adapts"
         )
     low, q_VS = weights[name + LOW], related.to(weights[name + LOW].dtype)
-    size_S = q_VS.square().sum(0)
-    weights[name + LOW] = low - (q_VS / (1 + size_S)) @ (q_VS.t() @ low)
+    weights[name + LOW] = untangled(low, q_VS)
     weights[RELATED] = q_VS
     return weights

@@ -98,6 +98,11 @@ class Scored(NamedTuple):
     shared: Weights
     """Of the same sum over all lanes, by the weights they share that were asked for."""
 
+    def of_all_lanes(self, name: str) -> Tensor:
+        """That gradient by a shared weight, or the sum over lanes by one that each has."""
+        shared = self.shared.get(name)
+        return self.gradients[name].sum(0) if shared is None else shared
+
 
 def score_segment(
     memory: LongTerm, reader: Reader, segment: Segment, learn: Sequence[str] = ()
@@ -291,8 +296,7 @@ class _Unroll:
             return
         self.total += now.scored.nll.sum().double().cpu()
         for name, value in self.weights.items():
-            shared = now.scored.shared.get(name)
-            value += now.scored.gradients[name].sum(0) if shared is None else shared
+            value += now.scored.of_all_lanes(name)
 
     def penalty(self, weights: Weights) -> Weights:
         """Gradient of the EWC penalty by the lanes' weights, (B, ...)."""

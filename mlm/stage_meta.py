@@ -23,7 +23,7 @@ from mlm.config import CACHE, HAND_MADE, LEARNED, AdaptConfig, MetaConfig, to_di
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.gates import Feature, LinearGates
-from mlm.learner import Bound, Parameters, UpdateRule
+from mlm.learner import Bound, Parameters, UpdateRule, as_parameters
 from mlm.lm import BaseModel, Weights
 from mlm.lowrank import add_low_rank, plain, turned
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
@@ -178,12 +178,6 @@ def tuned_rule(
         run, f"{name}/{protocol}", lambda: tune(memory, rule, run.tune_text, protocol, budget)
     )
     return rule, setting
-
-
-def as_parameters(setting: dict[str, float], memory: LongTerm) -> Parameters:
-    """Settings of a hand-made rule as the parameters it is bound with."""
-    like = next(iter(memory.rms.values()))
-    return {name: like.new_tensor(value) for name, value in setting.items()}
 
 
 def seen_by(rule: UpdateRule, memory: LongTerm) -> LongTerm:

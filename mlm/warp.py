@@ -27,10 +27,12 @@ from tqdm import tqdm
 
 from mlm import buffers
 from mlm.errors import UserError
-from mlm.learner import RMS
+from mlm.learner import RMS, as_parameters
 from mlm.lm import Weights
+from mlm.lowrank import base_of
 from mlm.memory import BASIS, LOW, RELATED, LongTerm
 from mlm.meta import MixedLanes
+from mlm.related import untangled
 from mlm.rollout import begin, step
 from mlm.streams import Segment
 from mlm.training import Text, cosine
@@ -62,19 +64,6 @@ def basis_parameters(memory: LongTerm) -> Weights:
     return found
 
 
-def _base(memory: LongTerm, name: str) -> Tensor:
-    """W."""
-    return memory.weights["embedding" if name == "softmax" else name]
-
-
-def _untangled(x_O: Tensor, q_OS: Tensor | None) -> Tensor:
-    """T^-1 x = x - Q (I + Q^T Q)^-1 Q^T x, for columns x."""
-    if q_OS is None:
-        return x_O
-    inner_SS = torch.eye(q_OS.shape[1], dtype=q_OS.dtype, device=q_OS.device) + q_OS.t() @ q_OS
-    return x_O - q_OS @ torch.linalg.solve(inner_SS, q_OS.t() @ x_O)
-
-
 def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
     """The long-term memory with these R and Q; the same static model.
 
@@ -84,11 +73,11 @@ def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
     for name in warped_matrices(memory):
         basis = parameters[name + TURN] @ memory.weights[name + BASIS]
         related = parameters.get(RELATED) if name == "softmax" else None
-        start = torch.linalg.solve(basis.t(), _base(memory, name).t()).t()
+        start = torch.linalg.solve(basis.t(), memory.weights[base_of(name)].t()).t()
         moved[name + BASIS] = basis
-        moved[name + LOW] = _untangled(start, related).contiguous()
         if related is not None:
-            moved[RELATED] = related.clone()
+            start, moved[RELATED] = untangled(start, related), related.clone()
+        moved[name + LOW] = start.contiguous()
     return dataclasses.replace(memory, weights={**memory.weights, **moved})
 
 
@@ -115,7 +104,7 @@ def basis_gradients(memory: LongTerm, first: LongTerm, gradients: Mapping[str, T
         if name == "softmax" and RELATED in memory.weights:
             q_OS = memory.weights[RELATED]
             # L_0 moves by -T^-1 (dQ Q^T + Q dQ^T) L_0
-            straight = _untangled(of_low, q_OS)
+            straight = untangled(of_low, q_OS)
             pull = straight @ (low.t() @ q_OS) + low @ (straight.t() @ q_OS)
             found[RELATED] = gradients[RELATED] - pull
     return found
@@ -128,8 +117,7 @@ class Bases:
         self.first = self.memory = memory
         self.parameters = basis_parameters(memory)
         self.optimizer = torch.optim.Adam(list(self.parameters.values()), betas=(0.9, 0.99))
-        like = memory.rms[memory.dynamic[0]]
-        self.setting = {name: like.new_tensor(value) for name, value in SETTING.items()}
+        self.setting = as_parameters(SETTING, memory)
         self.rule = RMS().bind(self.setting, memory)
         self.reader = begin(memory, lanes, self.rule)
 
@@ -140,8 +128,7 @@ class Bases:
         for segment in segments:
             now = step(self.memory, self.rule, self.reader, segment, learn=wanted)
             for name, value in sums.items():
-                shared = now.scored.shared.get(name)
-                value += now.scored.gradients[name].sum(0) if shared is None else shared
+                value += now.scored.of_all_lanes(name)
             buffers.give(now.scored.gradients.values())
             self.reader = now.after
             total += float(now.scored.nll.sum())

@@ -15,7 +15,7 @@ from worlds import EOS, made_up_rms, tiny_memory
 from mlm.borders import learn_borders
 from mlm.checkpoint import load_memory, load_tensors, save_memory
 from mlm.gates import LinearGates
-from mlm.learner import RMS, Signal
+from mlm.learner import RMS, Parameters, Signal
 from mlm.lm import LMShape, initial_weights
 from mlm.memory import Borders, LongTerm
 from mlm.rollout import begin, meta_gradient, score_segment, step
@@ -23,7 +23,7 @@ from mlm.rules import start_at
 from mlm.scoring import score_articles, score_stream
 from mlm.second_order import second_order
 from mlm.stage_meta import seen_by
-from mlm.streams import LaneStream
+from mlm.streams import LaneStream, Segment
 from mlm.training import Text
 
 SETTING = {"rate": torch.tensor(0.004).double(), "decay": torch.tensor(0.02).double()}
@@ -117,14 +117,18 @@ def test_a_stream_is_read_like_articles_but_for_the_hidden_state(memory: LongTer
     assert kept != dropped
 
 
+def _unroll(memory: LongTerm, number: int) -> tuple[LinearGates, Parameters, list[Segment]]:
+    """A rule, its parameters, and the first segments of two streams."""
+    rule = LinearGates("three_levels")
+    texts = [np.concatenate(_articles(5, seed=s)) for s in (3, 4)]
+    stream = LaneStream(texts, 2, memory.segment, EOS)
+    return rule, start_at(rule, RMS(), SETTING, memory), [next(stream) for _ in range(number)]
+
+
 @pytest.mark.parametrize("mode", ["reverse", "checkpoint", "forward"])
 def test_the_meta_gradient_stops_at_a_border(memory: LongTerm, mode: Any) -> None:
     """Against autograd through the formula, borders told, inner gradients held constant."""
-    rule = LinearGates("three_levels")
-    phi = start_at(rule, RMS(), SETTING, memory)
-    texts = [np.concatenate(_articles(5, seed=s)) for s in (3, 4)]
-    stream = LaneStream(texts, 2, memory.segment, EOS)
-    pieces = [next(stream) for _ in range(12)]
+    rule, phi, pieces = _unroll(memory, 12)
     bound = rule.bind(phi, memory)
     found = meta_gradient(memory, bound, phi, begin(memory, 2, bound), pieces, mode)
     # the same text with its borders marked, from where the detector finds them
@@ -168,11 +172,7 @@ def _meta_gradient_keeping_state(
 
 
 def test_the_second_order_unroll_reads_alike(memory: LongTerm) -> None:
-    rule = LinearGates("three_levels")
-    phi = start_at(rule, RMS(), SETTING, memory)
-    joined = [np.concatenate(_articles(5, seed=s)) for s in (3, 4)]
-    stream = LaneStream(joined, 2, memory.segment, EOS)
-    pieces = [next(stream) for _ in range(8)]
+    rule, phi, pieces = _unroll(memory, 8)
     bound = rule.bind(phi, memory)
     first = meta_gradient(memory, bound, phi, begin(memory, 2, bound), pieces)
     second = second_order(memory, rule, phi, begin(memory, 2, bound), pieces)
