@@ -87,9 +87,11 @@ class Options:
     """Directions in which related words move together, where the rank is full; 0 = none."""
     borders: bool = True
     """FLUSH sees where an article begins."""
-    basis_words: int = 1_000_000
+    basis_words: int = 2_000_000
     """Words from which bases and relations are learned; 0 = they are principal directions."""
-    segment: int = 32
+    at_once: bool = True
+    """Between two updates the output layer of the learned rule learns, too."""
+    segment: int = 64
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
@@ -145,7 +147,7 @@ class Reading:
         }
         adapt |= self.adapt
         if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them
-            adapt |= {"related": 0, "basis_words": 0}
+            adapt |= {"related": 0, "basis_words": 0, "at_once": False}
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
         evaluation = dataclasses.replace(
@@ -181,6 +183,7 @@ def learned_adapt(options: Options) -> dict[str, Any]:
         "related": options.related,
         "borders": options.borders,
         "basis_words": options.basis_words,
+        "at_once": options.at_once,
     }
 
 

@@ -137,6 +137,9 @@ class AdaptConfig:
     borders: bool = False
     """A lane whose hidden state says that another article has begun drops what it learned from the
     last: FLUSH in texts whose borders nobody marks, such as protocol `stream`."""
+    at_once: bool = False
+    """Between two updates the output layer already predicts with what the words so far teach it:
+    learned rules gain, most with long segments. It needs `softmax.low` at full rank."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
@@ -361,6 +364,7 @@ def _problems(c: Config) -> list[str]:
     for flag, value in {
         "--adapt.related": c.adapt.related,
         "--adapt.basis-words": c.adapt.basis_words,
+        "--adapt.at-once": c.adapt.at_once,
     }.items():
         need(not value or alone, flag, value, "it goes with --meta.learn rule only")
     at_least_one = {

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm import softmax
+from mlm import at_once, softmax
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 
@@ -67,6 +67,9 @@ class Read(NamedTuple):
     """(B, T, E): what the softmax sees."""
     state: State
     """Short-term memory after the segment."""
+    taught: Tensor | None = None
+    """(B, T) nats of an output layer that learns within the segment (`mlm.at_once`), if it does;
+    asked for with shares only, which then are 1/T, or 0 at the end."""
 
 
 class LanguageModel(Protocol):
@@ -209,8 +212,8 @@ class BaseModel(ABC):
         if share_BT is None:
             nll = token_nll(weights, self, hidden.output, targets_BT)
             return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
-        nll, total = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
-        return Read(nll, total, hidden.output, hidden.state)
+        found = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
+        return Read(found.nll, found.total, hidden.output, hidden.state, found.taught)
 
 
 @dataclass(frozen=True)
@@ -548,14 +551,15 @@ def run_lstm(
 
 def _fused_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
-) -> tuple[Tensor, Tensor] | None:
+) -> softmax.Losses | None:
     """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
     bias, low = weights["softmax.bias"], weights.get("softmax.low")
     turned = low if _turned(weights, "softmax") else None
     if turned is None:
         layer = softmax.Layer(weights["embedding"], bias, low)
     else:
-        layer = softmax.Layer(turned, bias, None, weights.get("softmax.related"))
+        related = weights.get("softmax.related")
+        layer = softmax.Layer(turned, bias, None, related, *_at_once(weights))
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
@@ -566,8 +570,8 @@ def _fused_nll(
 
 def weighted_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Losses (B, T) in nats and their differentiable sum weighted by `weights_BT`.
+) -> softmax.Losses:
+    """Losses and their differentiable sum weighted by `weights_BT`.
 
     The losses are detached but within `plain_operations`.
     """
@@ -575,7 +579,27 @@ def weighted_nll(
     if fused is not None:
         return fused
     nll = token_nll(weights, shape, output_BTE, targets_BT)
-    return nll if is_plain() else nll.detach(), (nll * weights_BT).sum()
+    total = (nll * weights_BT).sum()
+    taught, keys, once = None, _along(weights, "softmax", output_BTE), _at_once(weights)
+    if once and keys is not None:
+        with torch.no_grad():
+            logits, related = _logits(weights, shape, output_BTE), weights.get("softmax.related")
+            logits = at_once.corrected(logits, targets_BT, keys, *once, related)
+            taught = _cross_entropy(logits, targets_BT)
+    return softmax.Losses(nll if is_plain() else nll.detach(), total, taught)
+
+
+def _at_once(weights: Weights) -> list[Tensor]:
+    """How words teach at once, where an output layer of each lane does so (`mlm.at_once`)."""
+    if "softmax.once.rows" not in weights or weights["softmax.low"].dim() == 2:
+        return []
+    return [weights["softmax.once.rows"], weights["softmax.once.columns"]]
+
+
+def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Nats, (B, T)."""
+    flat = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
+    return flat.view_as(targets_BT)
 
 
 def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
@@ -585,6 +609,22 @@ def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT
         fused = _fused_nll(weights, shape, output_BTE, targets_BT, ones)
         if fused is not None:
             return fused[0]
+    logits = _logits(weights, shape, output_BTE)
+    if not shape.cutoffs:
+        return _cross_entropy(logits, targets_BT)
+    first = shape.cutoffs[0]
+    log_p = F.log_softmax(logits, dim=-1)
+    index = targets_BT.clamp(max=first - 1)
+    for k, (lo, hi, _) in enumerate(shape.clusters()[1:]):
+        index = torch.where((targets_BT >= lo) & (targets_BT < hi), first + k, index)
+    nll = -log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+    for k, (lo, hi, _) in enumerate(shape.clusters()[1:], start=1):
+        nll = _add_tail(nll, weights, k, output_BTE, targets_BT - lo, hi - lo)
+    return nll
+
+
+def _logits(weights: Weights, shape: BaseModel, output_BTE: Tensor) -> Tensor:
+    """(B, T, V), of an adaptive softmax those of its head."""
     bias = weights["softmax.bias"]
     head = weights["embedding"]
     if shape.cutoffs:
@@ -604,20 +644,7 @@ def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT
         low = _low_rank(weights, "softmax", output_BTE)  # of an adaptive softmax, of the head
         logits = logits if low is None else logits + low
     logits = logits + (bias if bias.dim() == 1 else bias.unsqueeze(1))
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    if not shape.cutoffs:
-        return F.cross_entropy(
-            logits.flatten(0, 1), targets_BT.flatten(), reduction="none"
-        ).view_as(targets_BT)
-    first = shape.cutoffs[0]
-    log_p = F.log_softmax(logits, dim=-1)
-    index = targets_BT.clamp(max=first - 1)
-    for k, (lo, hi, _) in enumerate(shape.clusters()[1:]):
-        index = torch.where((targets_BT >= lo) & (targets_BT < hi), first + k, index)
-    nll = -log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    for k, (lo, hi, _) in enumerate(shape.clusters()[1:], start=1):
-        nll = _add_tail(nll, weights, k, output_BTE, targets_BT - lo, hi - lo)
-    return nll
+    return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 
 def _add_tail(

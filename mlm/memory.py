@@ -31,7 +31,9 @@ LOW, DIRECTIONS, BASIS = ".low", ".directions", ".basis"
 matrix (see `mlm.lowrank`)."""
 RELATED = "softmax.related"
 """What relates words to each other in the output layer (see `mlm.related`)."""
-CHANGES = (LOW, DIRECTIONS, BASIS, RELATED)
+ROWS, COLUMNS = "softmax.once.rows", "softmax.once.columns"
+"""How much of what a word teaches counts at the next one (see `mlm.at_once`)."""
+CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS)
 """Endings of what is not a weight of stage 1."""
 
 
@@ -69,6 +71,8 @@ class LongTerm:
     """Mean loss of a segment, in nats per token, above which a lane is reset (the guard)."""
     borders: Borders | None = None
     """What tells a lane that it has begun to read another article; None = nothing does."""
+    at_once: bool = False
+    """Scores are those of an output layer that learns within a segment, too (`mlm.at_once`)."""
 
     @cached_property
     def mean_rms(self) -> float:

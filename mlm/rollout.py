@@ -87,9 +87,10 @@ class Scored(NamedTuple):
     """A segment read with the weights of before."""
 
     nll: Tensor
-    """(B, M) nats, zero where the mask is False."""
+    """(B, M) nats as predicted, zero where the mask is False."""
     loss: Tensor
-    """(B,) mean over the lane's tokens, nats per token."""
+    """(B,) mean over the lane's tokens, nats per token, under the weights of before: without what
+    the segment's own words taught (`mlm.at_once`)."""
     gradients: Weights
     """Of (1/M) sum of the lane's nll by its own dynamic weights, (B, ...)."""
     state: State
@@ -128,6 +129,7 @@ def score_segment(
         )
     nll = now.nll.detach() * segment.mask
     loss = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
+    nll = nll if now.taught is None else now.taught * segment.mask
     gradients = dict(zip([*theta, *fixed], found, strict=True))
     shared = {name: gradients.pop(name) for name in fixed}
     return Scored(nll, loss, gradients, now.state.detach(), now.output.detach(), shared)

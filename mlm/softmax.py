@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlm import kernels
+from mlm import at_once, kernels
 from mlm.buffers import take
 
 LOGITS = 1 << 24
@@ -31,6 +31,20 @@ class Layer(NamedTuple):
     """(V, R): logits += projected low^T, a low-rank part of the head."""
     related: Tensor | None = None
     """(V, S), Q, shared: logits = (I + Q Q^T) (output head^T) + bias (`mlm.related`)."""
+    rows: Tensor | None = None
+    """(V), and `columns` (E + 1), shared: how words teach at once (`mlm.at_once`)."""
+    columns: Tensor | None = None
+
+
+class Losses(NamedTuple):
+    """Of a segment."""
+
+    nll: Tensor
+    """(B, T) nats, outside the autograd graph."""
+    total: Tensor
+    """Their weighted sum, differentiable."""
+    taught: Tensor | None
+    """(B, T) nats, outside the graph, of logits that learn at once; None without `Layer.rows`."""
 
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
@@ -56,7 +70,7 @@ def weighted_nll(
     projected_BTR: Tensor | None,
     targets_BT: Tensor,
     weights_BT: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Losses:
     """Token losses and their weighted sum.
 
     Args:
@@ -64,13 +78,13 @@ def weighted_nll(
         weights_BT: of every token's loss in the sum.
 
     Returns:
-        losses (B, T) in nats, outside the autograd graph, and sum(weights * losses), which is
-        differentiable once in `output_BTE`, `projected_BTR`, per-lane tensors of `layer` and Q.
+        losses, whose sum is differentiable once in `output_BTE`, `projected_BTR`, per-lane tensors
+        of `layer` and Q.
     """
     tensors = [output_BTE, *layer, projected_BTR]
     if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad alone
         tensors = [None if t is None else t.detach() for t in tensors]
-    return _WeightedNLL.apply(*tensors, targets_BT, weights_BT)  # type: ignore[return-value]
+    return Losses(*_WeightedNLL.apply(*tensors, targets_BT, weights_BT))  # type: ignore[misc]
 
 
 def _product(x_BTE: Tensor, head: Tensor, out: Tensor) -> None:
@@ -131,14 +145,17 @@ class _WeightedNLL(torch.autograd.Function):
         bias: Tensor,
         low: Tensor | None,
         related: Tensor | None,
+        rows: Tensor | None,
+        columns: Tensor | None,
         projected: Tensor | None,
         targets: Tensor,
         weights: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
-        names = ("output", "head", "bias", "low", "related", "projected")
-        inputs = zip(names, (output, head, bias, low, related, projected), strict=True)
+        names = ("output", "head", "bias", "low", "related", "rows", "columns", "projected")
+        tensors = (output, head, bias, low, related, rows, columns, projected)
+        inputs = zip(names, tensors, strict=True)
         found = {
             name: torch.zeros_like(x) if name in SUMS else take(tuple(x.shape), x)
             for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
@@ -147,6 +164,9 @@ class _WeightedNLL(torch.autograd.Function):
         nll = output.new_empty(lanes, steps)
         group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
         buffer = output.new_empty(group, steps, head.shape[-2])
+        taught = None if rows is None else torch.empty_like(nll)
+        spare = None if rows is None else torch.empty_like(buffer)
+        differentiate = bool(found) or rows is not None
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))
             own = Layer(
@@ -161,9 +181,10 @@ class _WeightedNLL(torch.autograd.Function):
                 low_BRV = own.low.transpose(-1, -2).expand(len(logits), -1, -1)
                 logits.baddbmm_(projected[block], low_BRV)
             spreads = [] if related is None else [_spread(logits, related, "related" in some)]
-            of_bias = some.get("bias")
-            _rows(logits, own, targets[block], weights[block], nll[block], of_bias, bool(found))
-            if related is not None and found:  # the gradient is spread: the map is symmetric
+            before = None if spare is None else spare[: len(logits)].copy_(logits)
+            of_bias, here = some.get("bias"), (targets[block], weights[block])
+            _rows(logits, own, *here, nll[block], of_bias, differentiate)
+            if related is not None and differentiate:  # spread, too: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
                 if "related" in some:
                     (x, along), (g, back) = spreads
@@ -176,9 +197,13 @@ class _WeightedNLL(torch.autograd.Function):
                 torch.bmm(logits.transpose(1, 2), projected[block], out=some["low"])
             if own.low is not None and "projected" in some:
                 torch.matmul(logits, own.low, out=some["projected"])
+            if before is not None and rows is not None and columns is not None:
+                assert taught is not None
+                before -= at_once.taught(logits, output[block], rows, columns, related)
+                _rows(before, own, *here, taught[block], None, False)
         ctx.found = [found.get(name) for name in names]
-        ctx.mark_non_differentiable(nll)
-        return nll, (nll * weights).sum()
+        ctx.mark_non_differentiable(*(t for t in (nll, taught) if t is not None))
+        return nll, (nll * weights).sum(), taught
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]

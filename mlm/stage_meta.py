@@ -66,6 +66,7 @@ def identity(run: Run, learned: bool = True) -> str:
     if not learned:
         for name in ("meta", "seed"):
             keys.pop(name)
+        keys["adapt"]["at_once"] = False
     return _hash(run, keys)
 
 
@@ -75,6 +76,7 @@ def memory_identity(run: Run) -> str:
     keys = {k: config[k] for k in ("corpus", "text", "adapt")}
     for name in ("threads", "kernels", "guard"):
         keys["adapt"].pop(name)
+    keys["adapt"]["at_once"] = False
     return _hash(run, keys)
 
 
@@ -82,7 +84,7 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
     """Of settings, without those that are not in use, and the language model."""
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
-    for name in ("related", "borders", "basis_words"):
+    for name in ("related", "borders", "basis_words", "at_once"):
         if not keys["adapt"][name]:
             keys["adapt"].pop(name)
     path = run.folder.checkpoint("lm")
@@ -181,10 +183,11 @@ def tuned_rule(
 
 
 def seen_by(rule: UpdateRule, memory: LongTerm) -> LongTerm:
-    """The long-term memory as a rule reads with it: borders open FLUSH, where it is learned."""
-    if isinstance(rule, LinearGates) and rule.flush:
-        return memory
-    return dataclasses.replace(memory, borders=None)
+    """The long-term memory as a rule reads with it: borders open FLUSH, where it is learned, and
+    hand-made rules read as they were published."""
+    learned = isinstance(rule, LinearGates)
+    borders = memory.borders if learned and rule.flush else None
+    return dataclasses.replace(memory, borders=borders, at_once=memory.at_once and learned)
 
 
 # -- learned rules ------------------------------------------------------------------------------
@@ -269,7 +272,10 @@ def stage_meta(run: Run) -> None:
     for name in meta.rules:
         start = starting_point(run, memory)
         rule, first = new_rule(meta, name, start)
-        own = seen_by(rule, dataclasses.replace(start.memory, borders=memory.borders))
+        own = dataclasses.replace(
+            start.memory, borders=memory.borders, at_once=memory.at_once
+        )  # which a hand-made start does not see
+        own = seen_by(rule, own)
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(
             trainer,

@@ -19,6 +19,7 @@ Letters: O outputs, I inputs, S directions of Q.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -40,12 +41,12 @@ from mlm.training import Text, cosine
 TURN = ".turn"
 """Ending of R's name."""
 LANES = 16
-SEGMENTS = 2
-"""Of every lane, between two steps."""
+TOKENS = 64
+"""Of every lane, between two steps: so many, or one segment."""
 PEAK = 4e-4
 """Of Adam's rate; cosine to zero."""
 SETTING = {"rate": 1.5e-3, "decay": 5e-3}
-"""Of RMS, under which the text is read."""
+"""Of RMS, under which the text is read, at 32 tokens per segment."""
 
 
 def warped_matrices(memory: LongTerm) -> list[str]:
@@ -117,7 +118,9 @@ class Bases:
         self.first = self.memory = memory
         self.parameters = basis_parameters(memory)
         self.optimizer = torch.optim.Adam(list(self.parameters.values()), betas=(0.9, 0.99))
-        self.setting = as_parameters(SETTING, memory)
+        # the mean of more tokens' gradients is smaller, and so is the Fisher's noise
+        rate = SETTING["rate"] * math.sqrt(memory.segment / 32)
+        self.setting = as_parameters({**SETTING, "rate": rate}, memory)
         self.rule = RMS().bind(self.setting, memory)
         self.reader = begin(memory, lanes, self.rule)
 
@@ -173,7 +176,7 @@ def learn_bases(memory: LongTerm, text: Text, words: int, quiet: bool = True) ->
     device = memory.rms[memory.dynamic[0]].device
     with tqdm(total=wanted, desc="bases", unit="tok", unit_scale=True, disable=quiet) as bar:
         while tokens < wanted:
-            pieces = [lanes.next().to(device) for _ in range(SEGMENTS)]
+            pieces = [lanes.next().to(device) for _ in range(max(1, TOKENS // memory.segment))]
             nats = bases.learn(pieces, PEAK * cosine(tokens, wanted))
             if not all(bool(p.isfinite().all()) for p in bases.parameters.values()):
                 raise UserError(

@@ -144,6 +144,7 @@ def _text() -> Text:
 def test_learning_bases_makes_reading_learn_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rule gains more with learned bases; the static model and the Fisher stay."""
     monkeypatch.setattr(warp, "PEAK", 5e-3)
+    monkeypatch.setattr(warp, "TOKENS", 10)
     memory, text = _memory(True), _text()
     found = learn_bases(memory, text, 3000)
     again = learn_bases(memory, text, 3000)

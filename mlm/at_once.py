@@ -1,0 +1,65 @@
+"""Learning at once: within a segment the output layer predicts with what its words have taught.
+
+Weights change after every segment, so a word that comes again within it would be as unexpected as
+before. With e_s the gradient of the segment's loss by the logits at its word s, and the keys
+k_s = P h_s, an output layer T L (P h) + b (`mlm.related`; T = I without related words) predicts by
+
+    logits_t - T [ a . sum_{s<t} T e_s (k_s . (c . k_t) + d) ],
+
+never with words it has not read. Were a_v c_j the rule's step size at L's weight (v, j), that is
+what its step at every word would do, all gradients taken at the weights of the segment's start:
+the dual form of mini-batch test-time training (Sun et al. 2024, section 2.5), a linear attention
+within the segment (fast weights: Schmidhuber 1992; Ba et al. 2016). d stands for the bias. a, c
+and d are the nearest to the rule's steps (`mlm.scoring`); fitted to held-out text they gained no
+more. The update after the segment, what gates see of it, and the hidden state do not notice. Lanes
+predict so where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.columns`):
+while scores are made, not while a rule is trained; the static model never does.
+
+Letters: B lanes, T time, I keys, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def spread(x_V: Tensor, related: Tensor | None) -> Tensor:
+    """T x for rows x (..., V)."""
+    return x_V if related is None else x_V + (x_V @ related) @ related.t()
+
+
+def alike(keys_BTI: Tensor, columns: Tensor) -> Tensor:
+    """k_s . (c . k_t) + d for words t (rows) and s < t (columns), else 0: (B, T, T)."""
+    inner_BTT = (keys_BTI * columns[:-1]) @ keys_BTI.transpose(1, 2) + columns[-1]
+    return inner_BTT.tril(-1)
+
+
+def taught(
+    spread_BTV: Tensor, keys_BTI: Tensor, rows: Tensor, columns: Tensor, related: Tensor | None
+) -> Tensor:
+    """What is subtracted from the logits, (B, T, V); no gradient.
+
+    Args:
+        spread_BTV: T e_s; rows: a, (V); columns: c and d, (I + 1); related: Q, or None.
+    """
+    moved_BTV = torch.bmm(alike(keys_BTI, columns), spread_BTV).mul_(rows)
+    if related is not None:
+        flat = moved_BTV.flatten(0, 1)
+        flat.addmm_(flat @ related, related.t())
+    return moved_BTV
+
+
+def corrected(
+    logits_BTV: Tensor,
+    targets_BT: Tensor,
+    keys_BTI: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    related: Tensor | None,
+) -> Tensor:
+    """Logits (B, T, V) that have learned at once, of a segment of T tokens."""
+    one_hot = F.one_hot(targets_BT, logits_BTV.shape[-1])
+    error_BTV = (logits_BTV.softmax(-1) - one_hot) / logits_BTV.shape[1]
+    return logits_BTV - taught(spread(error_BTV, related), keys_BTI, rows, columns, related)

@@ -1,0 +1,222 @@
+"""Learning at once: a segment's words teach before its end, and nothing else changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, Finished
+from worlds import EOS, TinyMemory, articles, segments, tiny_memory
+
+from mlm import kernels
+from mlm.gates import LinearGates
+from mlm.learner import RMS, SGD, Bound
+from mlm.lowrank import add_low_rank, turned
+from mlm.memory import COLUMNS, ROWS, LongTerm
+from mlm.related import relate
+from mlm.report import read_evaluation
+from mlm.rollout import Step, begin, step
+from mlm.rules import open_slow, start_at
+from mlm.scoring import learning_at_once, score_articles
+from mlm.stage_meta import seen_by
+from mlm.training import Text
+
+EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-11}
+DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent")
+OUTPUT = ("softmax.low", "softmax.bias")
+
+
+def _random(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _memory(dynamic: tuple[str, ...] = DYNAMIC, related: bool = True, flat: bool = False) -> Any:
+    plain = tiny_memory((), segment=7)
+    text = Text(articles((11, 23, 9)), 43, EOS)
+    weights = add_low_rank(plain.weights, plain.shape, dynamic, 99, text, 1000)
+    if related:
+        weights = relate(weights, dynamic, torch.linalg.qr(_random(12, 3))[0])
+    rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(dynamic)}
+    if flat:
+        rms = {n: torch.full_like(r, 0.5) for n, r in rms.items()}
+    found = turned(TinyMemory(plain.shape, weights, dynamic, rms, 2.3, plain.segment))
+    return dataclasses.replace(found, at_once=True)
+
+
+def _rms(memory: LongTerm, rate: float = 0.05, decay: float = 0.0) -> Bound:
+    setting = {"rate": rate, "decay": decay}
+    return RMS().bind({n: torch.tensor(x).double() for n, x in setting.items()}, memory)
+
+
+def _one_step(memory: LongTerm, rule: Bound, tokens: np.ndarray) -> Step:
+    """The lanes read the segment after one that they have learned from."""
+    first, second = (torch.from_numpy(tokens[:, k : k + 8]) for k in (0, 7))
+
+    def piece(ids: torch.Tensor, new: bool) -> Any:
+        like = segments(memory, (40, 40, 40), 3, 1)[0]
+        own = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "new": torch.full((3,), new)}
+        return like._replace(mask=torch.ones(3, 7, dtype=torch.bool), **own)
+
+    reader = step(memory, rule, begin(memory, 3, rule), piece(first, True)).after
+    return step(memory, rule, reader, piece(second, False))
+
+
+@pytest.fixture
+def tokens() -> np.ndarray:
+    return np.random.default_rng(5).integers(1, 12, (3, 15))
+
+
+PATHS = pytest.mark.parametrize("path", ["compiled", "eager"])
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    def choose(path: str) -> None:
+        if path == "eager":
+            monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
+
+    return choose
+
+
+@PATHS
+@pytest.mark.parametrize("related", [True, False])
+def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
+    path: str, related: bool, tokens: np.ndarray, on: Callable[[str], None]
+) -> None:
+    """Against updating the output layer word by word with the gradients of the start's weights.
+
+    A Fisher that is the same everywhere makes the nearest a, c and d exact.
+    """
+    on(path)
+    memory = _memory(OUTPUT, related, flat=True)
+    rule = _rms(memory)
+    now = _one_step(learning_at_once(memory, rule), rule, tokens)
+    fresh = _one_step(memory, rule, tokens)
+    q = memory.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
+    t_VV = torch.eye(12, dtype=torch.float64) + q @ q.t()
+    targets = torch.from_numpy(tokens[:, 8:15])
+    rate = 0.05 / (0.5 + 2e-5)
+    for lane in range(3):
+        low, bias = (fresh.before.weights[n][lane] for n in OUTPUT)
+        keys = fresh.scored.output[lane] @ memory.weights["softmax.basis"].t()
+        low_now, bias_now = low.clone(), bias.clone()
+        for t in range(7):
+            # d moves related words, too: the bias as a column of the matrix
+            logits = t_VV @ (low_now @ keys[t]) + t_VV @ (bias_now - bias) + bias
+            want = -logits.log_softmax(0)[targets[lane, t]]  # steps are read off a difference
+            torch.testing.assert_close(now.scored.nll[lane, t], want, rtol=0.0, atol=1e-9)
+            error = (t_VV @ (low @ keys[t]) + bias).softmax(0)
+            error[targets[lane, t]] -= 1
+            gradient = t_VV @ error / 7
+            low_now = low_now - rate * torch.outer(gradient, keys[t])
+            bias_now = bias_now - rate * gradient
+
+
+@PATHS
+def test_what_is_learned_and_seen_stays_the_same(
+    path: str, tokens: np.ndarray, on: Callable[[str], None]
+) -> None:
+    """Weights, hidden state, what gates see: as without it; only later words' losses differ."""
+    on(path)
+    memory = _memory()
+    rule = _rms(memory, decay=0.02)
+    now, plain = (_one_step(m, rule, tokens) for m in (learning_at_once(memory, rule), memory))
+    for name, weight in plain.after.weights.items():
+        torch.testing.assert_close(now.after.weights[name], weight, **EXACT)
+    torch.testing.assert_close(now.after.state.h[0], plain.after.state.h[0], **EXACT)
+    torch.testing.assert_close(now.scored.loss, plain.scored.loss, **EXACT)
+    torch.testing.assert_close(now.scored.nll[:, 0], plain.scored.nll[:, 0], **EXACT)
+    assert bool((now.scored.nll[:, 1:] != plain.scored.nll[:, 1:]).all())
+
+
+def test_a_word_knows_nothing_of_those_behind_it(tokens: np.ndarray) -> None:
+    memory = _memory()
+    rule = _rms(memory)
+    able = learning_at_once(memory, rule)
+    other = tokens.copy()
+    other[:, 12] = (other[:, 12] + 1) % 12
+    one, two = (_one_step(able, rule, ids).scored.nll for ids in (tokens, other))
+    torch.testing.assert_close(one[:, :4], two[:, :4], **EXACT)  # the fifth target is another
+    assert bool((one[:, 4:] != two[:, 4:]).all())
+
+
+def test_the_kernels_agree_with_their_eager_twin_on_ragged_text(on: Callable[[str], None]) -> None:
+    memory, texts = _memory(), articles((11, 23, 3, 1, 17))
+    fast = score_articles(memory, _rms(memory), texts, EOS, 3)
+    on("eager")
+    slow = score_articles(memory, _rms(memory), texts, EOS, 3)
+    one_by_one = score_articles(memory, _rms(memory), texts, EOS, 1)
+    for a, b, c in zip(fast.nll, slow.nll, one_by_one.nll, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-11)
+        np.testing.assert_allclose(b, c, atol=1e-11)
+
+
+def test_a_learned_rule_teaches_with_its_own_steps() -> None:
+    """At RMS's own start with four levels: RMS's steps; a gate twice as open: twice those."""
+    memory = _memory()
+    setting = {n: torch.tensor(x).double() for n, x in {"rate": 0.02, "decay": 0.05}.items()}
+    rule = LinearGates("four", per_unit=True, slow=True)
+    phi = start_at(rule, RMS(), setting, memory)
+    open_slow(phi)
+    want = learning_at_once(memory, RMS().bind(setting, memory)).weights
+    found = learning_at_once(memory, rule.bind(phi, memory)).weights
+    for name in (ROWS, COLUMNS):
+        torch.testing.assert_close(found[name], want[name], rtol=1e-9, atol=0.0)
+    rate = {**setting, "rate": 2 * setting["rate"]}
+    twice = learning_at_once(memory, RMS().bind(rate, memory)).weights
+    torch.testing.assert_close(twice[ROWS], 2 * want[ROWS], rtol=1e-9, atol=0.0)
+    torch.testing.assert_close(twice[COLUMNS], want[COLUMNS], rtol=1e-9, atol=0.0)
+
+
+def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
+    memory = _memory(OUTPUT)
+    text = [np.tile([1, 2, 3], 20)]
+    rule = _rms(memory, rate=0.1)
+    plain = dataclasses.replace(memory, at_once=False)
+    assert (
+        score_articles(memory, rule, text, EOS, 1).total
+        < score_articles(plain, rule, text, EOS, 1).total - 0.2
+    )
+
+
+def test_hand_made_rules_read_as_published() -> None:
+    memory = _memory()
+    assert not seen_by(RMS(), memory).at_once
+    assert not seen_by(SGD(), memory).at_once
+    assert seen_by(LinearGates("three"), memory).at_once
+
+
+def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_path: Path) -> None:
+    """The same training of a rule, scored with and without; hand-made rules stay as they are."""
+    folder = finished.copy(tmp_path / "run")
+    low = "--adapt.dynamic", "softmax.low,softmax.bias", "--adapt.rank", 99
+    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels"
+    words = ("--out", folder, *low, *rules)
+    done = command("train", *words, "--adapt.at-once", "--stages", "meta", "evaluate")
+    assert done.code == 0, done.err
+    at_once = _scored(folder)
+    assert command("evaluate", folder, "--no-draw").code == 0
+    assert _scored(folder) == at_once
+    done = command("train", *words, "--adapt.no-at-once", "--stages", "evaluate")
+    assert done.code == 0, done.err
+    plain = _scored(folder)
+    for protocol in ("article", "stream"):
+        for rule in ("static", "rms"):
+            assert at_once[protocol, rule] == plain[protocol, rule]
+        assert at_once[protocol, "three_levels"] != plain[protocol, "three_levels"]
+    lstm = "--out", folder, "--adapt.dynamic", "lstm", "--adapt.at-once", "--stages", "meta"
+    assert "--adapt.at-once needs --adapt.dynamic softmax.low" in command("train", *lstm).error
+    learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
+    error = command("train", *words, "--adapt.at-once", *learn).error
+    assert "it goes with --meta.learn rule only" in error
+
+
+def _scored(folder: Path) -> dict[tuple[str, str], float]:
+    """Perplexities by protocol and rule."""
+    rows = read_evaluation(folder)
+    return {(r["protocol"], r["rule"]): r["word_perplexity"] for r in rows if r["kind"] == "total"}
