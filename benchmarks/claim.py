@@ -83,11 +83,11 @@ class Options:
     """Weights that the meta-learner rewrites."""
     rank: int = 256
     """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
-    related: int = 128
+    related: int = 256
     """Directions in which related words move together, where the rank is full; 0 = none."""
     borders: bool = True
     """FLUSH sees where an article begins."""
-    basis_words: int = 2_000_000
+    basis_words: int = 1_500_000
     """Words from which bases and relations are learned; 0 = they are principal directions."""
     at_once: bool = True
     """Between two updates the output layer of the learned rule learns, too."""
@@ -95,7 +95,7 @@ class Options:
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
-    steps: int = 60
+    steps: int = 48
     """Meta-updates."""
     lanes: int = 8
     """Articles that meta-training reads side by side."""

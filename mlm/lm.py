@@ -580,20 +580,22 @@ def weighted_nll(
         return fused
     nll = token_nll(weights, shape, output_BTE, targets_BT)
     total = (nll * weights_BT).sum()
-    taught, keys, once = None, _along(weights, "softmax", output_BTE), _at_once(weights)
-    if once and keys is not None:
+    keys, rows, columns = _along(weights, "softmax", output_BTE), None, None
+    if keys is not None:
+        rows, columns = _at_once(weights)
+    taught: Tensor | None = None
+    if keys is not None and rows is not None and columns is not None:
         with torch.no_grad():
             logits, related = _logits(weights, shape, output_BTE), weights.get("softmax.related")
-            logits = at_once.corrected(logits, targets_BT, keys, *once, related)
+            logits = at_once.corrected(logits, targets_BT, keys, rows, columns, related)
             taught = _cross_entropy(logits, targets_BT)
     return softmax.Losses(nll if is_plain() else nll.detach(), total, taught)
 
 
-def _at_once(weights: Weights) -> list[Tensor]:
+def _at_once(weights: Weights) -> tuple[Tensor | None, Tensor | None]:
     """How words teach at once, where an output layer of each lane does so (`mlm.at_once`)."""
-    if "softmax.once.rows" not in weights or weights["softmax.low"].dim() == 2:
-        return []
-    return [weights["softmax.once.rows"], weights["softmax.once.columns"]]
+    rows, columns = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns"))
+    return (None, None) if weights["softmax.low"].dim() == 2 else (rows, columns)
 
 
 def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -155,16 +155,16 @@ class Run:
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, memory.weights, adapt.rank)
-        if (RELATED in memory.weights) != (adapt.related > 0):
-            raise UserError(
-                f"{path} was made with{'' if RELATED in memory.weights else 'out'} related words, "
-                f"but the settings say --adapt.related {adapt.related}; run `--stages meta` again"
-            )
-        if (memory.borders is not None) != adapt.borders:
-            raise UserError(
-                f"{path} was made with{'' if memory.borders else 'out'} --adapt.borders, but the "
-                "settings say otherwise; run `--stages meta` again"
-            )
+        found = {
+            "--adapt.related": (RELATED in memory.weights, adapt.related > 0),
+            "--adapt.borders": (memory.borders is not None, adapt.borders),
+        }
+        for flag, (made, wanted) in found.items():
+            if made != wanted:
+                raise UserError(
+                    f"{path} was made with{'' if made else 'out'} {flag}, but the settings say "
+                    "otherwise; run `--stages meta` again"
+                )
         return self.ready(memory)
 
     def ready(self, memory: LongTerm) -> LongTerm:

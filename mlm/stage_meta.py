@@ -332,9 +332,14 @@ def check_learned(run: Run) -> None:
     """Load the memory and every meta-learner to score: what is amiss shows now, not hours later.
 
     Raises:
-        UserError: see `Run.memory` and `load_learned`.
+        UserError: the memory was made with other settings, or see `Run.memory` and `load_learned`.
     """
-    memory = run.memory
+    memory, path = run.memory, run.folder.checkpoint("memory")
+    if not _made_from(path, memory_identity(run)):
+        raise UserError(
+            f"{path} was made with other settings of --adapt or --text than these, or from another "
+            "language model; run `--stages meta` again"
+        )
     for name in {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED):
         load_learned(run, name, memory)
 

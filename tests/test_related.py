@@ -175,7 +175,9 @@ def test_a_run_with_related_words(finished: Finished, command: Command, tmp_path
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
     error = command("train", *words, "--adapt.related", 0, "--stages", "evaluate").error
-    assert "was made with related words, but the settings say --adapt.related 0" in error
+    assert "was made with --adapt.related, but the settings say otherwise" in error
+    error = command("train", *words, "--adapt.related", 3, "--stages", "evaluate").error
+    assert "was made with other settings of --adapt" in error
     learn = ("--meta.learn", "rule", "theta_0")
     error = command("train", *words, "--adapt.related", 4, *learn, "--stages", "meta").error
     assert "--adapt.related is 4; it goes with --meta.learn rule only" in error

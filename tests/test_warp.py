@@ -184,6 +184,8 @@ def test_a_run_with_learned_bases(
     losses = (folder / "losses.parquet").read_bytes()
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
+    other = (*words[:-1], 900, "--stages", "evaluate")
+    assert "was made with other settings of --adapt" in command("train", *other).error
     learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
     assert "it goes with --meta.learn rule only" in command("train", *words, *learn).error
     learned: list[int] = []
