@@ -10,10 +10,11 @@ never with words it has not read. Were a_v c_j the rule's step size at L's weigh
 what its step at every word would do, all gradients taken at the weights of the segment's start:
 the dual form of mini-batch test-time training (Sun et al. 2024, section 2.5), a linear attention
 within the segment (fast weights: Schmidhuber 1992; Ba et al. 2016). d stands for the bias. a, c
-and d are the nearest to the rule's steps (`mlm.scoring`); fitted to held-out text they gained no
-more. The update after the segment, what gates see of it, and the hidden state do not notice. Lanes
-predict so where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.columns`):
-while scores are made, not while a rule is trained; the static model never does.
+and d are the nearest to the rule's steps (`mlm.rollout.learning_at_once`); fitted to held-out text
+they gained no more. The loss of the segment, and its gradient by which all weights change after it,
+are those of these predictions, what is subtracted being a constant: words that were learned
+already teach less. Lanes read so where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d
+(`softmax.once.columns`); the static model never does.
 
 Letters: B lanes, T time, I keys, V vocabulary.
 """
@@ -60,6 +61,8 @@ def corrected(
     related: Tensor | None,
 ) -> Tensor:
     """Logits (B, T, V) that have learned at once, of a segment of T tokens."""
-    one_hot = F.one_hot(targets_BT, logits_BTV.shape[-1])
-    error_BTV = (logits_BTV.softmax(-1) - one_hot) / logits_BTV.shape[1]
-    return logits_BTV - taught(spread(error_BTV, related), keys_BTI, rows, columns, related)
+    with torch.no_grad():
+        one_hot = F.one_hot(targets_BT, logits_BTV.shape[-1])
+        error_BTV = (logits_BTV.softmax(-1) - one_hot) / logits_BTV.shape[1]
+        more = taught(spread(error_BTV, related), keys_BTI, rows, columns, related)
+    return logits_BTV - more

@@ -367,6 +367,12 @@ def _problems(c: Config) -> list[str]:
         "--adapt.at-once": c.adapt.at_once,
     }.items():
         need(not value or alone, flag, value, "it goes with --meta.learn rule only")
+    need(
+        not c.adapt.at_once or c.meta.gradient not in ("second", "pes"),
+        "--meta.gradient",
+        c.meta.gradient,
+        "--adapt.at-once goes with reverse, checkpoint or forward",
+    )
     at_least_one = {
         "--model.embedding": c.model.embedding,
         "--model.hidden": c.model.hidden,

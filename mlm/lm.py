@@ -67,9 +67,6 @@ class Read(NamedTuple):
     """(B, T, E): what the softmax sees."""
     state: State
     """Short-term memory after the segment."""
-    taught: Tensor | None = None
-    """(B, T) nats of an output layer that learns within the segment (`mlm.at_once`), if it does;
-    asked for with shares only, which then are 1/T, or 0 at the end."""
 
 
 class LanguageModel(Protocol):
@@ -212,8 +209,8 @@ class BaseModel(ABC):
         if share_BT is None:
             nll = token_nll(weights, self, hidden.output, targets_BT)
             return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
-        found = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
-        return Read(found.nll, found.total, hidden.output, hidden.state, found.taught)
+        nll, total = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
+        return Read(nll, total, hidden.output, hidden.state)
 
 
 @dataclass(frozen=True)
@@ -551,7 +548,7 @@ def run_lstm(
 
 def _fused_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
-) -> softmax.Losses | None:
+) -> tuple[Tensor, Tensor] | None:
     """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
     bias, low = weights["softmax.bias"], weights.get("softmax.low")
     turned = low if _turned(weights, "softmax") else None
@@ -570,8 +567,8 @@ def _fused_nll(
 
 def weighted_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
-) -> softmax.Losses:
-    """Losses and their differentiable sum weighted by `weights_BT`.
+) -> tuple[Tensor, Tensor]:
+    """Losses (B, T) in nats and their differentiable sum weighted by `weights_BT`.
 
     The losses are detached but within `plain_operations`.
     """
@@ -579,17 +576,7 @@ def weighted_nll(
     if fused is not None:
         return fused
     nll = token_nll(weights, shape, output_BTE, targets_BT)
-    total = (nll * weights_BT).sum()
-    keys, rows, columns = _along(weights, "softmax", output_BTE), None, None
-    if keys is not None:
-        rows, columns = _at_once(weights)
-    taught: Tensor | None = None
-    if keys is not None and rows is not None and columns is not None:
-        with torch.no_grad():
-            logits, related = _logits(weights, shape, output_BTE), weights.get("softmax.related")
-            logits = at_once.corrected(logits, targets_BT, keys, rows, columns, related)
-            taught = _cross_entropy(logits, targets_BT)
-    return softmax.Losses(nll if is_plain() else nll.detach(), total, taught)
+    return nll if is_plain() else nll.detach(), (nll * weights_BT).sum()
 
 
 def _at_once(weights: Weights) -> tuple[Tensor | None, Tensor | None]:
@@ -598,22 +585,22 @@ def _at_once(weights: Weights) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if weights["softmax.low"].dim() == 2 else (rows, columns)
 
 
-def _cross_entropy(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Nats, (B, T)."""
-    flat = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
-    return flat.view_as(targets_BT)
-
-
 def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
     """Negative log-likelihood in nats (B, T) under the tied (adaptive) softmax."""
     if not torch.is_grad_enabled():
-        ones = torch.ones_like(output_BTE[..., 0])
-        fused = _fused_nll(weights, shape, output_BTE, targets_BT, ones)
+        share = torch.full_like(output_BTE[..., 0], 1 / targets_BT.shape[1])
+        fused = _fused_nll(weights, shape, output_BTE, targets_BT, share)
         if fused is not None:
             return fused[0]
     logits = _logits(weights, shape, output_BTE)
     if not shape.cutoffs:
-        return _cross_entropy(logits, targets_BT)
+        keys = _along(weights, "softmax", output_BTE)
+        rows, columns = (None, None) if keys is None else _at_once(weights)
+        if keys is not None and rows is not None and columns is not None:
+            related = weights.get("softmax.related")
+            logits = at_once.corrected(logits, targets_BT, keys, rows, columns, related)
+        flat = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return flat.view_as(targets_BT)
     first = shape.cutoffs[0]
     log_p = F.log_softmax(logits, dim=-1)
     index = targets_BT.clamp(max=first - 1)

@@ -29,6 +29,7 @@ from mlm.rollout import (
     MetaGradient,
     Reader,
     begin,
+    learning_at_once,
     meta_gradient,
     open_articles,
     score_segment,
@@ -284,7 +285,8 @@ class MetaTrainer:
         else:
             assert mode != "pes"
             bound = self.rule.bind(self.parameters, self.memory)
-            found = meta_gradient(self.memory, bound, *state, mode, learn, ewc)
+            memory = learning_at_once(self.memory, bound)
+            found = meta_gradient(memory, bound, *state, mode, learn, ewc)
         if self.settings.theta_0 == "reptile":
             found.weights.update(reptile(self.memory, found.reader, self.learn))
         return found

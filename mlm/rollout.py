@@ -7,6 +7,7 @@ Letters: B lanes, M tokens per segment, T segments of an unroll.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -18,8 +19,14 @@ from mlm import buffers
 from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
-from mlm.memory import LongTerm, lanes_of, reset_lanes
+from mlm.memory import COLUMNS, LOW, ROWS, LongTerm, lanes_of, reset_lanes
 from mlm.streams import Segment
+
+SETTLED = 20
+"""Segments a lane has read when it learns as it mostly does."""
+OUTPUT = ("softmax" + LOW, "softmax.bias")
+SMALLEST = 1e-9
+"""Of a step size, before its logarithm."""
 
 
 class Reader(NamedTuple):
@@ -67,6 +74,38 @@ def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
     return Reader(lanes_of(start, lanes), state, age, none, none.clone())
 
 
+@torch.no_grad()
+def learning_at_once(memory: LongTerm, rule: Bound) -> LongTerm:
+    """The long-term memory with the a, c and d of `mlm.at_once`, if it wants them.
+
+    a_v c_j comes nearest, in the mean of logarithms, to how far `rule` moves weight (v, j) of the
+    output layer per unit of its gradient, a lane whose loss is the text's mean and which has read
+    `SETTLED` segments; a_v d to that of the bias.
+    """
+    if not memory.at_once:
+        return memory
+    reader = begin(memory, 1, rule)
+    signal = Signal(torch.full_like(reader.age, memory.loss), torch.full_like(reader.age, SETTLED))
+    still, moved = (
+        rule.update(
+            reader.weights,
+            {n: torch.full_like(reader.weights[n], g) for n in memory.dynamic},
+            signal,
+        )
+        for g in (0.0, 1.0)
+    )
+    logs = {
+        n: (still[n] - moved[n])[0].clamp(min=SMALLEST).log() for n in memory.dynamic if n in OUTPUT
+    }
+    rows_V = logs[OUTPUT[0]].mean(1)
+    columns_I = logs[OUTPUT[0]].mean(0) - rows_V.mean()
+    bias = (logs[OUTPUT[1]] - rows_V).mean() if OUTPUT[1] in logs else math.log(SMALLEST)
+    own = torch.cat([columns_I, columns_I.new_tensor([float(bias)])])
+    return dataclasses.replace(
+        memory, weights={**memory.weights, ROWS: rows_V.exp(), COLUMNS: own.exp()}
+    )
+
+
 def open_articles(
     start: Weights, reader: Reader, new_B: Tensor, flush_B: Tensor | None = None
 ) -> Reader:
@@ -87,10 +126,9 @@ class Scored(NamedTuple):
     """A segment read with the weights of before."""
 
     nll: Tensor
-    """(B, M) nats as predicted, zero where the mask is False."""
+    """(B, M) nats, zero where the mask is False."""
     loss: Tensor
-    """(B,) mean over the lane's tokens, nats per token, under the weights of before: without what
-    the segment's own words taught (`mlm.at_once`)."""
+    """(B,) mean over the lane's tokens, nats per token."""
     gradients: Weights
     """Of (1/M) sum of the lane's nll by its own dynamic weights, (B, ...)."""
     state: State
@@ -129,7 +167,6 @@ def score_segment(
         )
     nll = now.nll.detach() * segment.mask
     loss = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
-    nll = nll if now.taught is None else now.taught * segment.mask
     gradients = dict(zip([*theta, *fixed], found, strict=True))
     shared = {name: gradients.pop(name) for name in fixed}
     return Scored(nll, loss, gradients, now.state.detach(), now.output.detach(), shared)

@@ -5,8 +5,6 @@ Letters: B lanes, A articles, M tokens per segment, E width of what the softmax 
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,16 +17,10 @@ from tqdm import tqdm
 from mlm import buffers
 from mlm.cache import Cache, CacheSetting
 from mlm.errors import UserError
-from mlm.learner import Bound, Signal
-from mlm.memory import COLUMNS, LOW, ROWS, LongTerm
-from mlm.rollout import begin, step
+from mlm.learner import Bound
+from mlm.memory import LongTerm
+from mlm.rollout import begin, learning_at_once, step
 from mlm.streams import LaneStream, Segment
-
-SETTLED = 20
-"""Segments a lane has read when it learns as it mostly does."""
-OUTPUT = ("softmax" + LOW, "softmax.bias")
-SMALLEST = 1e-9
-"""Of a step size, before its logarithm."""
 
 
 class Scores(NamedTuple):
@@ -80,38 +72,6 @@ class _Static:
         now = self.memory.shape.read(self.memory.static, segment.inputs, segment.targets, state)
         self.state = now.state
         return _Heard(now.nll * segment.mask, now.output, [])
-
-
-@torch.no_grad()
-def learning_at_once(memory: LongTerm, rule: Bound) -> LongTerm:
-    """The long-term memory with the a, c and d of `mlm.at_once`, if it wants them.
-
-    a_v c_j comes nearest, in the mean of logarithms, to how far `rule` moves weight (v, j) of the
-    output layer per unit of its gradient, a lane whose loss is the text's mean and which has read
-    `SETTLED` segments; a_v d to that of the bias.
-    """
-    if not memory.at_once:
-        return memory
-    reader = begin(memory, 1, rule)
-    signal = Signal(torch.full_like(reader.age, memory.loss), torch.full_like(reader.age, SETTLED))
-    still, moved = (
-        rule.update(
-            reader.weights,
-            {n: torch.full_like(reader.weights[n], g) for n in memory.dynamic},
-            signal,
-        )
-        for g in (0.0, 1.0)
-    )
-    logs = {
-        n: (still[n] - moved[n])[0].clamp(min=SMALLEST).log() for n in memory.dynamic if n in OUTPUT
-    }
-    rows_V = logs[OUTPUT[0]].mean(1)
-    columns_I = logs[OUTPUT[0]].mean(0) - rows_V.mean()
-    bias = (logs[OUTPUT[1]] - rows_V).mean() if OUTPUT[1] in logs else math.log(SMALLEST)
-    own = torch.cat([columns_I, columns_I.new_tensor([float(bias)])])
-    return dataclasses.replace(
-        memory, weights={**memory.weights, ROWS: rows_V.exp(), COLUMNS: own.exp()}
-    )
 
 
 class _Adapting:

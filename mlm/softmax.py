@@ -36,17 +36,6 @@ class Layer(NamedTuple):
     columns: Tensor | None = None
 
 
-class Losses(NamedTuple):
-    """Of a segment."""
-
-    nll: Tensor
-    """(B, T) nats, outside the autograd graph."""
-    total: Tensor
-    """Their weighted sum, differentiable."""
-    taught: Tensor | None
-    """(B, T) nats, outside the graph, of logits that learn at once; None without `Layer.rows`."""
-
-
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
     """Whether `weighted_nll` can serve: on the CPU, shared tensors (but Q) without gradient."""
     present = [t for t in layer if t is not None]
@@ -70,7 +59,7 @@ def weighted_nll(
     projected_BTR: Tensor | None,
     targets_BT: Tensor,
     weights_BT: Tensor,
-) -> Losses:
+) -> tuple[Tensor, Tensor]:
     """Token losses and their weighted sum.
 
     Args:
@@ -78,13 +67,14 @@ def weighted_nll(
         weights_BT: of every token's loss in the sum.
 
     Returns:
-        losses, whose sum is differentiable once in `output_BTE`, `projected_BTR`, per-lane tensors
-        of `layer` and Q.
+        losses (B, T) in nats, outside the autograd graph, and sum(weights * losses), which is
+        differentiable once in `output_BTE`, `projected_BTR`, per-lane tensors of `layer` and Q,
+        what words have taught at once being a constant. The weights are 1/T there, or 0 at the end.
     """
     tensors = [output_BTE, *layer, projected_BTR]
     if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad alone
         tensors = [None if t is None else t.detach() for t in tensors]
-    return Losses(*_WeightedNLL.apply(*tensors, targets_BT, weights_BT))  # type: ignore[misc]
+    return _WeightedNLL.apply(*tensors, targets_BT, weights_BT)  # type: ignore[return-value]
 
 
 def _product(x_BTE: Tensor, head: Tensor, out: Tensor) -> None:
@@ -150,7 +140,7 @@ class _WeightedNLL(torch.autograd.Function):
         projected: Tensor | None,
         targets: Tensor,
         weights: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
         names = ("output", "head", "bias", "low", "related", "rows", "columns", "projected")
@@ -164,9 +154,7 @@ class _WeightedNLL(torch.autograd.Function):
         nll = output.new_empty(lanes, steps)
         group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
         buffer = output.new_empty(group, steps, head.shape[-2])
-        taught = None if rows is None else torch.empty_like(nll)
         spare = None if rows is None else torch.empty_like(buffer)
-        differentiate = bool(found) or rows is not None
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))
             own = Layer(
@@ -181,10 +169,15 @@ class _WeightedNLL(torch.autograd.Function):
                 low_BRV = own.low.transpose(-1, -2).expand(len(logits), -1, -1)
                 logits.baddbmm_(projected[block], low_BRV)
             spreads = [] if related is None else [_spread(logits, related, "related" in some)]
-            before = None if spare is None else spare[: len(logits)].copy_(logits)
-            of_bias, here = some.get("bias"), (targets[block], weights[block])
-            _rows(logits, own, *here, nll[block], of_bias, differentiate)
-            if related is not None and differentiate:  # spread, too: the map is symmetric
+            here = targets[block], weights[block], nll[block]
+            if spare is not None and rows is not None and columns is not None:
+                error, logits = logits, spare[: len(logits)].copy_(logits)
+                _rows(error, own, *here, None, True)
+                if related is not None:
+                    _spread(error, related, False)
+                logits -= at_once.taught(error, output[block], rows, columns, related)
+            _rows(logits, own, *here, some.get("bias"), bool(found))
+            if related is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
                 if "related" in some:
                     (x, along), (g, back) = spreads
@@ -197,13 +190,9 @@ class _WeightedNLL(torch.autograd.Function):
                 torch.bmm(logits.transpose(1, 2), projected[block], out=some["low"])
             if own.low is not None and "projected" in some:
                 torch.matmul(logits, own.low, out=some["projected"])
-            if before is not None and rows is not None and columns is not None:
-                assert taught is not None
-                before -= at_once.taught(logits, output[block], rows, columns, related)
-                _rows(before, own, *here, taught[block], None, False)
         ctx.found = [found.get(name) for name in names]
-        ctx.mark_non_differentiable(*(t for t in (nll, taught) if t is not None))
-        return nll, (nll * weights).sum(), taught
+        ctx.mark_non_differentiable(nll)
+        return nll, (nll * weights).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]

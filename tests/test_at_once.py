@@ -1,4 +1,4 @@
-"""Learning at once: a segment's words teach before its end, and nothing else changes."""
+"""Learning at once: a segment's words teach before its end."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from conftest import Command, Finished
 from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
+from mlm.config import MetaConfig
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound
 from mlm.lowrank import add_low_rank, turned
 from mlm.memory import COLUMNS, ROWS, LongTerm
+from mlm.meta import MetaTrainer
 from mlm.related import relate
 from mlm.report import read_evaluation
-from mlm.rollout import Step, begin, step
+from mlm.rollout import Step, begin, learning_at_once, meta_gradient, step
 from mlm.rules import open_slow, start_at
-from mlm.scoring import learning_at_once, score_articles
+from mlm.scoring import score_articles
 from mlm.stage_meta import seen_by
 from mlm.training import Text
 
@@ -96,43 +98,67 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
     memory = _memory(OUTPUT, related, flat=True)
     rule = _rms(memory)
     now = _one_step(learning_at_once(memory, rule), rule, tokens)
-    fresh = _one_step(memory, rule, tokens)
     q = memory.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
     t_VV = torch.eye(12, dtype=torch.float64) + q @ q.t()
     targets = torch.from_numpy(tokens[:, 8:15])
     rate = 0.05 / (0.5 + 2e-5)
+    near: dict[str, Any] = {"rtol": 0.0, "atol": 1e-9}  # steps are read off a difference
     for lane in range(3):
-        low, bias = (fresh.before.weights[n][lane] for n in OUTPUT)
-        keys = fresh.scored.output[lane] @ memory.weights["softmax.basis"].t()
+        low, bias = (now.before.weights[n][lane] for n in OUTPUT)
+        keys = now.scored.output[lane] @ memory.weights["softmax.basis"].t()
         low_now, bias_now = low.clone(), bias.clone()
+        of_low, of_bias = torch.zeros_like(low), torch.zeros_like(bias)
         for t in range(7):
             # d moves related words, too: the bias as a column of the matrix
             logits = t_VV @ (low_now @ keys[t]) + t_VV @ (bias_now - bias) + bias
-            want = -logits.log_softmax(0)[targets[lane, t]]  # steps are read off a difference
-            torch.testing.assert_close(now.scored.nll[lane, t], want, rtol=0.0, atol=1e-9)
-            error = (t_VV @ (low @ keys[t]) + bias).softmax(0)
-            error[targets[lane, t]] -= 1
+            want = -logits.log_softmax(0)[targets[lane, t]]
+            torch.testing.assert_close(now.scored.nll[lane, t], want, **near)
+            seen, error = logits.softmax(0), (t_VV @ (low @ keys[t]) + bias).softmax(0)
+            for p in (seen, error):
+                p[targets[lane, t]] -= 1
+            of_low += torch.outer(t_VV @ seen / 7, keys[t])
+            of_bias += seen / 7
             gradient = t_VV @ error / 7
             low_now = low_now - rate * torch.outer(gradient, keys[t])
             bias_now = bias_now - rate * gradient
+        torch.testing.assert_close(now.scored.gradients[OUTPUT[0]][lane], of_low, **near)
+        torch.testing.assert_close(now.scored.gradients[OUTPUT[1]][lane], of_bias, **near)
 
 
-@PATHS
-def test_what_is_learned_and_seen_stays_the_same(
-    path: str, tokens: np.ndarray, on: Callable[[str], None]
-) -> None:
-    """Weights, hidden state, what gates see: as without it; only later words' losses differ."""
-    on(path)
+@pytest.mark.parametrize("mode", ["reverse", "checkpoint", "forward"])
+def test_the_meta_gradient_is_that_of_the_eager_twin(mode: Any, on: Callable[[str], None]) -> None:
     memory = _memory()
-    rule = _rms(memory, decay=0.02)
-    now, plain = (_one_step(m, rule, tokens) for m in (learning_at_once(memory, rule), memory))
-    for name, weight in plain.after.weights.items():
-        torch.testing.assert_close(now.after.weights[name], weight, **EXACT)
-    for part, other in zip(now.after.state.tensors(), plain.after.state.tensors(), strict=True):
-        torch.testing.assert_close(part, other, **EXACT)
-    torch.testing.assert_close(now.scored.loss, plain.scored.loss, **EXACT)
-    torch.testing.assert_close(now.scored.nll[:, 0], plain.scored.nll[:, 0], **EXACT)
-    assert bool((now.scored.nll[:, 1:] != plain.scored.nll[:, 1:]).all())
+    rule = LinearGates("three")
+    setting = {n: torch.tensor(x).double() for n, x in {"rate": 0.02, "decay": 0.05}.items()}
+    phi = start_at(rule, RMS(), setting, memory)
+    pieces = segments(memory, (11, 23, 3, 1, 17), 3, 5)
+
+    def found(memory: LongTerm) -> Any:
+        bound = rule.bind(phi, memory)
+        able = learning_at_once(memory, bound)
+        return meta_gradient(able, bound, phi, begin(able, 3, bound), pieces, mode)
+
+    fast, without = found(memory), found(dataclasses.replace(memory, at_once=False))
+    on("eager")
+    slow = found(memory)
+    assert fast.loss == pytest.approx(slow.loss, abs=1e-11)
+    assert fast.loss != pytest.approx(without.loss, abs=1e-4)
+    for name, value in slow.gradients.items():
+        torch.testing.assert_close(fast.gradients[name], value, rtol=1e-8, atol=1e-10)
+
+
+def test_training_sees_what_scores_will_be() -> None:
+    """The meta-loss of an unroll is the loss that scoring the same text finds."""
+    memory = _memory()
+    rule = LinearGates("three")
+    setting = {n: torch.tensor(x).double() for n, x in {"rate": 0.02, "decay": 0.05}.items()}
+    phi = start_at(rule, RMS(), setting, memory)
+    settings = MetaConfig(lanes=1, unroll=4, stream_share=0.0)
+    text = Text(articles((28,)), 28, EOS)
+    trainer = MetaTrainer(memory, rule, phi, text, settings, 0)
+    loss, _ = trainer.train_step()
+    scored = score_articles(memory, rule.bind(phi, memory), text.articles, EOS, 1).nll[0]
+    assert loss == pytest.approx(float(scored[7:].mean()), rel=1e-10)
 
 
 def test_a_word_knows_nothing_of_those_behind_it(tokens: np.ndarray) -> None:
@@ -175,14 +201,12 @@ def test_a_learned_rule_teaches_with_its_own_steps() -> None:
 
 
 def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
-    memory = _memory(OUTPUT)
-    text = [np.tile([1, 2, 3], 20)]
+    """Of the first segment, 1 2 3 1 2 3 1: what comes again, before any update."""
+    memory, text = _memory(OUTPUT), [np.tile([1, 2, 3], 3)]
     rule = _rms(memory, rate=0.1)
     plain = dataclasses.replace(memory, at_once=False)
-    assert (
-        score_articles(memory, rule, text, EOS, 1).total
-        < score_articles(plain, rule, text, EOS, 1).total - 0.2
-    )
+    able, unable = (score_articles(m, rule, text, EOS, 1).nll[0][3:7] for m in (memory, plain))
+    assert float(able.sum()) < float(unable.sum()) - 0.03
 
 
 def test_hand_made_rules_read_as_published() -> None:
@@ -193,7 +217,7 @@ def test_hand_made_rules_read_as_published() -> None:
 
 
 def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_path: Path) -> None:
-    """The same training of a rule, scored with and without; hand-made rules stay as they are."""
+    """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
     low = "--adapt.dynamic", "softmax.low,softmax.bias", "--adapt.rank", 99
     rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels"
@@ -215,6 +239,8 @@ def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_pat
     learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
     error = command("train", *words, "--adapt.at-once", *learn).error
     assert "it goes with --meta.learn rule only" in error
+    error = command("train", *words, "--adapt.at-once", "--meta.gradient", "second").error
+    assert "--adapt.at-once goes with reverse, checkpoint or forward" in error
 
 
 def _scored(folder: Path) -> dict[tuple[str, str], float]:

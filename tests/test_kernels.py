@@ -78,7 +78,7 @@ def test_softmax_equals_cross_entropy(head_own, bias_own, low_own, group, monkey
     weights[1, 2:] = 0
     layer = Layer(head, bias, low)
     assert supports(output, layer)
-    nll, total, _ = weighted_nll(output, layer, along, targets, weights)
+    nll, total = weighted_nll(output, layer, along, targets, weights)
     logits = output @ head.transpose(-1, -2) + (bias.unsqueeze(1) if bias_own else bias)
     if low is not None and along is not None:
         logits = logits + along @ low.transpose(-1, -2)
@@ -97,7 +97,7 @@ def test_softmax_without_gradients_leaves_leaves_alone() -> None:
     assert not supports(output, layer)
     with torch.no_grad():
         assert supports(output, layer)
-        nll, total, _ = weighted_nll(output, layer, None, targets, torch.ones(2, 3))
+        nll, total = weighted_nll(output, layer, None, targets, torch.ones(2, 3))
     assert not total.requires_grad
     expected = F.cross_entropy(
         (output @ layer.head.t() + layer.bias).flatten(0, 1), targets.view(-1)
@@ -109,7 +109,7 @@ def test_softmax_of_large_logits_is_finite_and_of_nan_is_nan() -> None:
     output = torch.tensor([[[300.0]], [[float("nan")]], [[-300.0]]])
     layer = Layer(torch.tensor([[3.0], [-3.0]]), torch.zeros(2))
     targets = torch.tensor([[0], [0], [0]])
-    nll, _, _ = weighted_nll(output, layer, None, targets, torch.ones(3, 1))
+    nll, _ = weighted_nll(output, layer, None, targets, torch.ones(3, 1))
     assert nll[0, 0] == 0
     assert nll[1, 0].isnan()
     assert float(nll[2, 0]) == pytest.approx(1800)
@@ -137,7 +137,7 @@ def test_exp_is_exact_to_single_precision() -> None:
     layer = Layer(torch.tensor([[0.0], [-1.0]]), torch.zeros(2))
     targets = torch.zeros(len(x), 1, dtype=torch.int64)
     leaf = output.clone().requires_grad_()
-    _, total, _ = weighted_nll(leaf, layer, None, targets, torch.ones(len(x), 1))
+    _, total = weighted_nll(leaf, layer, None, targets, torch.ones(len(x), 1))
     (gradient,) = torch.autograd.grad(total, leaf)
     expected = -torch.exp(-x.double()) / (1 + torch.exp(-x.double()))
     torch.testing.assert_close(gradient.flatten().double(), expected, rtol=5e-7, atol=0)
