@@ -95,7 +95,7 @@ class Options:
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
-    steps: int = 48
+    steps: int = 32
     """Meta-updates."""
     lanes: int = 8
     """Articles that meta-training reads side by side."""
