@@ -37,19 +37,13 @@ def alike(keys_BTI: Tensor, columns: Tensor) -> Tensor:
     return inner_BTT.tril(-1)
 
 
-def taught(
-    spread_BTV: Tensor, keys_BTI: Tensor, rows: Tensor, columns: Tensor, related: Tensor | None
-) -> Tensor:
-    """What is subtracted from the logits, (B, T, V); no gradient.
+def taught(spread_BTV: Tensor, keys_BTI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """What T spreads and the logits lose, (B, T, V); no gradient.
 
     Args:
-        spread_BTV: T e_s; rows: a, (V); columns: c and d, (I + 1); related: Q, or None.
+        spread_BTV: T e_s; rows: a, (V); columns: c and d, (I + 1).
     """
-    moved_BTV = torch.bmm(alike(keys_BTI, columns), spread_BTV).mul_(rows)
-    if related is not None:
-        flat = moved_BTV.flatten(0, 1)
-        flat.addmm_(flat @ related, related.t())
-    return moved_BTV
+    return torch.bmm(alike(keys_BTI, columns), spread_BTV).mul_(rows)
 
 
 def corrected(
@@ -64,5 +58,6 @@ def corrected(
     with torch.no_grad():
         one_hot = F.one_hot(targets_BT, logits_BTV.shape[-1])
         error_BTV = (logits_BTV.softmax(-1) - one_hot) / logits_BTV.shape[1]
-        more = taught(spread(error_BTV, related), keys_BTI, rows, columns, related)
+        more = taught(spread(error_BTV, related), keys_BTI, rows, columns)
+        more = spread(more, related)
     return logits_BTV - more

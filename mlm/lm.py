@@ -626,8 +626,7 @@ def _logits(weights: Weights, shape: BaseModel, output_BTE: Tensor) -> Tensor:
     if _turned(weights, "softmax"):
         logits = _low_rank(weights, "softmax", output_BTE)
         assert logits is not None
-        related = weights.get("softmax.related")
-        logits = logits if related is None else logits + (logits @ related) @ related.t()
+        logits = at_once.spread(logits, weights.get("softmax.related"))
     else:
         logits = _linear(output_BTE, head)
         low = _low_rank(weights, "softmax", output_BTE)  # of an adaptive softmax, of the head

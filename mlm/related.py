@@ -55,6 +55,14 @@ def untangled(x_V: Tensor, related: Tensor) -> Tensor:
     return x_V - related @ torch.linalg.solve(inner_SS, related.t() @ x_V)
 
 
+def no_basis(flag: str) -> UserError:
+    """What to say where an option needs an output layer in a basis of its own."""
+    return UserError(
+        f"{flag} needs --adapt.dynamic softmax.low with an --adapt.rank of at least "
+        "the LSTM's outputs, no adaptive softmax, and no embedding that adapts"
+    )
+
+
 def relate(weights: Weights, dynamic: tuple[str, ...], related: Tensor) -> Weights:
     """Weights whose output layer moves related words together; the model is the same.
 
@@ -64,10 +72,7 @@ def relate(weights: Weights, dynamic: tuple[str, ...], related: Tensor) -> Weigh
     weights = whole(weights, dynamic)
     name = "softmax"
     if name + BASIS not in weights:
-        raise UserError(
-            "--adapt.related needs --adapt.dynamic softmax.low with an --adapt.rank of at least "
-            "the LSTM's outputs, no adaptive softmax, and no embedding that adapts"
-        )
+        raise no_basis("--adapt.related")
     low, q_VS = weights[name + LOW], related.to(weights[name + LOW].dtype)
     weights[name + LOW] = untangled(low, q_VS)
     weights[RELATED] = q_VS

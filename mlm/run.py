@@ -21,6 +21,7 @@ from mlm.files import write_text
 from mlm.kernels import use_kernels
 from mlm.lowrank import check_rank, turned
 from mlm.memory import BASIS, RELATED, LongTerm, choose_dynamic
+from mlm.related import no_basis
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
 from mlm.training import Text, shape_of
@@ -170,15 +171,12 @@ class Run:
     def ready(self, memory: LongTerm) -> LongTerm:
         """A long-term memory as this run reads with it: guarded, and in its fastest form."""
         memory = guarded(memory, self.config.adapt, self.vocabulary.size)
-        if self.config.adapt.at_once:
-            memory = dataclasses.replace(memory, at_once=True)
-            if "softmax" + BASIS not in turned(memory).weights:
-                raise UserError(
-                    "--adapt.at-once needs --adapt.dynamic softmax.low with an --adapt.rank of at "
-                    "least the LSTM's outputs, no adaptive softmax, and no embedding that adapts"
-                )
         # What else is learned, or was, is stored in terms of the plain form.
-        return turned(memory) if set(self.config.meta.learn) <= {"rule"} else memory
+        if set(self.config.meta.learn) <= {"rule"}:
+            memory = turned(memory)
+        if self.config.adapt.at_once and "softmax" + BASIS not in memory.weights:
+            raise no_basis("--adapt.at-once")
+        return dataclasses.replace(memory, at_once=self.config.adapt.at_once)
 
 
 def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongTerm:

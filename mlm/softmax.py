@@ -175,7 +175,10 @@ class _WeightedNLL(torch.autograd.Function):
                 _rows(error, own, *here, None, True)
                 if related is not None:
                     _spread(error, related, False)
-                logits -= at_once.taught(error, output[block], rows, columns, related)
+                more = at_once.taught(error, output[block], rows, columns)
+                if related is not None:
+                    _spread(more, related, False)
+                logits -= more
             _rows(logits, own, *here, some.get("bias"), bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
