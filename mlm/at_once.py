@@ -13,8 +13,9 @@ within the segment (fast weights: Schmidhuber 1992; Ba et al. 2016). d stands fo
 and d are the nearest to the rule's steps (`mlm.rollout.learning_at_once`); fitted to held-out text
 they gained no more. The loss of the segment, and its gradient by which all weights change after it,
 are those of these predictions, what is subtracted being a constant: words that were learned
-already teach less. Lanes read so where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d
-(`softmax.once.columns`); the static model never does.
+already teach less. Where surprise counts (`mlm.surprise`), it does so in e_s, too. Lanes read so
+where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.columns`); the static
+model never does.
 
 Letters: B lanes, T time, I keys, V vocabulary.
 """
@@ -24,6 +25,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mlm.surprise import taught_by
 
 
 def spread(x_V: Tensor, related: Tensor | None) -> Tensor:
@@ -53,11 +56,20 @@ def corrected(
     rows: Tensor,
     columns: Tensor,
     related: Tensor | None,
+    share_BT: Tensor,
+    slope: Tensor | None = None,
 ) -> Tensor:
-    """Logits (B, T, V) that have learned at once, of a segment of T tokens."""
+    """Logits (B, T, V) that have learned at once, of a segment of T tokens.
+
+    Args:
+        share_BT: what each token's loss weighs; slope: of `mlm.surprise`.
+    """
     with torch.no_grad():
+        log_p = logits_BTV.log_softmax(-1)
         one_hot = F.one_hot(targets_BT, logits_BTV.shape[-1])
-        error_BTV = (logits_BTV.softmax(-1) - one_hot) / logits_BTV.shape[1]
+        nll_BT = -log_p.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
+        error_BTV = log_p.exp() - one_hot
+        error_BTV *= taught_by(nll_BT, share_BT, slope).unsqueeze(-1)
         more = taught(spread(error_BTV, related), keys_BTI, rows, columns)
         more = spread(more, related)
     return logits_BTV - more

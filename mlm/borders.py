@@ -6,10 +6,12 @@ the softmax sees there,
 
     p = sigmoid(w . h + b)        at every line end that is read,
 
-is fitted to training articles read one after the other, and a lane in which p passes 1/2 drops its
-medium-term memory for theta_0 before the next segment: FLUSH with z = 1 for all weights (eq. 6 of
-Wolf et al. 2018, with gates that see the hidden state, as those of Behrouz et al. 2025 do). Where
-articles begin with nothing to be known by, p stays small and nothing happens.
+is fitted to training articles read one after the other, and a lane in which p passes 9/10 drops its
+medium-term memory for theta_0: FLUSH with z = 1 for all weights (eq. 6 of Wolf et al. 2018, with
+gates that see the hidden state, as those of Behrouz et al. 2025 do). What follows the line end is
+predicted with theta_0, and the update after the segment learns from the article's first line on
+(`mlm.rollout.Beginning`). Where articles begin with nothing to be known by, p stays small and
+nothing happens.
 
 Letters: B lanes, M tokens per segment, E width of what the softmax sees, N line ends.
 """

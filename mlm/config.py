@@ -140,6 +140,9 @@ class AdaptConfig:
     at_once: bool = False
     """Between two updates the output layer already predicts with what the words so far teach it:
     learned rules gain, most with long segments. It needs `softmax.low` at full rank."""
+    surprise: float = 0.0
+    """0 to 1: how much more a token teaches learned rules the less it was expected; 0 = all teach
+    the same, 1 = in proportion to their loss."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
@@ -434,6 +437,7 @@ def _problems(c: Config) -> list[str]:
         c.adapt.fisher_prior,
         "it must be in [0, 1]",
     )
+    need(0 <= c.adapt.surprise <= 1, "--adapt.surprise", c.adapt.surprise, "it must be in [0, 1]")
     need(5 <= c.adapt.segment <= 100, "--adapt.segment", c.adapt.segment, "M must be 5 to 100")
     need(
         c.meta.unroll >= 2, "--meta.unroll", c.meta.unroll, "it must be at least 2; use 40 or more"

@@ -312,10 +312,11 @@ def qrnn_backward(lo, hi, gates_BTG, c_BTH, dy_BTH, dc_BH, dgates_BTG):
 
 
 @jit
-def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, want_gradient):
+def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, slope, want_gradient):
     """Groups lo..hi of `logits` (K, R, V): losses, and the gradient in place of the logits.
 
-    nll = logsumexp(row + bias) - (row + bias)[target]; then row = weight (softmax - one-hot).
+    nll = logsumexp(row + bias) - (row + bias)[target]; then row = weight (softmax - one-hot), with
+    weight times slope[0] + slope[1] nll unless `slope` is empty.
     `targets`, `weights`, `nll` are (K, R); `bias` (1 or K, V); `bias_gradient` (K, V) receives
     the sum of a group's rows unless it is empty.
     """
@@ -339,10 +340,13 @@ def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, wan
                 total += e
             nll[group, r] = high + math.log(total) - hit
             if want_gradient:
-                factor = weights[group, r] / total
+                weight = weights[group, r]
+                if slope.shape[0] > 0:
+                    weight *= slope[0] + slope[1] * nll[group, r]
+                factor = weight / total
                 for v in range(size):
                     row[v] *= factor
-                row[target] -= weights[group, r]
+                row[target] -= weight
                 if bias_gradient.shape[0] > 0:
                     add = bias_gradient[group]
                     for v in range(size):

@@ -25,6 +25,7 @@ from torch import Tensor
 from mlm import at_once, softmax
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
+from mlm.surprise import inner_total
 
 Weights = dict[str, Tensor]
 
@@ -550,13 +551,15 @@ def _fused_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor] | None:
     """`weighted_nll` by the fused softmax; None where it cannot serve (it is never adaptive)."""
-    bias, low = weights["softmax.bias"], weights.get("softmax.low")
+    bias, low, slope = (weights.get(f"softmax.{which}") for which in ("bias", "low", "surprise"))
+    assert bias is not None
     turned = low if _turned(weights, "softmax") else None
     if turned is None:
-        layer = softmax.Layer(weights["embedding"], bias, low)
+        layer = softmax.Layer(weights["embedding"], bias, low, slope=slope)
     else:
         related = weights.get("softmax.related")
-        layer = softmax.Layer(turned, bias, None, related, *_at_once(weights))
+        rows, columns, once = _at_once(weights)
+        layer = softmax.Layer(turned, bias, None, related, rows, columns, slope, once)
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
@@ -568,37 +571,50 @@ def _fused_nll(
 def weighted_nll(
     weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor, weights_BT: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Losses (B, T) in nats and their differentiable sum weighted by `weights_BT`.
+    """Losses (B, T) in nats and their differentiable sum weighted by `weights_BT`, of
+    `surprise.inner_total` where that is how they teach.
 
     The losses are detached but within `plain_operations`.
     """
     fused = _fused_nll(weights, shape, output_BTE, targets_BT, weights_BT)
     if fused is not None:
         return fused
-    nll = token_nll(weights, shape, output_BTE, targets_BT)
-    return nll if is_plain() else nll.detach(), (nll * weights_BT).sum()
+    nll = token_nll(weights, shape, output_BTE, targets_BT, weights_BT)
+    total = inner_total(nll, weights_BT, weights.get("softmax.surprise"))
+    return nll if is_plain() else nll.detach(), total
 
 
-def _at_once(weights: Weights) -> tuple[Tensor | None, Tensor | None]:
+def _at_once(weights: Weights) -> tuple[Tensor | None, ...]:
     """How words teach at once, where an output layer of each lane does so (`mlm.at_once`)."""
-    rows, columns = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns"))
-    return (None, None) if weights["softmax.low"].dim() == 2 else (rows, columns)
+    found = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns", "surprise"))
+    return (None, None, None) if weights["softmax.low"].dim() == 2 else tuple(found)
 
 
-def token_nll(weights: Weights, shape: BaseModel, output_BTE: Tensor, targets_BT: Tensor) -> Tensor:
-    """Negative log-likelihood in nats (B, T) under the tied (adaptive) softmax."""
-    if not torch.is_grad_enabled():
+def token_nll(
+    weights: Weights,
+    shape: BaseModel,
+    output_BTE: Tensor,
+    targets_BT: Tensor,
+    share_BT: Tensor | None = None,
+) -> Tensor:
+    """Negative log-likelihood in nats (B, T) under the tied (adaptive) softmax.
+
+    `share_BT`: what each token weighs for those after it, where it teaches at once; None = 1/T.
+    """
+    share = share_BT
+    if share is None:
         share = torch.full_like(output_BTE[..., 0], 1 / targets_BT.shape[1])
+    if not torch.is_grad_enabled():
         fused = _fused_nll(weights, shape, output_BTE, targets_BT, share)
         if fused is not None:
             return fused[0]
     logits = _logits(weights, shape, output_BTE)
     if not shape.cutoffs:
         keys = _along(weights, "softmax", output_BTE)
-        rows, columns = (None, None) if keys is None else _at_once(weights)
+        rows, columns, slope = (None, None, None) if keys is None else _at_once(weights)
         if keys is not None and rows is not None and columns is not None:
-            related = weights.get("softmax.related")
-            logits = at_once.corrected(logits, targets_BT, keys, rows, columns, related)
+            given = rows, columns, weights.get("softmax.related"), share, slope
+            logits = at_once.corrected(logits, targets_BT, keys, *given)
         flat = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return flat.view_as(targets_BT)
     first = shape.cutoffs[0]

@@ -33,8 +33,15 @@ RELATED = "softmax.related"
 """What relates words to each other in the output layer (see `mlm.related`)."""
 ROWS, COLUMNS = "softmax.once.rows", "softmax.once.columns"
 """How much of what a word teaches counts at the next one (see `mlm.at_once`)."""
-CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS)
+SURPRISE, ONCE_SURPRISE = "softmax.surprise", "softmax.once.surprise"
+"""How a token's loss counts for what it teaches after the segment and at once (`mlm.surprise`)."""
+CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS, SURPRISE, ONCE_SURPRISE)
 """Endings of what is not a weight of stage 1."""
+
+
+SURE = math.log(9)
+"""Log odds from which on a border is believed in: a false one costs an article all it has taught,
+ten times what a missed one does."""
 
 
 class Borders(NamedTuple):
@@ -46,9 +53,9 @@ class Borders(NamedTuple):
     """Token at the end of a line."""
 
     def opened(self, inputs_BM: Tensor, mask_BM: Tensor, output_BME: Tensor) -> Tensor:
-        """(B,) bool: lanes that read the end of an article's first line in this segment."""
+        """(B, M) bool: where the end of an article's first line has been read."""
         logits_BM = output_BME @ self.weights[:-1] + self.weights[-1]
-        return ((logits_BM > 0) & mask_BM & (inputs_BM == self.eos)).any(1)
+        return (logits_BM > SURE) & mask_BM & (inputs_BM == self.eos)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class LongTerm:
     """What tells a lane that it has begun to read another article; None = nothing does."""
     at_once: bool = False
     """Scores are those of an output layer that learns within a segment, too (`mlm.at_once`)."""
+    surprise: float = 0.0
+    """s of `mlm.surprise`: tokens teach the more, the larger their loss."""
 
     @cached_property
     def mean_rms(self) -> float:
@@ -88,6 +97,15 @@ class LongTerm:
     def start(self) -> Weights:
         """theta_0 of the dynamic tensors."""
         return {name: self.weights[name] for name in self.dynamic}
+
+    def teaching(self, plain: bool = False) -> Weights:
+        """What tells `LanguageModel.read` how tokens teach; `plain`: the gradient asked for is
+        that of their losses all the same."""
+        if not self.surprise:
+            return {}
+        some = self.weights[self.dynamic[0]]
+        slope = some.new_tensor([1 - self.surprise, self.surprise / self.loss])
+        return {ONCE_SURPRISE: slope} if plain else {ONCE_SURPRISE: slope, SURPRISE: slope}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LongTerm:
         """The same memory on `device`, optionally in another dtype."""

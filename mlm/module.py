@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from mlm.errors import UserError
 from mlm.lm import Read, Weights
-from mlm.memory import BASIS, DIRECTIONS, LOW
+from mlm.memory import BASIS, DIRECTIONS, LOW, ONCE_SURPRISE, SURPRISE
+from mlm.surprise import inner_total
 
 CONTRACT = (
     "a language model of your own needs initial_state(lanes) -> tuple of tensors, lanes first, and "
@@ -117,6 +118,8 @@ class ModuleModel:
         share_BT: Tensor | None = None,
     ) -> Read:
         """See `LanguageModel.read`; `Read.output` is (B, T, 0) where the module gives none."""
+        slope = weights.get(SURPRISE)
+        weights = {n: w for n, w in weights.items() if n not in (SURPRISE, ONCE_SURPRISE)}
         wrong = weights.keys() ^ self._dims.keys()
         if wrong:
             raise UserError(
@@ -139,7 +142,9 @@ class ModuleModel:
             logits_BTV, output_BTE, *parts = self._forward(weights, tokens_BT, state.parts)
         nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
         nll = nll.view_as(targets_BT)
-        total = nll.new_zeros(()) if share_BT is None else (nll * share_BT).sum()
+        total = nll.new_zeros(())
+        if share_BT is not None:
+            total = inner_total(nll, share_BT, slope)
         return Read(nll, total, output_BTE, state.of(parts))
 
     def _forward(

@@ -40,18 +40,15 @@ class Reader(NamedTuple):
     """(B,) updates since the lane's weights were last theta_0."""
     exploded: Tensor
     """(B,) lanes whose loss passed `memory.limit`: they start from theta_0 at the next segment."""
-    opened: Tensor
-    """(B,) lanes that have begun to read another article: so do their weights (`mlm.borders`)."""
 
     def select(self, lanes: Tensor) -> Reader:
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
-        flags = self.exploded[lanes], self.opened[lanes]
-        return Reader(weights, self.state.select(lanes), self.age[lanes], *flags)
+        return Reader(weights, self.state.select(lanes), self.age[lanes], self.exploded[lanes])
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for files."""
-        tensors = {"age": self.age, "exploded": self.exploded, "opened": self.opened}
+        tensors = {"age": self.age, "exploded": self.exploded}
         tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
 
@@ -60,8 +57,7 @@ class Reader(NamedTuple):
         here = {n: tensors[n].to(self.age.device) for n in self.tensors()}
         state = [here[f"state/{k}"] for k in range(len(self.state.tensors()))]
         weights = {n: here[f"weights/{n}"] for n in self.weights}
-        flags = here["exploded"], here["opened"]
-        return Reader(weights, self.state.of(state), here["age"], *flags)
+        return Reader(weights, self.state.of(state), here["age"], here["exploded"])
 
 
 def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
@@ -70,8 +66,7 @@ def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
     state = memory.shape.initial_state(lanes, some.device, some.dtype)
     age = torch.zeros(lanes, device=some.device, dtype=some.dtype)
     start = memory.start() if rule is None else rule.start()
-    none = torch.zeros_like(age, dtype=torch.bool)
-    return Reader(lanes_of(start, lanes), state, age, none, none.clone())
+    return Reader(lanes_of(start, lanes), state, age, torch.zeros_like(age, dtype=torch.bool))
 
 
 @torch.no_grad()
@@ -118,8 +113,7 @@ def open_articles(
         return reader
     weights = reset_lanes(reader.weights, start, reset_B)
     state = reader.state.keep(~new_B)
-    age, flags = reader.age * ~reset_B, (reader.exploded & ~reset_B, reader.opened & ~reset_B)
-    return Reader(weights, state, age, *flags)
+    return Reader(weights, state, reader.age * ~reset_B, reader.exploded & ~reset_B)
 
 
 class Scored(NamedTuple):
@@ -144,19 +138,27 @@ class Scored(NamedTuple):
 
 
 def score_segment(
-    memory: LongTerm, reader: Reader, segment: Segment, learn: Sequence[str] = ()
+    memory: LongTerm,
+    reader: Reader,
+    segment: Segment,
+    learn: Sequence[str] = (),
+    taught: Tensor | None = None,
+    plain: bool = False,
 ) -> Scored:
     """Loss and gradient of one segment, every lane under its own weights.
 
     The gradient is that of sum(nll) / M also where a lane holds fewer than M tokens, so that a
     short end of an article moves the weights by as much as its tokens weigh. Of the weights in
-    `learn` those that the lanes share get a gradient too.
+    `learn` those that the lanes share get a gradient too. `taught` (B, M) names the tokens that
+    teach, which gradient and mean loss are of; None = all. Where surprise counts
+    (`mlm.surprise`), the gradient is that of F(nll), unless a `plain` one is asked for.
     """
+    taught = segment.mask if taught is None else segment.mask & taught
     with torch.enable_grad():
         theta = {n: reader.weights[n].detach().requires_grad_() for n in memory.dynamic}
         fixed = {n: memory.weights[n].detach().requires_grad_() for n in learn if n not in theta}
-        full = {**memory.weights, **fixed, **theta}
-        share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]
+        full = {**memory.weights, **memory.teaching(plain), **fixed, **theta}
+        share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
         now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
@@ -166,7 +168,7 @@ def score_segment(
             materialize_grads=True,
         )
     nll = now.nll.detach() * segment.mask
-    loss = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
+    loss = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
     gradients = dict(zip([*theta, *fixed], found, strict=True))
     shared = {name: gradients.pop(name) for name in fixed}
     return Scored(nll, loss, gradients, now.state.detach(), now.output.detach(), shared)
@@ -186,6 +188,8 @@ class Step(NamedTuple):
     """The lanes as they read it: those that opened an article, or had to be reset, at theta_0."""
     new: Tensor
     """(B,) lanes whose weights were reset before it."""
+    taught: Tensor
+    """(B, M) the tokens that its gradient is of."""
     scored: Scored
     signal: Signal
     after: Reader
@@ -204,9 +208,9 @@ def step(
 ) -> Step:
     """One step of reading: predict, score, update, carry.
 
-    Lanes flagged `segment.new` are reset first, and the weights of those in which
-    `memory.borders` found that an article began in the segment before. `out` receives the new
-    weights (for speed; it must not be the reader's own).
+    Lanes flagged `segment.new` are reset first. Where `memory.borders` finds that an article
+    begins, the weights go back to theta_0 at once: what follows is read again, from there
+    (`Beginning`). `out` receives the new weights (for speed; it must not be the reader's own).
 
     The guard: a lane whose weights are not finite, or give no finite loss, which shows before any
     target does, is reset to theta_0 and reads the segment from there; a lane whose mean loss
@@ -215,9 +219,7 @@ def step(
     """
     start = rule.start()
     new = segment.new | reader.exploded
-    flush = reader.opened & ~new
-    reader = open_articles(start, reader, new, flush)
-    new = new | flush
+    reader = open_articles(start, reader, new)
     scored = score_segment(memory, reader, segment, learn)
     some = [w for n, w in reader.weights.items() if not n.endswith("/slow")]  # part of the weights
     whole = torch.stack([w.flatten(1).sum(1).isfinite() for w in some]).all(0)
@@ -227,19 +229,57 @@ def step(
         buffers.give(scored.gradients.values())
         scored = score_segment(memory, reader, segment, learn)
         new = new | broken
+    taught, begun = segment.mask, beginning(memory, segment, scored.output, reader.age)
+    if begun is not None:
+        taught = taught & begun.taught
+        reader = open_articles(start, reader, torch.zeros_like(new), begun.lanes)
+        buffers.give(scored.gradients.values())
+        scored = begun.joined(scored, score_segment(memory, reader, segment, learn, taught))
+        new = new | begun.lanes
     signal = Signal(scored.loss, reader.age)
     weights = rule.update(reader.weights, scored.gradients, signal, out)
     exploded = (scored.loss > memory.limit) & (reader.age > 0)
-    opened = opens_article(memory, segment, scored.output, reader.age)
-    after = Reader(weights, scored.state, reader.age + 1, exploded, opened)
-    return Step(reader, new, scored, signal, after, broken | exploded)
+    after = Reader(weights, scored.state, reader.age + 1, exploded)
+    return Step(reader, new, taught, scored, signal, after, broken | exploded)
 
 
-def opens_article(memory: LongTerm, segment: Segment, output_BME: Tensor, age_B: Tensor) -> Tensor:
-    """(B,) lanes that have learned from one article and begin to read another."""
+class Beginning(NamedTuple):
+    """Where lanes that have learned from one article begin to read another (`mlm.borders`).
+
+    It shows where the article's first line ends. From there on the lane reads with theta_0, which
+    then learns from that line and what follows it.
+    """
+
+    lanes: Tensor
+    """(B,) those lanes."""
+    taught: Tensor
+    """(B, M): tokens that teach; of these lanes those from the first line on."""
+    follows: Tensor
+    """(B, M): of these lanes, tokens predicted after the line's end was read."""
+
+    def joined(self, before: Scored, again: Scored) -> Scored:
+        """The segment as it was predicted: `before` the line's end was read, and `again`."""
+        nll = torch.where(self.follows, again.nll, before.nll)
+        output = torch.where(self.follows.unsqueeze(2), again.output, before.output)
+        return again._replace(nll=nll, output=output)
+
+
+def beginning(
+    memory: LongTerm, segment: Segment, output_BME: Tensor, age_B: Tensor
+) -> Beginning | None:
+    """Where an article begins in the segment, the last one of each lane; None = nowhere."""
     if memory.borders is None:
-        return torch.zeros_like(segment.new)
-    return memory.borders.opened(segment.inputs, segment.mask, output_BME) & (age_B > 0)
+        return None
+    found_BM = memory.borders.opened(segment.inputs, segment.mask, output_BME)
+    lanes = found_BM.any(1) & (age_B > 0)
+    if not bool(lanes.any()):
+        return None
+    at_M = torch.arange(found_BM.shape[1], device=found_BM.device)
+    end_B1 = (found_BM * at_M).amax(1, keepdim=True)
+    ends_BM = (segment.inputs == memory.borders.eos) & (at_M < end_B1)
+    first_B1 = (ends_BM * at_M).amax(1, keepdim=True)
+    follows, taught = at_M >= end_B1, at_M >= first_B1
+    return Beginning(lanes, taught | ~lanes[:, None], follows & lanes[:, None])
 
 
 def _finite(gradients: Weights) -> Tensor:
@@ -292,6 +332,8 @@ class _Past(NamedTuple):
 
     weights: Weights
     gradients: Weights
+    objective: Weights
+    """The meta-loss's gradient by `weights`: `gradients`, unless surprise counts."""
     signal: Signal
     new: Tensor
 
@@ -324,18 +366,24 @@ class _Unroll:
         learn = () if again or not t else self.learn
         out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
         now = step(self.memory, self.rule, reader, segment, out, learn)
+        objective = now.scored
+        if self.memory.surprise:
+            objective = score_segment(
+                self.memory, now.before, segment, learn, now.taught, plain=True
+            )
         if not again:
-            self._count(t, now)
-        return _Past(now.before.weights, now.scored.gradients, now.signal, now.new), now.after
+            self._count(t, now, objective)
+        gradients = now.scored.gradients, objective.gradients
+        return _Past(now.before.weights, *gradients, now.signal, now.new), now.after
 
-    def _count(self, t: int, now: Step) -> None:
+    def _count(self, t: int, now: Step, objective: Scored) -> None:
         """Add the segment to the meta-loss; the first is only read."""
         self.flushed += int(now.flushed.sum())
         if not t:
             return
         self.total += now.scored.nll.sum().double().cpu()
         for name, value in self.weights.items():
-            value += now.scored.of_all_lanes(name)
+            value += objective.of_all_lanes(name)
 
     def penalty(self, weights: Weights) -> Weights:
         """Gradient of the EWC penalty by the lanes' weights, (B, ...)."""
@@ -379,7 +427,8 @@ def meta_gradient(
         d phi += c <S_t, gradient_{t+1}>
 
     c turns the gradient of sum(nll)/M into that of the mean over all tokens of the meta-loss. An
-    article border inside the unroll stops lam, or zeroes S, in its lane.
+    article border inside the unroll stops lam, or zeroes S, in its lane. Where surprise counts
+    (`mlm.surprise`) the inner gradient is not the meta-loss's, and every segment is scored twice.
 
     `learn` names weights of the language model to train through the adaptation. A rule moves a
     lane by what its gradients say, and back towards theta_0 in proportion to the distance (f = 1 -
@@ -411,6 +460,8 @@ def snapshot_spacing(updates: int) -> int:
 def _recycle(now: _Past, weights: bool) -> None:
     """What an update was made of is memory for the next ones."""
     buffers.give(now.gradients.values())
+    if now.objective is not now.gradients:
+        buffers.give(now.objective.values())
     if weights:
         buffers.give(now.weights.values())
 
@@ -418,13 +469,17 @@ def _recycle(now: _Past, weights: bool) -> None:
 def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:
     """Read all segments with the tangent beside the weights; fills `found`."""
     rule, tangent = unroll.rule, unroll.rule.tangent(len(reader.age))
-    penalty = {n: torch.zeros_like(p) for n, p in found.items()}
+    penalty, unused = ({n: torch.zeros_like(p) for n, p in found.items()} for _ in range(2))
     for t, segment in enumerate(unroll.segments):
         now, reader = unroll.read(t, segment, reader)
         forget_lanes(tangent, now.new)
         if unroll.pull:
             rule.owed(tangent, unroll.penalty(now.weights), now.signal, penalty)
-        rule.advance(now.weights, now.gradients, now.signal, tangent, found)
+        if now.objective is now.gradients:
+            rule.advance(now.weights, now.gradients, now.signal, tangent, found)
+        else:
+            rule.owed(tangent, now.objective, now.signal, found)
+            rule.advance(now.weights, now.gradients, now.signal, tangent, unused)
         _recycle(now, weights=t > 0)  # the first weights are the caller's
         del now  # two copies of the weights less during the next step
     for name, value in found.items():
@@ -475,13 +530,17 @@ def _walk_back(
         now = past.pop()
         if lam is None:
             lam = {
-                n: now.gradients[n] * scale if n in now.gradients else torch.zeros_like(w)
+                n: now.objective[n] * scale if n in now.objective else torch.zeros_like(w)
                 for n, w in now.weights.items()
             }
         else:
-            lam, part = rule.pullback(now.weights, now.gradients, now.signal, lam, scale)
+            own = scale if now.objective is now.gradients else 0.0
+            lam, part = rule.pullback(now.weights, now.gradients, now.signal, lam, own)
             for name, value in part.items():
                 found[name] += value
+            if now.objective is not now.gradients:
+                for name, value in now.objective.items():
+                    lam[name].add_(value, alpha=scale)
         if unroll.pull:
             for name, value in unroll.penalty(now.weights).items():
                 lam[name] = lam[name] + value

@@ -176,7 +176,8 @@ class Run:
             memory = turned(memory)
         if self.config.adapt.at_once and "softmax" + BASIS not in memory.weights:
             raise no_basis("--adapt.at-once")
-        return dataclasses.replace(memory, at_once=self.config.adapt.at_once)
+        adapt = self.config.adapt
+        return dataclasses.replace(memory, at_once=adapt.at_once, surprise=adapt.surprise)
 
 
 def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongTerm:

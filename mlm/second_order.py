@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mlm.learner import Parameters, Signal, UpdateRule
 from mlm.lm import State, Weights
-from mlm.memory import LongTerm, reset_lanes
+from mlm.memory import LongTerm
 from mlm.recurrence import plain_operations
-from mlm.rollout import MetaGradient, Reader, opens_article
+from mlm.rollout import MetaGradient, Reader, beginning, open_articles
 from mlm.streams import Segment
 
 
@@ -77,41 +77,46 @@ def _unroll(
     loss = penalty = torch.zeros_like(reader.age.sum())
     tokens, flushed = 0, 0
     for t, segment in enumerate(segments):
-        reader = _opened(start, reader, segment.new | reader.exploded)
-        nll, gradients, state, output = _inner(memory, reader, segment)
+        reader = _leaves(open_articles(start, reader, segment.new | reader.exploded))
+        taught = segment.mask
+        nll, gradients, state, output = _inner(memory, reader, segment, taught)
+        begun = beginning(memory, segment, output.detach(), reader.age)
+        if begun is not None:
+            nobody = torch.zeros_like(segment.new)
+            reader = _leaves(open_articles(start, reader, nobody, begun.lanes))
+            taught = begun.taught & taught
+            before = nll
+            nll, gradients, state, _ = _inner(memory, reader, segment, taught)
+            nll = torch.where(begun.follows, nll, before)
         if t:
             loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
             penalty = penalty + _distance(memory, reader.weights)
-        own = nll.sum(1) / segment.mask.sum(1).clamp(min=1)
+        own = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
         signal = Signal(own, reader.age)
         theta = rule.formula(phi, memory, reader.weights, gradients, signal)
         exploded = (own.detach() > memory.limit) & (reader.age > 0)
         flushed += int(exploded.sum())
-        opened = opens_article(memory, segment, output.detach(), reader.age)
-        reader = Reader(theta, state, reader.age + 1, exploded, opened)
+        reader = Reader(theta, state, reader.age + 1, exploded)
     terms = len(reader.age) * max(1, len(segments) - 1)
     return loss, tokens, penalty / terms, reader, flushed
 
 
-def _opened(start: Weights, reader: Reader, new_B: Tensor) -> Reader:
-    """`rollout.open_articles`, and every tensor a node of its own, by which one can differentiate.
+def _leaves(reader: Reader) -> Reader:
+    """The reader with every tensor a node of its own, by which one can differentiate.
 
     A rule may hand a tensor on as it is, and earlier hidden states depend on it as well.
     """
-    reset_B = new_B | reader.opened
-    theta = reset_lanes(reader.weights, start, reset_B)
-    theta = {n: w.view_as(w).requires_grad_(True) for n, w in theta.items()}
-    flags = reader.exploded, reader.opened
-    return Reader(theta, reader.state.keep(~new_B), reader.age * ~reset_B, *flags)
+    weights = {n: w.view_as(w).requires_grad_(True) for n, w in reader.weights.items()}
+    return reader._replace(weights=weights)
 
 
 def _inner(
-    memory: LongTerm, reader: Reader, segment: Segment
+    memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor
 ) -> tuple[Tensor, Weights, State, Tensor]:
     """Losses (B, M), inner gradients, state and outputs of a segment, all differentiable."""
     theta = {n: reader.weights[n] for n in memory.dynamic}
-    share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]
-    full = {**memory.weights, **theta}
+    share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
+    full = {**memory.weights, **memory.teaching(), **theta}
     now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
     found = torch.autograd.grad(
         now.total, list(theta.values()), create_graph=True, materialize_grads=True

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlm import at_once, kernels
 from mlm.buffers import take
+from mlm.surprise import inner_total
 
 LOGITS = 1 << 24
 """Logits worked on together, 64 MB in float32. Fewer, and a large vocabulary's table is read again
@@ -34,6 +35,10 @@ class Layer(NamedTuple):
     rows: Tensor | None = None
     """(V), and `columns` (E + 1), shared: how words teach at once (`mlm.at_once`)."""
     columns: Tensor | None = None
+    slope: Tensor | None = None
+    """(2), shared: how a token's loss counts for what it teaches (`mlm.surprise`)."""
+    once_slope: Tensor | None = None
+    """(2), shared: for what it teaches at once."""
 
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
@@ -67,9 +72,10 @@ def weighted_nll(
         weights_BT: of every token's loss in the sum.
 
     Returns:
-        losses (B, T) in nats, outside the autograd graph, and sum(weights * losses), which is
-        differentiable once in `output_BTE`, `projected_BTR`, per-lane tensors of `layer` and Q,
-        what words have taught at once being a constant. The weights are 1/T there, or 0 at the end.
+        losses (B, T) in nats, outside the autograd graph, and sum(weights * losses), or
+        `surprise.inner_total` where `layer` has a slope, which is differentiable once in
+        `output_BTE`, `projected_BTR`, per-lane tensors of `layer` and Q, what words have taught at
+        once being a constant. The weights are 1/T there, or 0 where a token does not teach.
     """
     tensors = [output_BTE, *layer, projected_BTR]
     if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad alone
@@ -92,6 +98,7 @@ def _rows(
     weights_BT: Tensor,
     nll_BT: Tensor,
     bias_gradient: Tensor | None,
+    slope: Tensor | None,
     want_gradient: bool,
 ) -> None:
     """Losses of `logits` (B, T, V) and, in their place, the gradient of the weighted sum."""
@@ -106,6 +113,7 @@ def _rows(
         bias.unsqueeze(0) if bias.dim() == 1 else bias,
         nll_BT,
         nll_BT.new_empty(0, 0) if bias_gradient is None else bias_gradient,
+        nll_BT.new_empty(0) if slope is None else slope,
         want_gradient,
     )
 
@@ -137,14 +145,17 @@ class _WeightedNLL(torch.autograd.Function):
         related: Tensor | None,
         rows: Tensor | None,
         columns: Tensor | None,
+        slope: Tensor | None,
+        once_slope: Tensor | None,
         projected: Tensor | None,
         targets: Tensor,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
-        names = ("output", "head", "bias", "low", "related", "rows", "columns", "projected")
-        tensors = (output, head, bias, low, related, rows, columns, projected)
+        names = ("output", *Layer._fields, "projected")
+        given = Layer(head, bias, low, related, rows, columns, slope, once_slope)
+        tensors = (output, *given, projected)
         inputs = zip(names, tensors, strict=True)
         found = {
             name: torch.zeros_like(x) if name in SUMS else take(tuple(x.shape), x)
@@ -172,14 +183,14 @@ class _WeightedNLL(torch.autograd.Function):
             here = targets[block], weights[block], nll[block]
             if spare is not None and rows is not None and columns is not None:
                 error, logits = logits, spare[: len(logits)].copy_(logits)
-                _rows(error, own, *here, None, True)
+                _rows(error, own, *here, None, once_slope, True)
                 if related is not None:
                     _spread(error, related, False)
                 more = at_once.taught(error, output[block], rows, columns)
                 if related is not None:
                     _spread(more, related, False)
                 logits -= more
-            _rows(logits, own, *here, some.get("bias"), bool(found))
+            _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
                 if "related" in some:
@@ -195,7 +206,7 @@ class _WeightedNLL(torch.autograd.Function):
                 torch.matmul(logits, own.low, out=some["projected"])
         ctx.found = [found.get(name) for name in names]
         ctx.mark_non_differentiable(nll)
-        return nll, (nll * weights).sum()
+        return nll, inner_total(nll, weights, slope)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]

@@ -66,8 +66,15 @@ def identity(run: Run, learned: bool = True) -> str:
     if not learned:
         for name in ("meta", "seed"):
             keys.pop(name)
-        keys["adapt"]["at_once"] = False
+        _keep_memory(keys["adapt"])
     return _hash(run, keys)
+
+
+def _keep_memory(adapt: dict[str, Any]) -> None:
+    """Forget settings of adaptation that only learned rules depend on."""
+    adapt["surprise"] = 0.0
+    if not adapt["basis_words"]:  # else bases are learned so
+        adapt["at_once"] = False
 
 
 def memory_identity(run: Run) -> str:
@@ -76,7 +83,7 @@ def memory_identity(run: Run) -> str:
     keys = {k: config[k] for k in ("corpus", "text", "adapt")}
     for name in ("threads", "kernels", "guard"):
         keys["adapt"].pop(name)
-    keys["adapt"]["at_once"] = False
+    _keep_memory(keys["adapt"])
     return _hash(run, keys)
 
 
@@ -84,7 +91,7 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
     """Of settings, without those that are not in use, and the language model."""
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
-    for name in ("related", "borders", "basis_words", "at_once"):
+    for name in ("related", "borders", "basis_words", "at_once", "surprise"):
         if not keys["adapt"][name]:
             keys["adapt"].pop(name)
     path = run.folder.checkpoint("lm")
@@ -136,7 +143,8 @@ def build_memory(run: Run) -> LongTerm:
         borders = learn_borders(shape, weights, text)
         memory = dataclasses.replace(memory, borders=borders)
     if adapt.basis_words:
-        memory = learn_bases(turned(memory), text, adapt.basis_words, run.quiet)
+        memory = dataclasses.replace(turned(memory), at_once=adapt.at_once)
+        memory = learn_bases(memory, text, adapt.basis_words, run.quiet)
     save_memory(path, memory, run.data.vocabulary.hash, mark)
     return run.ready(memory)
 
@@ -187,7 +195,12 @@ def seen_by(rule: UpdateRule, memory: LongTerm) -> LongTerm:
     hand-made rules read as they were published."""
     learned = isinstance(rule, LinearGates)
     borders = memory.borders if learned and rule.flush else None
-    return dataclasses.replace(memory, borders=borders, at_once=memory.at_once and learned)
+    return dataclasses.replace(
+        memory,
+        borders=borders,
+        at_once=memory.at_once and learned,
+        surprise=memory.surprise if learned else 0.0,
+    )
 
 
 # -- learned rules ------------------------------------------------------------------------------
@@ -273,8 +286,11 @@ def stage_meta(run: Run) -> None:
         start = starting_point(run, memory)
         rule, first = new_rule(meta, name, start)
         own = dataclasses.replace(
-            start.memory, borders=memory.borders, at_once=memory.at_once
-        )  # which a hand-made start does not see
+            start.memory,
+            borders=memory.borders,  # what a hand-made start does not see
+            at_once=memory.at_once,
+            surprise=memory.surprise,
+        )
         own = seen_by(rule, own)
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(

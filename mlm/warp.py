@@ -34,7 +34,7 @@ from mlm.lowrank import base_of
 from mlm.memory import BASIS, LOW, RELATED, LongTerm
 from mlm.meta import MixedLanes
 from mlm.related import untangled
-from mlm.rollout import begin, step
+from mlm.rollout import begin, learning_at_once, step
 from mlm.streams import Segment
 from mlm.training import Text, cosine
 
@@ -128,8 +128,9 @@ class Bases:
         """Read on, then one step of Adam; returns the nats of the segments."""
         wanted, total = read_by(self.memory), 0.0
         sums = {name: torch.zeros_like(self.memory.weights[name]) for name in wanted}
+        memory = learning_at_once(self.memory, self.rule)
         for segment in segments:
-            now = step(self.memory, self.rule, self.reader, segment, learn=wanted)
+            now = step(memory, self.rule, self.reader, segment, learn=wanted)
             for name, value in sums.items():
                 value += now.scored.of_all_lanes(name)
             buffers.give(now.scored.gradients.values())

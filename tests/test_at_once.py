@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
+from tiny import perplexities
 from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
@@ -21,7 +22,6 @@ from mlm.lowrank import add_low_rank, turned
 from mlm.memory import COLUMNS, ROWS, LongTerm
 from mlm.meta import MetaTrainer
 from mlm.related import relate
-from mlm.report import read_evaluation
 from mlm.rollout import Step, begin, learning_at_once, meta_gradient, step
 from mlm.rules import open_slow, start_at
 from mlm.scoring import score_articles
@@ -87,15 +87,16 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 @PATHS
 @pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize("surprise", [0.0, 0.3])
 def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
-    path: str, related: bool, tokens: np.ndarray, on: Callable[[str], None]
+    path: str, related: bool, surprise: float, tokens: np.ndarray, on: Callable[[str], None]
 ) -> None:
     """Against updating the output layer word by word with the gradients of the start's weights.
 
     A Fisher that is the same everywhere makes the nearest a, c and d exact.
     """
     on(path)
-    memory = _memory(OUTPUT, related, flat=True)
+    memory = dataclasses.replace(_memory(OUTPUT, related, flat=True), surprise=surprise)
     rule = _rms(memory)
     now = _one_step(learning_at_once(memory, rule), rule, tokens)
     q = memory.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
@@ -115,7 +116,9 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
             torch.testing.assert_close(now.scored.nll[lane, t], want, **near)
             seen, error = logits.softmax(0), (t_VV @ (low @ keys[t]) + bias).softmax(0)
             for p in (seen, error):
+                loss = -float(p[targets[lane, t]].log())
                 p[targets[lane, t]] -= 1
+                p *= 1 - surprise + surprise * loss / memory.loss
             of_low += torch.outer(t_VV @ seen / 7, keys[t])
             of_bias += seen / 7
             gradient = t_VV @ error / 7
@@ -224,12 +227,12 @@ def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_pat
     words = ("--out", folder, *low, *rules)
     done = command("train", *words, "--adapt.at-once", "--stages", "meta", "evaluate")
     assert done.code == 0, done.err
-    at_once = _scored(folder)
+    at_once = perplexities(folder)
     assert command("evaluate", folder, "--no-draw").code == 0
-    assert _scored(folder) == at_once
+    assert perplexities(folder) == at_once
     done = command("train", *words, "--adapt.no-at-once", "--stages", "evaluate")
     assert done.code == 0, done.err
-    plain = _scored(folder)
+    plain = perplexities(folder)
     for protocol in ("article", "stream"):
         for rule in ("static", "rms"):
             assert at_once[protocol, rule] == plain[protocol, rule]
@@ -241,9 +244,3 @@ def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_pat
     assert "it goes with --meta.learn rule only" in error
     error = command("train", *words, "--adapt.at-once", "--meta.gradient", "second").error
     assert "--adapt.at-once goes with reverse, checkpoint or forward" in error
-
-
-def _scored(folder: Path) -> dict[tuple[str, str], float]:
-    """Perplexities by protocol and rule."""
-    rows = read_evaluation(folder)
-    return {(r["protocol"], r["rule"]): r["word_perplexity"] for r in rows if r["kind"] == "total"}

@@ -18,7 +18,7 @@ from mlm.gates import LinearGates
 from mlm.learner import RMS, Parameters, Signal
 from mlm.lm import LMShape, initial_weights
 from mlm.memory import Borders, LongTerm
-from mlm.rollout import begin, meta_gradient, score_segment, step
+from mlm.rollout import Reader, Step, begin, meta_gradient, score_segment, step
 from mlm.rules import start_at
 from mlm.scoring import score_articles, score_stream
 from mlm.second_order import second_order
@@ -27,7 +27,7 @@ from mlm.streams import LaneStream, Segment
 from mlm.training import Text
 
 SETTING = {"rate": torch.tensor(0.004).double(), "decay": torch.tensor(0.02).double()}
-HEADING = [7, 8, 7, EOS]
+HEADING = [8, 7, EOS]
 
 
 def _articles(number: int, seed: int = 0) -> list[np.ndarray]:
@@ -46,7 +46,7 @@ def memory() -> LongTerm:
     generator = torch.Generator().manual_seed(0)
     shape = LMShape(12, 16, 16, 1)
     weights = {n: w.double() for n, w in initial_weights(shape, generator).items()}
-    articles = _articles(60)
+    articles = _articles(600)
     text = Text(articles, sum(map(len, articles)), EOS)
     borders = learn_borders(shape, weights, text)
     rms = made_up_rms(weights, tuple(weights), generator)
@@ -93,13 +93,14 @@ def test_articles_that_begin_as_all_lines_do_are_not_told_apart() -> None:
 
 
 def test_a_stream_is_read_like_articles_but_for_the_hidden_state(memory: LongTerm) -> None:
-    """Weights are theta_0 from the segment after a heading on: step by step."""
+    """Weights are theta_0 from a heading on: step by step."""
     articles = _articles(6, seed=2)
     text = np.concatenate(articles)
     bound = RMS().bind(SETTING, memory)
     reader = begin(memory, 1, bound)
     flushed = []
     for k, piece in enumerate(LaneStream([text], 1, memory.segment, EOS)):
+        before = reader
         now = step(memory, bound, reader, piece)
         at_theta_0 = all(
             torch.equal(now.before.weights[n][0], memory.weights[n]) for n in memory.dynamic
@@ -108,13 +109,40 @@ def test_a_stream_is_read_like_articles_but_for_the_hidden_state(memory: LongTer
         if k and at_theta_0:
             assert float(now.before.state.tensors()[0].abs().sum()) > 0, "the hidden state stays"
             flushed.append(k)
+            _check_beginning(memory, before, now, piece, _first_lines(articles))
+        else:
+            assert torch.equal(now.taught, piece.mask)
         assert not now.flushed.any(), "the guard has nothing to do with it"
         reader = now.after
     read_in = [first // memory.segment for first in _first_lines(articles)]
-    assert flushed == [k + 1 for k in read_in if k]
+    assert flushed == [k for k in read_in if k]
     plain = dataclasses.replace(memory, borders=None)
     kept, dropped = (score_stream(m, bound, articles, EOS).total for m in (plain, memory))
     assert kept != dropped
+
+
+def _check_beginning(
+    memory: LongTerm, before: Reader, now: Step, piece: Segment, first_lines: list[int]
+) -> None:
+    """Old weights up to the heading's end, theta_0 from there; its words and what follows teach."""
+    at = int(piece.start[0])
+    (end,) = (k - at for k in first_lines if at <= k < at + memory.segment)
+    first = max(0, end - len(HEADING))
+    plain = dataclasses.replace(memory, borders=None)
+    old, new = (score_segment(plain, reader, piece) for reader in (before, now.before))
+    assert not torch.equal(old.nll, new.nll)
+    for k in range(int(piece.mask.sum())):
+        source = new if k >= end else old
+        assert torch.equal(now.scored.nll[0, k], source.nll[0, k]), (k, end)
+        assert torch.equal(now.scored.output[0, k], source.output[0, k])
+    assert now.taught[0].tolist() == [bool(m) and k >= first for k, m in enumerate(piece.mask[0])]
+    theta = {n: w.clone().requires_grad_() for n, w in now.before.weights.items()}
+    nll = memory.shape.read(
+        {**memory.weights, **theta}, piece.inputs, piece.targets, now.before.state
+    ).nll
+    want = torch.autograd.grad((nll * now.taught).sum() / memory.segment, list(theta.values()))
+    for (name, g), w in zip(now.scored.gradients.items(), want, strict=True):
+        torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def _unroll(memory: LongTerm, number: int) -> tuple[LinearGates, Parameters, list[Segment]]:
@@ -128,23 +156,30 @@ def _unroll(memory: LongTerm, number: int) -> tuple[LinearGates, Parameters, lis
 @pytest.mark.parametrize("mode", ["reverse", "checkpoint", "forward"])
 def test_the_meta_gradient_stops_at_a_border(memory: LongTerm, mode: Any) -> None:
     """Against autograd through the formula, borders told, inner gradients held constant."""
-    rule, phi, pieces = _unroll(memory, 12)
+    rule, phi, pieces = _unroll(memory, 24)
     bound = rule.bind(phi, memory)
     found = meta_gradient(memory, bound, phi, begin(memory, 2, bound), pieces, mode)
-    # the same text with its borders marked, from where the detector finds them
-    reader, marked = begin(memory, 2, bound), []
+    # the same text with its borders marked where the detector finds them, and what teaches there
+    reader, marked, taught = begin(memory, 2, bound), [], []
     for piece in pieces:
-        marked.append(piece._replace(new=piece.new | reader.opened))
-        reader = step(memory, bound, reader, piece).after
+        now = step(memory, bound, reader, piece)
+        reader = now.after
+        marked.append(piece._replace(new=now.new))
+        taught.append(now.taught)
     assert sum(int(p.new.sum()) for p in marked) > 2
+    assert any(int(t.sum()) < int(p.mask.sum()) for t, p in zip(taught, pieces, strict=True))
     plain = dataclasses.replace(memory, borders=None)
-    want = _meta_gradient_keeping_state(plain, rule, phi, marked)
+    want = _meta_gradient_keeping_state(plain, rule, phi, marked, taught)
     for name, g in found.gradients.items():
         torch.testing.assert_close(g, want[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
 def _meta_gradient_keeping_state(
-    memory: LongTerm, rule: LinearGates, phi: dict[str, torch.Tensor], pieces: list[Any]
+    memory: LongTerm,
+    rule: LinearGates,
+    phi: dict[str, torch.Tensor],
+    pieces: list[Any],
+    taught: list[torch.Tensor],
 ) -> dict[str, torch.Tensor]:
     """First order by autograd through the formula; weights, not states, are reset where told."""
     leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
@@ -156,7 +191,7 @@ def _meta_gradient_keeping_state(
         reader = reader._replace(
             weights={n: w.detach() for n, w in theta.items()}, age=reader.age * ~piece.new
         )
-        scored = score_segment(memory, reader, piece)
+        scored = score_segment(memory, reader, piece, (), taught[t])
         if t:
             total = total + sum((theta[n] * g).sum() for n, g in scored.gradients.items())
             tokens += int(piece.mask.sum())
@@ -177,7 +212,6 @@ def test_the_second_order_unroll_reads_alike(memory: LongTerm) -> None:
     first = meta_gradient(memory, bound, phi, begin(memory, 2, bound), pieces)
     second = second_order(memory, rule, phi, begin(memory, 2, bound), pieces)
     assert second.loss == pytest.approx(first.loss, rel=1e-12)
-    assert torch.equal(second.reader.opened, first.reader.opened)
     assert torch.equal(second.reader.age, first.reader.age)
 
 

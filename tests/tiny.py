@@ -19,6 +19,7 @@ from mlm.config import (
     TextConfig,
     validate,
 )
+from mlm.report import read_evaluation
 
 SYLLABLES = ("ba", "do", "fe", "gi", "ku", "la", "mo", "ne", "pi", "ru", "sa", "ti", "vo", "zu")
 COMMON = 40
@@ -114,3 +115,9 @@ def _flag(name: str, value: Any, usual: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else f"--no-{flag[2:]}"]
     return [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+
+
+def perplexities(folder: Path) -> dict[tuple[str, str], float]:
+    """What a run's rules scored, by protocol and rule."""
+    rows = read_evaluation(folder)
+    return {(r["protocol"], r["rule"]): r["word_perplexity"] for r in rows if r["kind"] == "total"}
