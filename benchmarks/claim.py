@@ -91,6 +91,8 @@ class Options:
     """Words from which bases and relations are learned; 0 = they are principal directions."""
     at_once: bool = True
     """Between two updates the output layer of the learned rule learns, too."""
+    surprise: float = 0.25
+    """How much more a token teaches the learned rule the less it was expected."""
     segment: int = 64
     """M of the meta-learner."""
     rival_segment: int = 20
@@ -184,6 +186,7 @@ def learned_adapt(options: Options) -> dict[str, Any]:
         "borders": options.borders,
         "basis_words": options.basis_words,
         "at_once": options.at_once,
+        "surprise": options.surprise,
     }
 
 
