@@ -8,7 +8,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,24 +164,39 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) 
         temporary.write_bytes(body)
 
 
-def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what `save_tensors` wrote.
-
-    Raises:
-        UserError: missing or damaged, with what makes it.
-    """
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A file that `save_tensors` wrote, and what it says about itself."""
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         raise UserError(f"{path} is missing: {what}")
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["mlm"])
-            # Cloned: a tensor in the mapped file lies unaligned, and kernels then round otherwise.
-            names = list(file.keys())
-            return {name: file.get_tensor(name).clone() for name in names}, about
+            yield file, json.loads((file.metadata() or {})["mlm"])
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+
+
+def load_about(path: Path, what: str) -> dict[str, Any]:
+    """What a file that `save_tensors` wrote says about itself; its tensors are not read.
+
+    Raises:
+        UserError: missing or damaged (a file that was cut off is), with what makes it.
+    """
+    with _opened(path, what) as (_, about):
+        return about
+
+
+def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        UserError: missing or damaged, with what makes it.
+    """
+    with _opened(path, what) as (file, about):
+        # Cloned: a tensor in the mapped file lies unaligned, and kernels then round otherwise.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118
 
 
 def adam_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:

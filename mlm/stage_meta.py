@@ -18,7 +18,7 @@ from torch import Tensor
 from mlm.borders import learn_borders
 from mlm.cache import CacheSetting
 from mlm.cache_tuning import tune_cache
-from mlm.checkpoint import load_lm, load_tensors, save_memory, save_tensors
+from mlm.checkpoint import load_about, load_lm, load_tensors, save_memory, save_tensors
 from mlm.config import CACHE, HAND_MADE, LEARNED, AdaptConfig, MetaConfig, to_dict
 from mlm.errors import UserError
 from mlm.files import write_text
@@ -152,7 +152,7 @@ def build_memory(run: Run) -> LongTerm:
 def _made_from(path: Path, mark: str) -> bool:
     """Whether the long-term memory at `path` is whole and made from what `mark` names."""
     try:
-        return load_tensors(path, "")[1].get("identity") == mark
+        return load_about(path, "").get("identity") == mark
     except UserError:
         return False
 

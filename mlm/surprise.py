@@ -6,9 +6,10 @@ A learned rule follows the gradient not of the losses l of a segment's tokens bu
 
 with L the text's mean loss (`LongTerm.loss`) and s from 0, where every token weighs the same, to 1
 (`--adapt.surprise`). What was well predicted has little left to teach; what was not is what an
-article brings: the other way round from the focal loss (Lin et al. 2017), which in training keeps a
-model from what it already knows, one step less; neural memories call the gradient itself surprise
-(Behrouz et al. 2025), and so does the rule of that name here. The meta-learner's own objective, and every loss that is reported, stays l.
+article brings. The focal loss (Lin et al. 2017) keeps a model in the same way from what it knows
+already. (The rule `surprise` is another thing: momentum, after Behrouz et al. 2025, who call the
+gradient itself surprise.) The meta-learner's own objective, and every loss that is reported, stays
+l.
 """
 
 from __future__ import annotations
