@@ -2,11 +2,11 @@
 
 In protocol `stream` nobody says where an article ends. The language model knows: after the line
 end of a heading its hidden state expects an article's first sentence. A logistic regression on what
-the softmax sees there,
+the softmax of the static model, which reads along, sees there,
 
     p = sigmoid(w . h + b)        at every line end that is read,
 
-is fitted to training articles read one after the other, and a lane in which p passes 9/10 drops its
+is fitted to training articles read one after the other, and a lane in which p passes 3/4 drops its
 medium-term memory for theta_0: FLUSH with z = 1 for all weights (eq. 6 of Wolf et al. 2018, with
 gates that see the hidden state, as those of Behrouz et al. 2025 do). What follows the line end is
 predicted with theta_0, and the update after the segment learns from the article's first line on

@@ -39,9 +39,9 @@ CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS, SURPRISE, ONCE_SURPRI
 """Endings of what is not a weight of stage 1."""
 
 
-SURE = math.log(9)
-"""Log odds from which on a border is believed in: a false one costs an article all it has taught,
-ten times what a missed one does."""
+SURE = math.log(3)
+"""Log odds from which on a border is believed in: a false one costs an article all that it has
+taught, more than a missed one does."""
 
 
 class Borders(NamedTuple):

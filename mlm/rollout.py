@@ -40,33 +40,45 @@ class Reader(NamedTuple):
     """(B,) updates since the lane's weights were last theta_0."""
     exploded: Tensor
     """(B,) lanes whose loss passed `memory.limit`: they start from theta_0 at the next segment."""
+    aside: State | None = None
+    """Short-term memory of the static model beside the lanes, where borders are looked for."""
 
     def select(self, lanes: Tensor) -> Reader:
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
-        return Reader(weights, self.state.select(lanes), self.age[lanes], self.exploded[lanes])
+        aside = None if self.aside is None else self.aside.select(lanes)
+        state, age, exploded = self.state.select(lanes), self.age[lanes], self.exploded[lanes]
+        return Reader(weights, state, age, exploded, aside)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for files."""
         tensors = {"age": self.age, "exploded": self.exploded}
-        tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
+        for name, state in (("state", self.state), ("aside", self.aside)):
+            if state is not None:
+                tensors |= {f"{name}/{k}": t for k, t in enumerate(state.tensors())}
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
 
     def of(self, tensors: Mapping[str, Tensor]) -> Reader:
         """The reader made of such `tensors`, where this one lies."""
         here = {n: tensors[n].to(self.age.device) for n in self.tensors()}
-        state = [here[f"state/{k}"] for k in range(len(self.state.tensors()))]
+        state, aside = (
+            s and s.of([here[f"{name}/{k}"] for k in range(len(s.tensors()))])
+            for name, s in (("state", self.state), ("aside", self.aside))
+        )
+        assert state is not None
         weights = {n: here[f"weights/{n}"] for n in self.weights}
-        return Reader(weights, self.state.of(state), here["age"], here["exploded"])
+        return Reader(weights, state, here["age"], here["exploded"], aside)
 
 
 def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
     """`lanes` readers that know nothing but the long-term memory, for `rule` to write."""
     some = memory.weights[memory.dynamic[0]]
-    state = memory.shape.initial_state(lanes, some.device, some.dtype)
+    state, still = (memory.shape.initial_state(lanes, some.device, some.dtype) for _ in range(2))
     age = torch.zeros(lanes, device=some.device, dtype=some.dtype)
     start = memory.start() if rule is None else rule.start()
-    return Reader(lanes_of(start, lanes), state, age, torch.zeros_like(age, dtype=torch.bool))
+    aside = None if memory.borders is None else still
+    none = torch.zeros_like(age, dtype=torch.bool)
+    return Reader(lanes_of(start, lanes), state, age, none, aside)
 
 
 @torch.no_grad()
@@ -112,8 +124,9 @@ def open_articles(
     if not bool(reset_B.any()):
         return reader
     weights = reset_lanes(reader.weights, start, reset_B)
-    state = reader.state.keep(~new_B)
-    return Reader(weights, state, reader.age * ~reset_B, reader.exploded & ~reset_B)
+    state, aside = (s and s.keep(~new_B) for s in (reader.state, reader.aside))
+    assert state is not None
+    return Reader(weights, state, reader.age * ~reset_B, reader.exploded & ~reset_B, aside)
 
 
 class Scored(NamedTuple):
@@ -229,7 +242,8 @@ def step(
         buffers.give(scored.gradients.values())
         scored = score_segment(memory, reader, segment, learn)
         new = new | broken
-    taught, begun = segment.mask, beginning(memory, segment, scored.output, reader.age)
+    begun, aside = beginning(memory, segment, reader)
+    taught = segment.mask
     if begun is not None:
         taught = taught & begun.taught
         reader = open_articles(start, reader, torch.zeros_like(new), begun.lanes)
@@ -239,7 +253,7 @@ def step(
     signal = Signal(scored.loss, reader.age)
     weights = rule.update(reader.weights, scored.gradients, signal, out)
     exploded = (scored.loss > memory.limit) & (reader.age > 0)
-    after = Reader(weights, scored.state, reader.age + 1, exploded)
+    after = Reader(weights, scored.state, reader.age + 1, exploded, aside)
     return Step(reader, new, taught, scored, signal, after, broken | exploded)
 
 
@@ -264,22 +278,33 @@ class Beginning(NamedTuple):
         return again._replace(nll=nll, output=output)
 
 
+@torch.no_grad()
 def beginning(
-    memory: LongTerm, segment: Segment, output_BME: Tensor, age_B: Tensor
-) -> Beginning | None:
-    """Where an article begins in the segment, the last one of each lane; None = nowhere."""
-    if memory.borders is None:
-        return None
-    found_BM = memory.borders.opened(segment.inputs, segment.mask, output_BME)
-    lanes = found_BM.any(1) & (age_B > 0)
+    memory: LongTerm, segment: Segment, reader: Reader
+) -> tuple[Beginning | None, State | None]:
+    """Where an article begins in the segment, the last one of each lane (None = nowhere), and
+    `Reader.aside` after it.
+
+    The static model says so: what a lane has learned moves its hidden state, and one border missed
+    would hide those behind it.
+    """
+    if memory.borders is None or reader.aside is None:
+        return None, reader.aside
+    run = getattr(memory.shape, "run", None)
+    if run is None:
+        now = memory.shape.read(memory.static, segment.inputs, segment.targets, reader.aside)
+    else:  # no softmax
+        now = run(memory.static, segment.inputs, reader.aside)
+    found_BM = memory.borders.opened(segment.inputs, segment.mask, now.output)
+    lanes = found_BM.any(1) & (reader.age > 0)
     if not bool(lanes.any()):
-        return None
+        return None, now.state
     at_M = torch.arange(found_BM.shape[1], device=found_BM.device)
     end_B1 = (found_BM * at_M).amax(1, keepdim=True)
     ends_BM = (segment.inputs == memory.borders.eos) & (at_M < end_B1)
     first_B1 = (ends_BM * at_M).amax(1, keepdim=True)
     follows, taught = at_M >= end_B1, at_M >= first_B1
-    return Beginning(lanes, taught | ~lanes[:, None], follows & lanes[:, None])
+    return Beginning(lanes, taught | ~lanes[:, None], follows & lanes[:, None]), now.state
 
 
 def _finite(gradients: Weights) -> Tensor:

@@ -79,14 +79,14 @@ def _unroll(
     for t, segment in enumerate(segments):
         reader = _leaves(open_articles(start, reader, segment.new | reader.exploded))
         taught = segment.mask
-        nll, gradients, state, output = _inner(memory, reader, segment, taught)
-        begun = beginning(memory, segment, output.detach(), reader.age)
+        nll, gradients, state = _inner(memory, reader, segment, taught)
+        begun, aside = beginning(memory, segment, reader)
         if begun is not None:
             nobody = torch.zeros_like(segment.new)
             reader = _leaves(open_articles(start, reader, nobody, begun.lanes))
             taught = begun.taught & taught
             before = nll
-            nll, gradients, state, _ = _inner(memory, reader, segment, taught)
+            nll, gradients, state = _inner(memory, reader, segment, taught)
             nll = torch.where(begun.follows, nll, before)
         if t:
             loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
@@ -96,7 +96,7 @@ def _unroll(
         theta = rule.formula(phi, memory, reader.weights, gradients, signal)
         exploded = (own.detach() > memory.limit) & (reader.age > 0)
         flushed += int(exploded.sum())
-        reader = Reader(theta, state, reader.age + 1, exploded)
+        reader = Reader(theta, state, reader.age + 1, exploded, aside)
     terms = len(reader.age) * max(1, len(segments) - 1)
     return loss, tokens, penalty / terms, reader, flushed
 
@@ -112,8 +112,8 @@ def _leaves(reader: Reader) -> Reader:
 
 def _inner(
     memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor
-) -> tuple[Tensor, Weights, State, Tensor]:
-    """Losses (B, M), inner gradients, state and outputs of a segment, all differentiable."""
+) -> tuple[Tensor, Weights, State]:
+    """Losses (B, M), inner gradients and state of a segment, all differentiable."""
     theta = {n: reader.weights[n] for n in memory.dynamic}
     share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
     full = {**memory.weights, **memory.teaching(), **theta}
@@ -122,7 +122,7 @@ def _inner(
         now.total, list(theta.values()), create_graph=True, materialize_grads=True
     )
     gradients = dict(zip(theta, found, strict=True))
-    return now.nll * segment.mask, gradients, now.state, now.output
+    return now.nll * segment.mask, gradients, now.state
 
 
 def _distance(memory: LongTerm, weights: Weights) -> Tensor:

@@ -121,6 +121,20 @@ def test_a_stream_is_read_like_articles_but_for_the_hidden_state(memory: LongTer
     assert kept != dropped
 
 
+def test_what_a_lane_has_learned_hides_no_border(memory: LongTerm) -> None:
+    """Also under steps that turn the weights over: the static model looks for borders."""
+    articles = _articles(8, seed=3)
+    wild = {"rate": torch.tensor(0.3).double(), "decay": torch.tensor(0.0).double()}
+    bound = RMS().bind(wild, memory)
+    reader, flushed = begin(memory, 1, bound), []
+    for k, piece in enumerate(LaneStream([np.concatenate(articles)], 1, memory.segment, EOS)):
+        now = step(memory, bound, reader, piece)
+        reader = now.after
+        if bool(now.new):
+            flushed.append(k)
+    assert flushed[1:] == [k // memory.segment for k in _first_lines(articles)][1:]
+
+
 def _check_beginning(
     memory: LongTerm, before: Reader, now: Step, piece: Segment, first_lines: list[int]
 ) -> None:
