@@ -93,6 +93,8 @@ class Options:
     """Between two updates the output layer of the learned rule learns, too."""
     surprise: float = 0.25
     """How much more a token teaches the learned rule the less it was expected."""
+    phrases: int = 8192
+    """Tokens in which the learned rule looks for what it has read before."""
     segment: int = 64
     """M of the meta-learner."""
     rival_segment: int = 20
@@ -187,6 +189,7 @@ def learned_adapt(options: Options) -> dict[str, Any]:
         "basis_words": options.basis_words,
         "at_once": options.at_once,
         "surprise": options.surprise,
+        "phrases": options.phrases,
     }
 
 

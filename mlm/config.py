@@ -143,6 +143,10 @@ class AdaptConfig:
     surprise: float = 0.0
     """0 to 1: how much more a token teaches learned rules the less it was expected; 0 = all teach
     the same, 1 = in proportion to their loss."""
+    phrases: int = 0
+    """Tokens of the article in which learned rules look for the last two to five read: a table of
+    n-gram embeddings learns, beside the weights, what followed them; 0 = none. 8192 holds most
+    articles."""
     segment: int = 20
     """M: tokens between updates, 5 to 100."""
     fisher_words: int = 20_000
@@ -402,6 +406,7 @@ def _problems(c: Config) -> list[str]:
         "--adapt.threads": c.adapt.threads,
         "--adapt.related": c.adapt.related,
         "--adapt.basis-words": c.adapt.basis_words,
+        "--adapt.phrases": c.adapt.phrases,
         "--seed": c.seed,
         "--text.train-words": c.text.train_words,
         "--text.vocabulary-size": c.text.vocabulary_size,

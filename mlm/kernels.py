@@ -575,3 +575,40 @@ def push_forward(
 def tiles(size: int) -> int:
     """Number of tiles of a tensor."""
     return -(-size // TILE)
+
+
+@jit
+def recall_phrases(
+    lo, hi, inputs, values, rates, size, first, since, new_BT, steps, rows_BTE, new_rates_BTK
+):
+    """Lanes lo..hi of `mlm.phrases.Phrases.recall`; `rows_BTE` are added to, and hold 0."""
+    length, orders = new_BT.shape[1], steps.shape[0]
+    one = steps.dtype.type(1)
+    for lane in range(lo, hi):
+        begin = max(first, since[lane])
+        old = size - begin
+        line = np.empty(old + length, np.int64)
+        line[:old] = inputs[lane, begin:size]
+        line[old:] = new_BT[lane]
+        for t in range(length):
+            here = old + t
+            visits = np.zeros(orders, np.int64)
+            row = rows_BTE[lane, t]
+            for s in range(1, here):
+                if line[s] != line[here] or line[s - 1] != line[here - 1]:
+                    continue
+                k = 0
+                scale = steps.dtype.type(0)
+                while True:
+                    visits[k] += 1
+                    if s < old:
+                        scale += steps[k] * rates[lane, begin + s, k]
+                    k += 1
+                    if k == orders or s <= k or line[s - k - 1] != line[here - k - 1]:
+                        break
+                if s < old:
+                    value = values[lane, begin + s]
+                    for e in range(row.shape[0]):
+                        row[e] += scale * value[e]
+            for k in range(orders):
+                new_rates_BTK[lane, t, k] = one / (one + visits[k])

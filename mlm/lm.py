@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import at_once, softmax
+from mlm.phrases import SAID
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 from mlm.surprise import inner_total
@@ -207,10 +208,13 @@ class BaseModel(ABC):
     ) -> Read:
         """See `LanguageModel.read`."""
         hidden = self.run(weights, tokens_BT, state)
+        output, said = hidden.output, weights.get(SAID)
+        if said is not None:
+            output = output + said
         if share_BT is None:
-            nll = token_nll(weights, self, hidden.output, targets_BT)
+            nll = token_nll(weights, self, output, targets_BT)
             return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
-        nll, total = weighted_nll(weights, self, hidden.output, targets_BT, share_BT)
+        nll, total = weighted_nll(weights, self, output, targets_BT, share_BT)
         return Read(nll, total, hidden.output, hidden.state)
 
 

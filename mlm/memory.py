@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mlm.errors import UserError
 from mlm.lm import LanguageModel, Weights
+from mlm.phrases import Phrases
 
 DYNAMIC_SETS = {
     "all": ("*",),
@@ -82,6 +83,8 @@ class LongTerm:
     """Scores are those of an output layer that learns within a segment, too (`mlm.at_once`)."""
     surprise: float = 0.0
     """s of `mlm.surprise`: tokens teach the more, the larger their loss."""
+    phrases: Phrases | None = None
+    """How a lane remembers phrases (`mlm.phrases`); None = not at all."""
 
     @cached_property
     def mean_rms(self) -> float:
@@ -114,7 +117,8 @@ class LongTerm:
         borders = self.borders
         if borders is not None:
             borders = borders._replace(weights=borders.weights.to(device, dtype))
-        return dataclasses.replace(self, weights=weights, rms=rms, borders=borders)
+        phrases = self.phrases and self.phrases.to(device, dtype)
+        return dataclasses.replace(self, weights=weights, rms=rms, borders=borders, phrases=phrases)
 
 
 def _patterns(wanted: str) -> dict[str, tuple[str, ...]]:

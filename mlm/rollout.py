@@ -20,6 +20,7 @@ from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
 from mlm.memory import COLUMNS, LOW, ROWS, LongTerm, lanes_of, reset_lanes
+from mlm.phrases import SAID, Heard, History, Recalled
 from mlm.streams import Segment
 
 SETTLED = 20
@@ -42,18 +43,22 @@ class Reader(NamedTuple):
     """(B,) lanes whose loss passed `memory.limit`: they start from theta_0 at the next segment."""
     aside: State | None = None
     """Short-term memory of the static model beside the lanes, where borders are looked for."""
+    history: History | None = None
+    """What was read, where phrases are remembered (`mlm.phrases`)."""
 
     def select(self, lanes: Tensor) -> Reader:
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
         aside = None if self.aside is None else self.aside.select(lanes)
         state, age, exploded = self.state.select(lanes), self.age[lanes], self.exploded[lanes]
-        return Reader(weights, state, age, exploded, aside)
+        history = None if self.history is None else self.history.select(lanes)
+        return Reader(weights, state, age, exploded, aside, history)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for files."""
         tensors = {"age": self.age, "exploded": self.exploded}
-        for name, state in (("state", self.state), ("aside", self.aside)):
+        parts = (("state", self.state), ("aside", self.aside), ("history", self.history))
+        for name, state in parts:
             if state is not None:
                 tensors |= {f"{name}/{k}": t for k, t in enumerate(state.tensors())}
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
@@ -61,13 +66,15 @@ class Reader(NamedTuple):
     def of(self, tensors: Mapping[str, Tensor]) -> Reader:
         """The reader made of such `tensors`, where this one lies."""
         here = {n: tensors[n].to(self.age.device) for n in self.tensors()}
-        state, aside = (
-            s and s.of([here[f"{name}/{k}"] for k in range(len(s.tensors()))])
-            for name, s in (("state", self.state), ("aside", self.aside))
-        )
-        assert state is not None
+
+        def some(name: str, count: int) -> list[Tensor]:
+            return [here[f"{name}/{k}"] for k in range(count)]
+
+        state = self.state.of(some("state", len(self.state.tensors())))
+        aside = self.aside and self.aside.of(some("aside", len(self.aside.tensors())))
+        history = self.history and self.history.of(some("history", len(self.history.tensors())))
         weights = {n: here[f"weights/{n}"] for n in self.weights}
-        return Reader(weights, state, here["age"], here["exploded"], aside)
+        return Reader(weights, state, here["age"], here["exploded"], aside, history)
 
 
 def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
@@ -77,8 +84,11 @@ def begin(memory: LongTerm, lanes: int, rule: Bound | None = None) -> Reader:
     age = torch.zeros(lanes, device=some.device, dtype=some.dtype)
     start = memory.start() if rule is None else rule.start()
     aside = None if memory.borders is None else still
+    if memory.phrases is not None and not hasattr(memory.shape, "run"):
+        raise ValueError("phrases are remembered beside language models that stage 1 trains only")
+    history = None if memory.phrases is None else memory.phrases.begin(lanes)
     none = torch.zeros_like(age, dtype=torch.bool)
-    return Reader(lanes_of(start, lanes), state, age, none, aside)
+    return Reader(lanes_of(start, lanes), state, age, none, aside, history)
 
 
 @torch.no_grad()
@@ -126,7 +136,9 @@ def open_articles(
     weights = reset_lanes(reader.weights, start, reset_B)
     state, aside = (s and s.keep(~new_B) for s in (reader.state, reader.aside))
     assert state is not None
-    return Reader(weights, state, reader.age * ~reset_B, reader.exploded & ~reset_B, aside)
+    history = None if reader.history is None else reader.history.opened(reset_B)
+    age, exploded = reader.age * ~reset_B, reader.exploded & ~reset_B
+    return Reader(weights, state, age, exploded, aside, history)
 
 
 class Scored(NamedTuple):
@@ -143,6 +155,8 @@ class Scored(NamedTuple):
     """(B, M, E): what the softmax saw."""
     shared: Weights
     """Of the same sum over all lanes, by the weights they share that were asked for."""
+    heard: Heard | None = None
+    """What phrases learn from."""
 
     def of_all_lanes(self, name: str) -> Tensor:
         """That gradient by a shared weight, or the sum over lanes by one that each has."""
@@ -171,20 +185,24 @@ def score_segment(
         theta = {n: reader.weights[n].detach().requires_grad_() for n in memory.dynamic}
         fixed = {n: memory.weights[n].detach().requires_grad_() for n in learn if n not in theta}
         full = {**memory.weights, **memory.teaching(plain), **fixed, **theta}
+        recalled, rows = recall(memory, reader, segment)
+        full |= rows
         share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
         now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
             now.total,
-            [*theta.values(), *fixed.values()],
+            [*theta.values(), *fixed.values(), *rows.values()],
             allow_unused=True,
             materialize_grads=True,
         )
     nll = now.nll.detach() * segment.mask
     loss = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
-    gradients = dict(zip([*theta, *fixed], found, strict=True))
+    heard = recalled and Heard(recalled.rates, found[-1])
+    gradients = dict(zip([*theta, *fixed], found, strict=False))
     shared = {name: gradients.pop(name) for name in fixed}
-    return Scored(nll, loss, gradients, now.state.detach(), now.output.detach(), shared)
+    state, output = now.state.detach(), now.output.detach()
+    return Scored(nll, loss, gradients, state, output, shared, heard)
 
 
 @torch.no_grad()
@@ -253,8 +271,26 @@ def step(
     signal = Signal(scored.loss, reader.age)
     weights = rule.update(reader.weights, scored.gradients, signal, out)
     exploded = (scored.loss > memory.limit) & (reader.age > 0)
-    after = Reader(weights, scored.state, reader.age + 1, exploded, aside)
+    history = remembered(memory, reader, segment, scored.heard, taught)
+    after = Reader(weights, scored.state, reader.age + 1, exploded, aside, history)
     return Step(reader, new, taught, scored, signal, after, broken | exploded)
+
+
+def recall(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Recalled | None, Weights]:
+    """What phrases bring to a segment, and how `LanguageModel.read` is told, by a leaf."""
+    if memory.phrases is None or reader.history is None:
+        return None, {}
+    recalled = memory.phrases.recall(reader.history, segment.inputs)
+    return recalled, {SAID: recalled.rows.requires_grad_()}
+
+
+def remembered(
+    memory: LongTerm, reader: Reader, segment: Segment, heard: Heard | None, taught: Tensor
+) -> History | None:
+    """The lanes' history with what the segment taught."""
+    if memory.phrases is None or reader.history is None or heard is None:
+        return None
+    return memory.phrases.learned(reader.history, segment.inputs, heard, taught)
 
 
 class Beginning(NamedTuple):

@@ -21,6 +21,7 @@ from mlm.files import write_text
 from mlm.kernels import use_kernels
 from mlm.lowrank import check_rank, turned
 from mlm.memory import BASIS, RELATED, LongTerm, choose_dynamic
+from mlm.phrases import phrases
 from mlm.related import no_basis
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
@@ -177,7 +178,10 @@ class Run:
         if self.config.adapt.at_once and "softmax" + BASIS not in memory.weights:
             raise no_basis("--adapt.at-once")
         adapt = self.config.adapt
-        return dataclasses.replace(memory, at_once=adapt.at_once, surprise=adapt.surprise)
+        own = phrases(memory.weights["embedding"], adapt.phrases) if adapt.phrases else None
+        return dataclasses.replace(
+            memory, at_once=adapt.at_once, surprise=adapt.surprise, phrases=own
+        )
 
 
 def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongTerm:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +16,16 @@ from torch import Tensor
 from mlm.learner import Parameters, Signal, UpdateRule
 from mlm.lm import State, Weights
 from mlm.memory import LongTerm
+from mlm.phrases import Heard
 from mlm.recurrence import plain_operations
-from mlm.rollout import MetaGradient, Reader, beginning, open_articles
+from mlm.rollout import (
+    MetaGradient,
+    Reader,
+    beginning,
+    open_articles,
+    recall,
+    remembered,
+)
 from mlm.streams import Segment
 
 
@@ -33,7 +42,7 @@ def second_order(
 
     Second order as in MAML (Finn et al. 2017): the inner gradients depend on theta, and so do the
     losses that gates see and the hidden state that is carried on. What came before the unroll is a
-    constant: the lanes' distance from theta_0, and their hidden state.
+    constant: the lanes' distance from theta_0, and their hidden state; so is what phrases recall.
     """
     with plain_operations(), torch.enable_grad():
         phi = {n: p.detach().requires_grad_() for n, p in parameters.items()}
@@ -79,24 +88,25 @@ def _unroll(
     for t, segment in enumerate(segments):
         reader = _leaves(open_articles(start, reader, segment.new | reader.exploded))
         taught = segment.mask
-        nll, gradients, state = _inner(memory, reader, segment, taught)
+        now = _inner(memory, reader, segment, taught)
+        nll = now.nll
         begun, aside = beginning(memory, segment, reader)
         if begun is not None:
             nobody = torch.zeros_like(segment.new)
             reader = _leaves(open_articles(start, reader, nobody, begun.lanes))
             taught = begun.taught & taught
-            before = nll
-            nll, gradients, state = _inner(memory, reader, segment, taught)
-            nll = torch.where(begun.follows, nll, before)
+            now = _inner(memory, reader, segment, taught)
+            nll = torch.where(begun.follows, now.nll, nll)
         if t:
             loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
             penalty = penalty + _distance(memory, reader.weights)
         own = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
         signal = Signal(own, reader.age)
-        theta = rule.formula(phi, memory, reader.weights, gradients, signal)
+        theta = rule.formula(phi, memory, reader.weights, now.gradients, signal)
         exploded = (own.detach() > memory.limit) & (reader.age > 0)
         flushed += int(exploded.sum())
-        reader = Reader(theta, state, reader.age + 1, exploded, aside)
+        history = remembered(memory, reader, segment, now.heard, taught)
+        reader = Reader(theta, now.state, reader.age + 1, exploded, aside, history)
     terms = len(reader.age) * max(1, len(segments) - 1)
     return loss, tokens, penalty / terms, reader, flushed
 
@@ -110,19 +120,31 @@ def _leaves(reader: Reader) -> Reader:
     return reader._replace(weights=weights)
 
 
-def _inner(
-    memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor
-) -> tuple[Tensor, Weights, State]:
-    """Losses (B, M), inner gradients and state of a segment, all differentiable."""
+class _Inner(NamedTuple):
+    """A segment as it was read, all differentiable."""
+
+    nll: Tensor
+    """(B, M)."""
+    gradients: Weights
+    state: State
+    heard: Heard | None
+    """What phrases brought, a constant."""
+
+
+def _inner(memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor) -> _Inner:
+    """Read a segment, as `rollout.score_segment` does."""
     theta = {n: reader.weights[n] for n in memory.dynamic}
     share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
     full = {**memory.weights, **memory.teaching(), **theta}
+    recalled, rows = recall(memory, reader, segment)
+    full |= rows
     now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
     found = torch.autograd.grad(
-        now.total, list(theta.values()), create_graph=True, materialize_grads=True
+        now.total, [*theta.values(), *rows.values()], create_graph=True, materialize_grads=True
     )
-    gradients = dict(zip(theta, found, strict=True))
-    return now.nll * segment.mask, gradients, now.state
+    gradients = dict(zip(theta, found, strict=False))
+    heard = recalled and Heard(recalled.rates, found[-1].detach())
+    return _Inner(now.nll * segment.mask, gradients, now.state, heard)
 
 
 def _distance(memory: LongTerm, weights: Weights) -> Tensor:

@@ -72,7 +72,7 @@ def identity(run: Run, learned: bool = True) -> str:
 
 def _keep_memory(adapt: dict[str, Any]) -> None:
     """Forget settings of adaptation that only learned rules depend on."""
-    adapt["surprise"] = 0.0
+    adapt["surprise"], adapt["phrases"] = 0.0, 0
     if not adapt["basis_words"]:  # else bases are learned so
         adapt["at_once"] = False
 
@@ -91,7 +91,7 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
     """Of settings, without those that are not in use, and the language model."""
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
-    for name in ("related", "borders", "basis_words", "at_once", "surprise"):
+    for name in ("related", "borders", "basis_words", "at_once", "surprise", "phrases"):
         if not keys["adapt"][name]:
             keys["adapt"].pop(name)
     path = run.folder.checkpoint("lm")
@@ -200,6 +200,7 @@ def seen_by(rule: UpdateRule, memory: LongTerm) -> LongTerm:
         borders=borders,
         at_once=memory.at_once and learned,
         surprise=memory.surprise if learned else 0.0,
+        phrases=memory.phrases if learned else None,
     )
 
 
@@ -290,6 +291,7 @@ def stage_meta(run: Run) -> None:
             borders=memory.borders,  # what a hand-made start does not see
             at_once=memory.at_once,
             surprise=memory.surprise,
+            phrases=memory.phrases,
         )
         own = seen_by(rule, own)
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)

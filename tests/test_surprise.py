@@ -10,12 +10,11 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import perplexities
-from worlds import segments, tiny_memory
+from worlds import bigram_memory, segments, tiny_memory
 
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Parameters, Signal
 from mlm.memory import LongTerm
-from mlm.module import ModuleModel
 from mlm.rollout import begin, meta_gradient, score_segment, step
 from mlm.rules import start_at
 from mlm.second_order import second_order
@@ -73,21 +72,7 @@ def test_a_token_teaches_as_much_as_its_loss_says(world: dict[str, Any], engine:
 
 
 def test_any_module_teaches_so() -> None:
-    class Bigrams(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = torch.nn.Embedding(12, 12, dtype=torch.float64)
-
-        def initial_state(self, lanes: int) -> tuple[torch.Tensor, ...]:
-            return (torch.zeros(lanes, 1, dtype=torch.float64),)
-
-        def forward(self, tokens: torch.Tensor, state: tuple[torch.Tensor, ...]) -> Any:
-            return self.table(tokens), state
-
-    model = ModuleModel(Bigrams())
-    weights = model.weights()
-    rms = {n: torch.ones_like(w) for n, w in weights.items()}
-    memory = LongTerm(model, weights, tuple(weights), rms, 2.3, 5)
+    memory = bigram_memory()
     piece = segments(memory, LENGTHS, 3, 1)[0]
     found = score_segment(_surprised(memory), begin(memory, 3), piece)
     want = _own_gradient(memory, begin(memory, 3), piece, True)

@@ -12,6 +12,7 @@ import torch
 
 from mlm.lm import EMBEDDING_BOUND, LMShape, Weights, initial_weights
 from mlm.memory import LongTerm
+from mlm.module import ModuleModel
 from mlm.streams import LaneStream, Segment
 
 EOS = 0
@@ -50,6 +51,28 @@ def tiny_memory(
     names = tuple(weights) if dynamic is None else dynamic
     rms = made_up_rms(weights, names, generator)
     return TinyMemory(shape, weights, names, rms, 2.3, segment)
+
+
+class _Bigrams(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(12, 12, dtype=torch.float64)
+
+    def initial_state(self, lanes: int) -> tuple[torch.Tensor, ...]:
+        return (torch.zeros(lanes, 1, dtype=torch.float64),)
+
+    def forward(
+        self, tokens: torch.Tensor, state: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        return self.table(tokens), state
+
+
+def bigram_memory() -> LongTerm:
+    """A long-term memory of a module that stage 1 did not train."""
+    model = ModuleModel(_Bigrams())
+    weights = model.weights()
+    rms = {n: torch.ones_like(w) for n, w in weights.items()}
+    return LongTerm(model, weights, tuple(weights), rms, 2.3, 5)
 
 
 def articles(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:

@@ -1,0 +1,228 @@
+"""Phrases: what an article's words taught where the tokens before them were the same.
+
+The weights that every lane rewrites hold little of a phrase seen once. Beside them a lane keeps a
+table of n-gram embeddings, zero in theta_0, one row m_k[c] (E) for every context c of k tokens,
+k = 2 .. 5, which the output layer reads together with the hidden state,
+
+    logits_t = softmax layer(h_t + sum_k m_k[c_k(t)]),        c_k(t): the last k tokens read,
+
+and whose rows learn by gradient descent as all weights do: after a segment, from the gradient g_s
+of every token's loss by what its softmax saw,
+
+    m_k[c_k(s)] -= eta_k / (1 + n_k(s)) g_s / w,
+
+n_k(s) being how often the context had been there (a step that falls with the visits: Robbins and
+Monro 1951) and w the mean square length of the static output embedding's rows, so that a token
+raises its own logit by about eta_k times its error. Rows are kept in dual form: a lane's last
+tokens, their g / w and 1 / (1 + n) are stored, and a row is their sum over earlier places where the
+context matches, exactly and without hashing. The keys are those of n-gram models and of hashed
+n-gram embeddings (Svenstrup et al. 2017); that errors are stored, not words, makes the table fast
+weights (Schmidhuber 1992) rather than a cache. Unlike a cache it changes what all other weights
+learn: a phrase that is remembered leaves them no error. Learned rules read so.
+
+Letters: B lanes, T tokens, C tokens stored, E width of what the softmax sees, K orders, V
+vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mlm import kernels
+
+ORDERS = (2, 3, 4, 5)
+"""k: tokens of context."""
+STEPS = (0.5, 1.0, 1.0, 1.0)
+"""eta_k: the best on the tuning words of the benchmark `claim`."""
+SAID = "softmax.said"
+"""Name under which `LanguageModel.read` is given what is added to the hidden state."""
+
+
+@dataclass
+class _Book:
+    """Tokens of B lanes, appended in columns; only the first `filled` say anything."""
+
+    inputs: Tensor
+    """(B, C)."""
+    values: Tensor
+    """(B, C, E): -g / w."""
+    rates: Tensor
+    """(B, C, K): 1 / (1 + n)."""
+    filled: int
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.inputs, self.values, self.rates
+
+
+class History(NamedTuple):
+    """What lanes have read since their article began: a value.
+
+    The book behind it is shared with the histories it grew from, which only see its beginning;
+    who appends to one of those gets a copy.
+    """
+
+    book: _Book
+    size: int
+    """Columns of the book that it sees."""
+    since: Tensor
+    """(B,) int64: the column with which a lane's article begins."""
+
+    def select(self, lanes: Tensor) -> History:
+        """Some of the lanes (their indices)."""
+        inputs, values, rates = (t[lanes] for t in self.book.tensors())
+        book = _Book(inputs, values, rates, self.size)
+        return History(book, self.size, self.since[lanes])
+
+    def opened(self, new_B: Tensor) -> History:
+        """Nothing is known in these lanes."""
+        since = torch.where(new_B, torch.full_like(self.since, self.size), self.since)
+        return self._replace(since=since)
+
+    def tensors(self) -> list[Tensor]:
+        """All of it, for files."""
+        return [self.since, *(t[:, : self.size].contiguous() for t in self.book.tensors())]
+
+    def of(self, tensors: list[Tensor]) -> History:
+        """The history made of such `tensors`."""
+        since, inputs, values, rates = tensors
+        size = inputs.shape[1]
+        return History(_Book(inputs, values, rates, size), size, since)
+
+
+class Recalled(NamedTuple):
+    """What a segment's contexts recall."""
+
+    rows: Tensor
+    """(B, T, E): sum_k m_k[c_k(t)]."""
+    rates: Tensor
+    """(B, T, K): 1 / (1 + n_k(t))."""
+
+
+class Heard(NamedTuple):
+    """What is learned from a segment."""
+
+    rates: Tensor
+    """(B, T, K): 1 / (1 + n)."""
+    gradient: Tensor
+    """(B, T, E): of sum(nll) / T by what the softmax saw."""
+
+
+class Phrases(NamedTuple):
+    """How phrases are remembered."""
+
+    tokens: int
+    """A lane's last so many, before a segment, count."""
+    scale: Tensor
+    """(E,): 1 / w, the same for all."""
+    steps: Tensor
+    """(K,): eta."""
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Phrases:
+        """The same on `device`, optionally in another dtype."""
+        return Phrases(self.tokens, *(t.to(device, dtype) for t in self[1:]))
+
+    def begin(self, lanes: int) -> History:
+        """Lanes that have read nothing."""
+        some, width = self.scale, len(self.scale)
+        inputs = torch.zeros(lanes, 0, dtype=torch.int64, device=some.device)
+        values, rates = (some.new_zeros(lanes, 0, n) for n in (width, len(self.steps)))
+        since = torch.zeros(lanes, dtype=torch.int64, device=some.device)
+        return History(_Book(inputs, values, rates, 0), 0, since)
+
+    @torch.no_grad()
+    def recall(self, history: History, inputs_BT: Tensor) -> Recalled:
+        """What lanes recall at each of these tokens from before the segment."""
+        first = max(0, history.size - self.tokens)
+        found = _recall_fused if kernels.usable(self.scale) else _recall
+        return found(history, first, inputs_BT, self.steps)
+
+    @torch.no_grad()
+    def learned(
+        self, history: History, inputs_BT: Tensor, heard: Heard, taught_BT: Tensor
+    ) -> History:
+        """The history with a segment more.
+
+        Args:
+            taught_BT: tokens that teach; what precedes them in their lane is forgotten.
+        """
+        length = inputs_BT.shape[1]
+        values_BTE = heard.gradient * (-length * self.scale)
+        history = _with_room(history, length, self.tokens)
+        book, lo = history.book, history.size
+        for kept, new in zip(book.tensors(), (inputs_BT, values_BTE, heard.rates), strict=True):
+            kept[:, lo : lo + length] = new
+        book.filled = lo + length
+        first_B = taught_BT.int().argmax(1)
+        since = torch.where(first_B > 0, lo + first_B, history.since)
+        return History(book, book.filled, since)
+
+
+def phrases(head_VE: Tensor, tokens: int) -> Phrases:
+    """For a static output embedding, whose rows are the tokens'."""
+    scale = 1 / head_VE.detach().square().sum(1).mean()
+    return Phrases(tokens, scale.repeat(head_VE.shape[1]), scale.new_tensor(STEPS))
+
+
+def _with_room(history: History, length: int, tokens: int) -> History:
+    """A history to whose book `length` columns can be appended."""
+    book, size = history.book, history.size
+    if book.filled == size and size + length <= book.inputs.shape[1]:
+        return history
+    first = max(0, size - tokens, min(size, int(history.since.min())))
+    kept = size - first
+    room = kept + max(kept, 4 * length)
+    more = []
+    for tensor in book.tensors():
+        new = tensor.new_empty(len(tensor), room, *tensor.shape[2:])
+        new[:, :kept] = tensor[:, first:size]
+        more.append(new)
+    inputs, values, rates = more
+    since = (history.since - first).clamp(min=0)
+    return History(_Book(inputs, values, rates, kept), kept, since)
+
+
+def _recall(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) -> Recalled:
+    """`Phrases.recall` by plain operations."""
+    book, size = history.book, history.size
+    line = torch.cat([book.inputs[:, first:size], inputs_BT], 1)  # (B, C + T)
+    old, length = size - first, inputs_BT.shape[1]
+    at = torch.arange(old + length, device=line.device)
+    inside = at >= (history.since - first).unsqueeze(1)
+    same = (line[:, None] == line[:, old:, None]) & inside[:, None]  # (B, T, C + T)
+    same = same & (at < at[old:, None])
+    run = same
+    found = []
+    for k in range(1, ORDERS[-1]):
+        # the token k places before both is the same, and of the same article
+        here, there = line.roll(k, 1)[:, old:], line.roll(k, 1)
+        begun = inside.roll(k, 1) & (at >= k)
+        run = run & (there[:, None] == here[:, :, None]) & begun[:, None]
+        found.append(run)
+    match = torch.stack(found, -1)  # (B, T, C + T, K)
+    rates = 1 / (1 + match.sum(2).to(steps_K.dtype))
+    weights = (match[:, :, :old] * (book.rates[:, first:size] * steps_K)[:, None]).sum(-1)
+    return Recalled(weights @ book.values[:, first:size], rates)
+
+
+def _recall_fused(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) -> Recalled:
+    book, (lanes, length) = history.book, inputs_BT.shape
+    rows = book.values.new_zeros(lanes, length, book.values.shape[2])
+    rates = book.rates.new_empty(lanes, length, len(steps_K))
+    kernels.share_out(
+        kernels.recall_phrases,
+        lanes,
+        rows.numel() + lanes * length * (history.size - first),
+        *book.tensors(),
+        history.size,
+        first,
+        history.since,
+        inputs_BT.contiguous(),
+        steps_K,
+        rows,
+        rates,
+    )
+    return Recalled(rows, rates)

@@ -1,0 +1,264 @@
+"""Phrases: a table of n-gram embeddings that learns by gradient descent beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, Finished
+from tiny import perplexities
+from worlds import EOS, TinyMemory, bigram_memory, segments, tiny_memory
+
+from mlm import kernels
+from mlm.gates import LinearGates
+from mlm.learner import RMS
+from mlm.memory import Borders
+from mlm.phrases import ORDERS, Heard, Phrases, phrases
+from mlm.rollout import begin, meta_gradient, read, step
+from mlm.rules import start_at
+from mlm.scoring import score_articles, score_stream
+from mlm.second_order import second_order
+from mlm.stage_meta import seen_by
+from mlm.streams import LaneStream
+
+LENGTHS = (31, 53, 3, 1, 37)
+SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
+
+
+def _world(tokens: int = 1000, **world: Any) -> TinyMemory:
+    memory = tiny_memory(**world)
+    return dataclasses.replace(memory, phrases=phrases(memory.weights["embedding"], tokens))
+
+
+def _repetitive(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
+    """Articles over so few words that contexts come again."""
+    random = np.random.default_rng(seed)
+    return [random.choice([1, 2, 3, 4], size=n, p=[0.5, 0.3, 0.1, 0.1]) for n in lengths]
+
+
+def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
+    """Losses of an article, its table written row by row as the module's docstring says."""
+    assert memory.phrases is not None
+    bound = RMS().bind(SETTING, memory)
+    theta = {n: w.clone().unsqueeze(0) for n, w in memory.start().items()}
+    state = memory.shape.initial_state(1, dtype=torch.float64)
+    tokens = [EOS, *map(int, article)]
+    w = float(memory.weights["embedding"].square().sum(1).mean())
+    visits: list[tuple[int, tuple[int, ...], float]] = []
+    table: dict[tuple[int, ...], torch.Tensor] = {}
+    losses: list[float] = []
+    for lo in range(0, len(article), memory.segment):
+        end = min(lo + memory.segment, len(article))
+        keys = [
+            [tuple(tokens[t + 1 - k : t + 1]) if t + 1 >= k else None for k in ORDERS]
+            for t in range(lo, end)
+        ]
+        none = torch.zeros(memory.shape.embedding).double()
+        rows = torch.stack([sum((table.get(k, none) for k in own if k), none) for own in keys])
+        rows = rows.unsqueeze(0).requires_grad_()
+        leaves = {n: x.clone().requires_grad_() for n, x in theta.items()}
+        inputs, targets = (torch.tensor([tokens[lo + d : end + d]]) for d in (0, 1))
+        full = {**memory.weights, **leaves}
+        now = memory.shape.run(full, inputs, state)
+        head, bias = full["embedding"], full["softmax.bias"]
+        logits = (now.output + rows) @ head.transpose(-1, -2) + bias.unsqueeze(-2)
+        nll = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="none")
+        found = torch.autograd.grad(nll.sum(), [*leaves.values(), rows])
+        losses += nll.tolist()
+        for t, own in enumerate(keys):
+            for order, key in enumerate(own):
+                if key:
+                    n = sum(1 for seen in visits if seen[1] == key)
+                    eta = float(memory.phrases.steps[order]) / (1 + n)
+                    table[key] = table.get(key, none) - eta / w * found[-1][0, t]
+                    visits.append((lo + t, key, eta))
+        gradients = {n: g / memory.segment for n, g in zip(leaves, found, strict=False)}
+        signal: Any = type("Signal", (), {"loss": nll.detach().mean()[None], "age": None})
+        theta = bound.update(theta, gradients, signal)
+        state = now.state.detach()
+    return losses
+
+
+@pytest.mark.parametrize("world", [{}, {"layers": 1}, {"cell": "qrnn"}], ids=["two", "one", "qrnn"])
+def test_words_are_predicted_with_the_rows_of_their_contexts(
+    world: dict[str, Any], engine: str
+) -> None:
+    """Against a table written by hand, whatever other lanes read."""
+    memory = _world(**world)
+    bound = RMS().bind(SETTING, memory)
+    texts = _repetitive(LENGTHS)
+    scores = score_articles(memory, bound, texts, EOS, 2)
+    for found, article in zip(scores.nll, texts, strict=True):
+        np.testing.assert_allclose(found, _one_by_one(memory, article), rtol=1e-9, atol=1e-11)
+    plain = dataclasses.replace(memory, phrases=None)
+    without = score_articles(plain, bound, texts, EOS, 2)
+    assert all(
+        abs(a - b).max() > 1e-3 for a, b in zip(scores.nll, without.nll, strict=True) if len(a) > 30
+    )
+
+
+def test_what_is_long_ago_is_forgotten(engine: str) -> None:
+    """The window counts tokens before the segment, however large the book is."""
+    article = _repetitive((400,))[0]
+    bound = RMS().bind(SETTING, tiny_memory())
+    memory = _world(tokens=30)
+    found = score_articles(memory, bound, [article], EOS, 1).nll[0]
+    history, want = memory.phrases and memory.phrases.begin(1), []
+    reader = begin(memory, 1, bound)
+    for piece in LaneStream([article], 1, memory.segment, EOS):
+        assert history is not None
+        assert memory.phrases is not None
+        assert reader.history is not None
+        lo = max(0, reader.history.size - 30)
+        tensors = reader.history.tensors()
+        short = [(tensors[0] - lo).clamp(min=0), *(t[:, lo:] for t in tensors[1:])]
+        reader, nll = read(memory, bound, reader._replace(history=history.of(short)), piece)
+        want += nll[piece.mask].tolist()
+    np.testing.assert_allclose(found, want[: len(found)], rtol=1e-12, atol=1e-13)
+    longer = score_articles(_world(tokens=31), bound, [article], EOS, 1).nll[0]
+    assert abs(found - longer).max() > 1e-6
+
+
+def test_the_kernel_recalls_what_plain_operations_do() -> None:
+    """In float32, with lanes that began their article at different places."""
+    generator = torch.Generator().manual_seed(1)
+    own = phrases(torch.randn(9, 16, generator=generator), 60)
+    history = own.begin(3)
+    for k in range(20):
+        inputs = torch.randint(0, 3, (3, 7), generator=generator)
+        recalled = own.recall(history, inputs)
+        with kernels.eager():
+            plain = own.recall(history, inputs)
+        torch.testing.assert_close(recalled.rows, plain.rows, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recalled.rates, plain.rates)
+        assert k < 3 or float(recalled.rows.abs().sum()) > 0
+        heard = Heard(recalled.rates, torch.randn(3, 7, 16, generator=generator))
+        taught = torch.ones(3, 7, dtype=torch.bool)
+        if k == 8:
+            taught[1, :4] = False
+        history = own.learned(history, inputs, heard, taught)
+        if k == 5:
+            history = history.opened(torch.tensor([True, False, False]))
+        assert history.size - history.since.min() >= min(7 * (k + 1), 60)
+    assert len(set(history.since.tolist())) > 1
+
+
+def test_two_futures_of_one_reader_do_not_meet() -> None:
+    memory = _world()
+    bound = RMS().bind(SETTING, memory)
+    texts = _repetitive((40, 40, 40))
+    pieces = [list(LaneStream([text], 1, memory.segment, EOS)) for text in texts]
+    reader = begin(memory, 1, bound)
+    for piece in pieces[0][:5]:
+        reader, _ = read(memory, bound, reader, piece)
+    ways, want, last = [], [], pieces[0][7]
+    for other in (1, 2):
+        now = reader
+        for piece in pieces[other][5:7]:
+            now, _ = read(memory, bound, now, piece)
+        ways.append(now)
+        want.append(read(memory, bound, now, last)[1])
+    for now, before in zip(ways, want, strict=True):
+        assert torch.equal(read(memory, bound, now, last)[1], before)
+    assert not torch.equal(*want)
+
+
+def test_a_reader_is_kept_in_files_and_lanes_can_be_chosen() -> None:
+    memory = _world()
+    bound = RMS().bind(SETTING, memory)
+    reader = begin(memory, 3, bound)
+    pieces = list(LaneStream(_repetitive((40, 40, 40)), 3, memory.segment, EOS))
+    for piece in pieces[:4]:
+        reader, _ = read(memory, bound, reader, piece)
+    kept = begin(memory, 3, bound).of({n: t.clone() for n, t in reader.tensors().items()})
+    some = reader.select(torch.tensor([2]))
+    alone = pieces[4].select(np.array([2]))
+    want, found, one = (
+        read(memory, bound, r, p)[1]
+        for r, p in ((reader, pieces[4]), (kept, pieces[4]), (some, alone))
+    )
+    assert torch.equal(want, found)
+    torch.testing.assert_close(one, want[2:], rtol=1e-12, atol=1e-13)
+
+
+def test_borders_open_another_table() -> None:
+    """What is read from an article's first line on is all that is recalled."""
+    weights = torch.zeros(5).double()
+    weights[-1] = 9.0  # every line end is believed to be a border
+    memory = dataclasses.replace(_world(), borders=Borders(weights, 4))
+    bound = RMS().bind(SETTING, memory)
+    text = _repetitive((60,))[0]
+    reader = begin(memory, 1, bound)
+    for piece in LaneStream([text], 1, memory.segment, EOS):
+        before = reader
+        now = step(memory, bound, reader, piece)
+        reader = now.after
+        assert reader.history is not None
+        assert before.history is not None
+        own = int(reader.history.size - reader.history.since)
+        if bool(now.new):
+            assert own == int(now.taught.sum())
+        else:
+            assert own == int(before.history.size - before.history.since) + piece.inputs.shape[1]
+    kept, dropped = (
+        score_stream(m, bound, [text], EOS).total
+        for m in (dataclasses.replace(memory, borders=None), memory)
+    )
+    assert kept != dropped
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "forward"])
+def test_all_ways_to_the_meta_gradient_agree(mode: Any, engine: str) -> None:
+    memory = _world(layers=1)
+    rule = LinearGates("three_levels")
+    phi = start_at(rule, RMS(), SETTING, memory)
+    bound, pieces = rule.bind(phi, memory), segments(memory, LENGTHS, 3, 9)
+    want = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces)
+    found = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces, mode)
+    assert found.loss == pytest.approx(want.loss, rel=1e-12)
+    for name, value in want.gradients.items():
+        torch.testing.assert_close(found.gradients[name], value, rtol=1e-8, atol=1e-10)
+    plain = dataclasses.replace(memory, phrases=None)
+    without = meta_gradient(plain, bound, phi, begin(plain, 3, bound), pieces)
+    assert abs(without.loss - want.loss) > 1e-6
+
+
+def test_the_second_order_reads_alike() -> None:
+    memory = _world(dynamic=("softmax.bias", "lstm.0.recurrent"), layers=1)
+    rule = LinearGates("three_levels")
+    phi = start_at(rule, RMS(), SETTING, memory)
+    bound, pieces = rule.bind(phi, memory), segments(memory, LENGTHS, 3, 9)
+    first = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces)
+    found = second_order(memory, rule, phi, begin(memory, 3, bound), pieces)
+    assert found.loss == pytest.approx(first.loss, rel=1e-12)
+
+
+def test_only_learned_rules_remember_phrases() -> None:
+    memory = _world()
+    assert seen_by(RMS(), memory).phrases is None
+    assert isinstance(seen_by(LinearGates("three"), memory).phrases, Phrases)
+
+
+def test_other_models_remember_none() -> None:
+    memory = dataclasses.replace(bigram_memory(), phrases=phrases(torch.ones(3, 2), 10))
+    with pytest.raises(ValueError, match="language models that stage 1 trains"):
+        begin(memory, 2)
+
+
+def test_a_run_with_phrases(finished: Finished, command: Command, tmp_path: Path) -> None:
+    """A rule scored with and without; hand-made rules stay as they are."""
+    folder = finished.copy(tmp_path / "run")
+    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels"
+    words = ("--out", folder, *rules, "--adapt.phrases")
+    found = {}
+    for tokens in ("500", "0"):
+        done = command("train", *words, tokens, "--stages", "meta", "evaluate")
+        assert done.code == 0, done.err
+        found[tokens] = perplexities(folder)
+    for key, value in found["0"].items():
+        assert (found["500"][key] == value) == (key[1] != "three_levels")
+    assert "--adapt.phrases is -1; it must not be negative" in command("train", *words, "-1").error
