@@ -4,14 +4,15 @@ Weights change after every segment, so a word that comes again within it would b
 before. With e_s the gradient of the segment's loss by the logits at its word s, and the keys
 k_s = P h_s, an output layer T L (P h) + b (`mlm.related`; T = I without related words) predicts by
 
-    logits_t - T [ a . sum_{s<t} T e_s (k_s . (c . k_t) + d) ],
+    logits_t - a . T^2 sum_{s<t} e_s (k_s . (c . k_t) + d),
 
-never with words it has not read. Were a_v c_j the rule's step size at L's weight (v, j), that is
-what its step at every word would do, all gradients taken at the weights of the segment's start:
-the dual form of mini-batch test-time training (Sun et al. 2024, section 2.5), a linear attention
-within the segment (fast weights: Schmidhuber 1992; Ba et al. 2016). d stands for the bias. a, c
-and d are the nearest to the rule's steps (`mlm.rollout.learning_at_once`); fitted to held-out text
-they gained no more. The loss of the segment, and its gradient by which all weights change after it,
+never with words it has not read. Were a_v c_j the rule's step size at L's weight (v, j), and a the
+same for related words (then T a T = a T^2, which costs less and gained as much), that is what its
+step at every word would do, all gradients taken at the weights of the segment's start: the dual
+form of mini-batch test-time training (Sun et al. 2024, section 2.5), a linear attention within the
+segment (fast weights: Schmidhuber 1992; Ba et al. 2016). d stands for the bias. a, c and d are the
+nearest to the rule's steps (`mlm.rollout.learning_at_once`); fitted to held-out text they gained no
+more. The loss of the segment, and its gradient by which all weights change after it,
 are those of these predictions, what is subtracted being a constant: words that were learned
 already teach less. Where surprise counts (`mlm.surprise`), it does so in e_s, too. Lanes read so
 where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.columns`); the static
@@ -21,6 +22,8 @@ Letters: B lanes, T time, I keys, V vocabulary.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,22 +43,40 @@ def alike(keys_BTI: Tensor, columns: Tensor) -> Tensor:
     return inner_BTT.tril(-1)
 
 
-def taught(spread_BTV: Tensor, keys_BTI: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """What T spreads and the logits lose, (B, T, V); no gradient.
+def twice(related: Tensor) -> Tensor:
+    """R (V, S) for which T^2 = I + R Q^T."""
+    inner = related.t() @ related
+    return related @ inner.add_(torch.eye(len(inner), dtype=inner.dtype, device=inner.device) * 2)
 
-    Args:
-        spread_BTV: T e_s; rows: a, (V); columns: c and d, (I + 1).
-    """
-    return torch.bmm(alike(keys_BTI, columns), spread_BTV).mul_(rows)
+
+class Teaching(NamedTuple):
+    """How words teach at once; all of it shared by the lanes."""
+
+    rows: Tensor
+    """(V): a."""
+    columns: Tensor
+    """(I + 1): c and d."""
+    related: Tensor | None = None
+    """(V, S): Q; None = words are not related."""
+    twice: Tensor | None = None
+    """(V, S): R."""
+
+
+def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
+    """What the logits lose, (B, T, V), of errors e; no gradient."""
+    alike_BTT = alike(keys_BTI, by.columns)
+    lost_BTV = torch.bmm(alike_BTT, error_BTV)
+    if by.related is not None and by.twice is not None:
+        along_BTS = torch.bmm(alike_BTT, error_BTV @ by.related)
+        lost_BTV.flatten(0, 1).addmm_(along_BTS.flatten(0, 1), by.twice.t())
+    return lost_BTV.mul_(by.rows)
 
 
 def corrected(
     logits_BTV: Tensor,
     targets_BT: Tensor,
     keys_BTI: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    related: Tensor | None,
+    by: Teaching,
     share_BT: Tensor,
     slope: Tensor | None = None,
 ) -> Tensor:
@@ -70,6 +91,5 @@ def corrected(
         nll_BT = -log_p.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
         error_BTV = log_p.exp() - one_hot
         error_BTV *= taught_by(nll_BT, share_BT, slope).unsqueeze(-1)
-        more = taught(spread(error_BTV, related), keys_BTI, rows, columns)
-        more = spread(more, related)
-    return logits_BTV - more
+        lost = taught(error_BTV, keys_BTI, by)
+    return logits_BTV - lost

@@ -562,8 +562,9 @@ def _fused_nll(
         layer = softmax.Layer(weights["embedding"], bias, low, slope=slope)
     else:
         related = weights.get("softmax.related")
-        rows, columns, once = _at_once(weights)
-        layer = softmax.Layer(turned, bias, None, related, rows, columns, slope, once)
+        by, once = _at_once(weights)
+        own = (None, None, None) if by is None else (by.rows, by.columns, by.twice)
+        layer = softmax.Layer(turned, bias, None, related, *own, slope, once)
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
@@ -588,10 +589,13 @@ def weighted_nll(
     return nll if is_plain() else nll.detach(), total
 
 
-def _at_once(weights: Weights) -> tuple[Tensor | None, ...]:
-    """How words teach at once, where an output layer of each lane does so (`mlm.at_once`)."""
-    found = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns", "surprise"))
-    return (None, None, None) if weights["softmax.low"].dim() == 2 else tuple(found)
+def _at_once(weights: Weights) -> tuple[at_once.Teaching | None, Tensor | None]:
+    """How words teach at once, and their slope, where an output layer of each lane does so."""
+    rows, columns = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns"))
+    if rows is None or columns is None or weights["softmax.low"].dim() == 2:
+        return None, None
+    related, twice = (weights.get(f"softmax.{which}") for which in ("related", "once.twice"))
+    return at_once.Teaching(rows, columns, related, twice), weights.get("softmax.once.surprise")
 
 
 def token_nll(
@@ -615,10 +619,9 @@ def token_nll(
     logits = _logits(weights, shape, output_BTE)
     if not shape.cutoffs:
         keys = _along(weights, "softmax", output_BTE)
-        rows, columns, slope = (None, None, None) if keys is None else _at_once(weights)
-        if keys is not None and rows is not None and columns is not None:
-            given = rows, columns, weights.get("softmax.related"), share, slope
-            logits = at_once.corrected(logits, targets_BT, keys, *given)
+        by, slope = (None, None) if keys is None else _at_once(weights)
+        if keys is not None and by is not None:
+            logits = at_once.corrected(logits, targets_BT, keys, by, share, slope)
         flat = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return flat.view_as(targets_BT)
     first = shape.cutoffs[0]

@@ -33,10 +33,11 @@ matrix (see `mlm.lowrank`)."""
 RELATED = "softmax.related"
 """What relates words to each other in the output layer (see `mlm.related`)."""
 ROWS, COLUMNS = "softmax.once.rows", "softmax.once.columns"
-"""How much of what a word teaches counts at the next one (see `mlm.at_once`)."""
+TWICE = "softmax.once.twice"
+"""How much of what a word teaches counts at the next one, and T^2 (see `mlm.at_once`)."""
 SURPRISE, ONCE_SURPRISE = "softmax.surprise", "softmax.once.surprise"
 """How a token's loss counts for what it teaches after the segment and at once (`mlm.surprise`)."""
-CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS, SURPRISE, ONCE_SURPRISE)
+CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS, TWICE, SURPRISE, ONCE_SURPRISE)
 """Endings of what is not a weight of stage 1."""
 
 

@@ -15,11 +15,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mlm import buffers
+from mlm import at_once, buffers
 from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
-from mlm.memory import COLUMNS, LOW, ROWS, LongTerm, lanes_of, reset_lanes
+from mlm.memory import COLUMNS, LOW, RELATED, ROWS, TWICE, LongTerm, lanes_of, reset_lanes
 from mlm.phrases import SAID, Heard, History, Recalled
 from mlm.streams import Segment
 
@@ -118,9 +118,10 @@ def learning_at_once(memory: LongTerm, rule: Bound) -> LongTerm:
     columns_I = logs[OUTPUT[0]].mean(0) - rows_V.mean()
     bias = (logs[OUTPUT[1]] - rows_V).mean() if OUTPUT[1] in logs else math.log(SMALLEST)
     own = torch.cat([columns_I, columns_I.new_tensor([float(bias)])])
-    return dataclasses.replace(
-        memory, weights={**memory.weights, ROWS: rows_V.exp(), COLUMNS: own.exp()}
-    )
+    found = {ROWS: rows_V.exp(), COLUMNS: own.exp()}
+    if RELATED in memory.weights:
+        found[TWICE] = at_once.twice(memory.weights[RELATED])
+    return dataclasses.replace(memory, weights={**memory.weights, **found})
 
 
 def open_articles(

@@ -33,8 +33,9 @@ class Layer(NamedTuple):
     related: Tensor | None = None
     """(V, S), Q, shared: logits = (I + Q Q^T) (output head^T) + bias (`mlm.related`)."""
     rows: Tensor | None = None
-    """(V), and `columns` (E + 1), shared: how words teach at once (`mlm.at_once`)."""
+    """(V), `columns` (E + 1) and `twice` (V, S), shared: of `at_once.Teaching`."""
     columns: Tensor | None = None
+    twice: Tensor | None = None
     slope: Tensor | None = None
     """(2), shared: how a token's loss counts for what it teaches (`mlm.surprise`)."""
     once_slope: Tensor | None = None
@@ -145,6 +146,7 @@ class _WeightedNLL(torch.autograd.Function):
         related: Tensor | None,
         rows: Tensor | None,
         columns: Tensor | None,
+        twice: Tensor | None,
         slope: Tensor | None,
         once_slope: Tensor | None,
         projected: Tensor | None,
@@ -154,7 +156,7 @@ class _WeightedNLL(torch.autograd.Function):
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
         names = ("output", *Layer._fields, "projected")
-        given = Layer(head, bias, low, related, rows, columns, slope, once_slope)
+        given = Layer(head, bias, low, related, rows, columns, twice, slope, once_slope)
         tensors = (output, *given, projected)
         inputs = zip(names, tensors, strict=True)
         found = {
@@ -165,7 +167,12 @@ class _WeightedNLL(torch.autograd.Function):
         nll = output.new_empty(lanes, steps)
         group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
         buffer = output.new_empty(group, steps, head.shape[-2])
-        spare = None if rows is None else torch.empty_like(buffer)
+        teaching = spare = None
+        if rows is not None and columns is not None:
+            teaching, spare = (
+                at_once.Teaching(rows, columns, related, twice),
+                torch.empty_like(buffer),
+            )
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))
             own = Layer(
@@ -181,15 +188,10 @@ class _WeightedNLL(torch.autograd.Function):
                 logits.baddbmm_(projected[block], low_BRV)
             spreads = [] if related is None else [_spread(logits, related, "related" in some)]
             here = targets[block], weights[block], nll[block]
-            if spare is not None and rows is not None and columns is not None:
+            if teaching is not None and spare is not None:
                 error, logits = logits, spare[: len(logits)].copy_(logits)
                 _rows(error, own, *here, None, once_slope, True)
-                if related is not None:
-                    _spread(error, related, False)
-                more = at_once.taught(error, output[block], rows, columns)
-                if related is not None:
-                    _spread(more, related, False)
-                logits -= more
+                logits -= at_once.taught(error, output[block], teaching)
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
