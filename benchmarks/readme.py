@@ -121,6 +121,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "2018: 2 levels": "2018: 2 levels",
         "2018: 3 levels over 2": "2018: 3 levels over 2",
     },
+    "parts": {"rule": "rule", "article": "gain, article", "stream": "gain, stream"},
     "speed": {
         "rule": "rule",
         "M": "M",

@@ -197,6 +197,14 @@ def test_every_reading_is_a_run_made_once(
     assert {r["rule"] for r in times} >= {"RMS (same)", "4 levels", "RMS, the published loop"}
     assert all(r["words/s"] > 0 for r in times)
 
+    assert command("benchmarks.parts", folder, "--out", tmp_path / "out").code == 0
+    parts = json.loads((tmp_path / "out" / "parts.json").read_text(encoding="utf-8"))["rows"]
+    found = {r["rule"]: tuple(r[p] for p in PROTOCOLS) for r in parts}
+    for rule in ("RMS (all)", "4 levels"):
+        other = [f for r, f in found.items() if r.startswith(rule + ",") and "borders" not in r]
+        assert len(other) in (1, 3)
+        assert found[rule] not in other, "a part that changes nothing"
+
     def again(*_: object, **__: object) -> None:
         raise UserError("made again")
 
