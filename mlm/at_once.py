@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlm.half import done, lowered, product
 from mlm.surprise import taught_by
 
 
@@ -65,10 +66,14 @@ class Teaching(NamedTuple):
 def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     """What the logits lose, (B, T, V), of errors e; no gradient."""
     alike_BTT = alike(keys_BTI, by.columns)
-    lost_BTV = torch.bmm(alike_BTT, error_BTV)
+    lower_BTV = lowered(error_BTV)
+    lost_BTV = product(alike_BTT, lower_BTV, torch.empty_like(error_BTV))
     if by.related is not None and by.twice is not None:
-        along_BTS = torch.bmm(alike_BTT, error_BTV @ by.related)
-        lost_BTV.flatten(0, 1).addmm_(along_BTS.flatten(0, 1), by.twice.t())
+        along_NS = alike_BTT.new_empty(alike_BTT[..., 0].numel(), by.related.shape[1])
+        product(lower_BTV.flatten(0, 1), by.related, along_NS)
+        along_BTS = torch.bmm(alike_BTT, along_NS.view(*alike_BTT.shape[:2], -1))
+        product(along_BTS.flatten(0, 1), by.twice.t(), lost_BTV.flatten(0, 1), add=True)
+    done(lower_BTV, error_BTV)
     return lost_BTV.mul_(by.rows)
 
 

@@ -20,17 +20,18 @@ _Key = tuple[tuple[int, ...], torch.dtype]
 _free: dict[_Key, list[Tensor]] = {}
 
 
-def take(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor of this shape, on the device and in the dtype of `like`.
+def take(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised contiguous tensor of this shape, on the device and in the dtype of `like`,
+    or in another `dtype`.
 
     The first dimension counts lanes: with another number of them, what was given before is freed.
     """
     if like.device.type != "cpu":
-        return like.new_empty(shape)
-    found = _free.get((shape[1:], like.dtype), [])
+        return like.new_empty(shape, dtype=dtype)
+    found = _free.get((shape[1:], dtype or like.dtype), [])
     if found and found[0].shape != shape:
         found.clear()
-    return found.pop() if found else like.new_empty(shape)
+    return found.pop() if found else like.new_empty(shape, dtype=dtype)
 
 
 def give(tensors: Iterable[Tensor]) -> None:

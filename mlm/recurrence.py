@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.buffers import take
+from mlm.half import product
 
 CACHE_BYTES = 8 << 20
 
@@ -116,7 +117,7 @@ class LaneRecurrence(torch.autograd.Function):
                 drecurrent = dgates_BTG.flatten(0, 1).t() @ before.flatten(0, 1)
             else:
                 drecurrent = take(tuple(recurrent.shape), recurrent)
-                torch.bmm(dgates_BTG.transpose(1, 2), before, out=drecurrent)
+                product(dgates_BTG.transpose(1, 2), before, drecurrent)
         if any(ctx.needs_input_grad[4:5]):
             dlow = take(tuple(low.shape), low)
             torch.bmm(dgates_BTG.transpose(1, 2), before @ directions.t(), out=dlow)
@@ -233,7 +234,7 @@ class LaneLinear(torch.autograd.Function):
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
             dweight = take(tuple(weight.shape), weight)
-            torch.bmm(dy_BTO.transpose(1, 2), x_BTI, out=dweight)
+            product(dy_BTO.transpose(1, 2), x_BTI, dweight)
         if ctx.needs_input_grad[2]:
             dbias = dy_BTO.sum(1 if ctx.bias_dim == 2 else (0, 1))
         return dx, dweight, dbias

@@ -18,6 +18,7 @@ from mlm.checkpoint import RunFolder, check_vocabulary, load_memory
 from mlm.config import CACHE, LEARNED, AdaptConfig, Config
 from mlm.errors import UserError
 from mlm.files import write_text
+from mlm.half import use_half
 from mlm.kernels import use_kernels
 from mlm.lowrank import check_rank, turned
 from mlm.memory import BASIS, RELATED, LongTerm, choose_dynamic
@@ -193,6 +194,7 @@ def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongT
 def open_run(config: Config, quiet: bool = False) -> Run:
     """The run of these settings, nothing written yet; threads as its first stage wants them."""
     use_kernels(config.adapt.kernels == "auto")
+    use_half(config.adapt.precision == "bfloat16")
     use_threads(config.threads if "lm" in config.stages else config.adapt.threads or config.threads)
     return Run(config, RunFolder(run_path(config)), choose_device(config.device), quiet)
 

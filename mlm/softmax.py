@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlm import at_once, kernels
 from mlm.buffers import take
+from mlm.half import done, lowered, product
 from mlm.surprise import inner_total
 
 LOGITS = 1 << 24
@@ -87,9 +88,9 @@ def weighted_nll(
 def _product(x_BTE: Tensor, head: Tensor, out: Tensor) -> None:
     """out = x head^T for a shared (V, E) or per-lane (B, V, E) head."""
     if head.dim() == 2:
-        torch.mm(x_BTE.flatten(0, 1), head.t(), out=out.flatten(0, 1))
+        product(x_BTE.flatten(0, 1), head.t(), out.flatten(0, 1))
     else:
-        torch.bmm(x_BTE, head.transpose(1, 2), out=out)
+        product(x_BTE, head.transpose(1, 2), out)
 
 
 def _rows(
@@ -126,8 +127,8 @@ def _spread(x_V: Tensor, related: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
     """
     flat = x_V.flatten(0, -2)
     before = flat.clone() if keep else flat
-    along_NS = flat @ related
-    flat.addmm_(along_NS, related.t())
+    along_NS = product(flat, related, flat.new_empty(len(flat), related.shape[1]))
+    product(along_NS, related.t(), flat, add=True)
     return before, along_NS
 
 
@@ -181,8 +182,8 @@ class _WeightedNLL(torch.autograd.Function):
                 low if low is None or low.dim() == 2 else low[block],
             )
             some = {name: g if name == "related" else g[block] for name, g in found.items()}
-            logits = buffer[: block.stop - lo]
-            _product(output[block], own.head, logits)
+            logits, keys, table = buffer[: block.stop - lo], output[block], lowered(own.head)
+            _product(keys, table, logits)
             if own.low is not None and projected is not None:
                 low_BRV = own.low.transpose(-1, -2).expand(len(logits), -1, -1)
                 logits.baddbmm_(projected[block], low_BRV)
@@ -191,21 +192,25 @@ class _WeightedNLL(torch.autograd.Function):
             if teaching is not None and spare is not None:
                 error, logits = logits, spare[: len(logits)].copy_(logits)
                 _rows(error, own, *here, None, once_slope, True)
-                logits -= at_once.taught(error, output[block], teaching)
+                logits -= at_once.taught(error, keys, teaching)
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
                 if "related" in some:
                     (x, along), (g, back) = spreads
-                    some["related"].addmm_(x.t(), back).addmm_(g.t(), along)
+                    product(x.t(), back, some["related"], add=True)
+                    product(g.t(), along, some["related"], add=True)
+            moves = lowered(logits) if {"output", "head"} & some.keys() else logits
             if "output" in some:
-                _product(logits, own.head.transpose(-1, -2), some["output"])
+                _product(moves, table.transpose(-1, -2), some["output"])
             if "head" in some:
-                torch.bmm(logits.transpose(1, 2), output[block], out=some["head"])
+                product(moves.transpose(1, 2), keys, some["head"])
             if projected is not None and "low" in some:
                 torch.bmm(logits.transpose(1, 2), projected[block], out=some["low"])
             if own.low is not None and "projected" in some:
                 torch.matmul(logits, own.low, out=some["projected"])
+            done(moves, logits)
+            done(table, own.head)
         ctx.found = [found.get(name) for name in names]
         ctx.mark_non_differentiable(nll)
         return nll, inner_total(nll, weights, slope)

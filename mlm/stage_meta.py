@@ -94,6 +94,8 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
     for name in ("related", "borders", "basis_words", "at_once", "surprise", "phrases"):
         if not keys["adapt"][name]:
             keys["adapt"].pop(name)
+    if keys["adapt"]["precision"] == "float32":
+        keys["adapt"].pop("precision")
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
