@@ -106,14 +106,17 @@ class LMTrainingConfig:
     """bfloat16 matrix products; auto = where the processor has them."""
     init: Path | None = None
     """Run folder of a language model to go on from, with the same text and sizes."""
-    through: Literal["none", "rms"] = "none"
-    """rms = train the weights through the adaptation from the start: every lane reads under
-    weights of its own that Krause's rule rewrites after each segment, and the loss of that reading
-    is what is trained (float32, no dropout)."""
+    through: Literal["none", "rms", "learned"] = "none"
+    """Train the weights through the adaptation: every lane reads under weights of its own that a
+    rule rewrites after each segment, and the loss of that reading is what is trained (float32, no
+    dropout). rms = Krause's rule; learned = the one of --lm.through-run."""
+    through_run: Path | None = None
+    """Run folder whose stage 2 is done, of the same sizes and vocabulary: its first learned rule,
+    its bases and its Fisher are read with."""
     through_rate: float = 3e-3
-    """Step size of that rule."""
+    """Step size of Krause's rule."""
     through_decay: float = 0.01
-    """Decay of that rule towards the trained weights."""
+    """Decay of Krause's rule towards the trained weights."""
 
 
 @dataclass(frozen=True)
@@ -490,6 +493,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+PATHS = ("out", "init", "through_run")
+"""Settings that are paths, where they are set."""
+
+
 def _build(kind: Any, default: Any, values: dict[str, Any], where: str) -> Any:
     changes: dict[str, Any] = {}
     names = {f.name: f for f in dataclasses.fields(kind)}
@@ -503,7 +510,7 @@ def _build(kind: Any, default: Any, values: dict[str, Any], where: str) -> Any:
             value = _build(type(old), old, value, f"{where}{name}.")
         elif isinstance(value, list):
             value = tuple(value)
-        elif isinstance(value, str) and (isinstance(old, Path) or name in ("out", "init")):
+        elif isinstance(value, str) and (isinstance(old, Path) or name in PATHS):
             value = Path(value)
         changes[name] = value
     return dataclasses.replace(default, **changes)

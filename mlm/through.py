@@ -1,29 +1,38 @@
 """Stage 1 through the adaptation: weights trained to be rewritten.
 
-Every lane reads under theta_0 + delta; Krause's rule moves delta after each segment, and theta_0
+Every lane reads under theta_0 + delta; an update rule moves delta after each segment, and theta_0
 and all other weights follow the gradient of the loss under theta_0 + delta. That is the
 first-order meta-gradient (see `rollout.meta_gradient`) with one update of theta_0 per segment:
 delta does not depend on theta_0 to first order. Compare MAML (Finn et al. 2017) and end-to-end
-test-time training. Letters: B lanes, T tokens per segment.
+test-time training. The rule is Krause's, with a Fisher that is learned along the way, or the one
+that another run's stage 2 has learned, in that run's bases. Letters: B lanes, T tokens per segment.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
 from mlm import buffers
+from mlm.checkpoint import RunFolder
 from mlm.config import Config
 from mlm.errors import UserError
 from mlm.learner import RMS, Bound, Static
 from mlm.lm import BaseModel, Weights
-from mlm.memory import LongTerm, choose_dynamic, has_low_rank
+from mlm.lowrank import base_of
+from mlm.memory import BASIS, LOW, RELATED, LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import shrunk
-from mlm.rollout import begin, step
+from mlm.phrases import phrases
+from mlm.related import untangled
+from mlm.rollout import Reader, Scored, begin, learning_at_once, step
+from mlm.run import Run
 from mlm.scoring import score_articles
+from mlm.stage_meta import Learned, load_learned
 from mlm.training import LMTrainer, Text
+from mlm.warp import warped_matrices
 
 FISHER_SEGMENTS = 500
 """The running mean of squared gradients looks back so many segments of every lane."""
@@ -32,43 +41,44 @@ FISHER_SEGMENTS = 500
 class ThroughTrainer(LMTrainer):
     """`LMTrainer` in which the lanes adapt while the weights are trained.
 
-    The Fisher is a running mean over the lanes' own segment gradients, which reading gives for
-    nothing. The validation loss is that of adapted reading, too.
+    The validation loss is that of adapted reading, too.
     """
+
+    reader: Reader
+    dynamic: tuple[str, ...]
+    """What the lanes hold of their own."""
 
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         super().__init__(config, shape, text, device)
         s = config.lm
-        if any((*vars(self.dropout).values(), s.ar, s.tar)) or has_low_rank(config.adapt.dynamic):
+        if any((*vars(self.dropout).values(), s.ar, s.tar)):
             raise UserError(
-                "--lm.through rms trains without dropout, AR and TAR, and full matrices only; set "
-                "--lm.dropout-*, --lm.weight-drop, --lm.ar and --lm.tar to 0 and leave .low out of "
-                "--adapt.dynamic"
+                f"--lm.through {s.through} trains without dropout, AR and TAR; set --lm.dropout-*, "
+                "--lm.weight-drop, --lm.ar and --lm.tar to 0"
             )
         self.precision = torch.float32
-        self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
-        self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
-        """Running mean of squared gradients, biased towards zero until corrected."""
-        self.prior = config.adapt.fisher_prior
-        self.seen = torch.zeros((), dtype=torch.float64)
-        """Sum of that mean's weights."""
-        self.reader = begin(self._memory(), self.stream.lanes)
-        some = self.weights[self.dynamic[0]]
-        self.rate, self.decay = (some.new_tensor(x) for x in (s.through_rate, s.through_decay))
 
-    def _memory(self) -> LongTerm:
-        """theta_0 as it is now, and the Fisher so far."""
-        weights = {n: w.detach() for n, w in self.weights.items()}
-        seen = max(float(self.seen), 1e-12)
-        rms = {n: shrunk(s / seen, self.prior).sqrt() for n, s in self.squares.items()}
-        limit = 2 * math.log(self.shape.vocabulary)
-        return LongTerm(self.shape, weights, self.dynamic, rms, 0.0, self.settings.segment, limit)
+    def memory(self) -> LongTerm:
+        """theta_0 as it is now."""
+        raise NotImplementedError
 
-    def _bound(self, memory: LongTerm) -> Bound:
-        """The rule at work; it rests until there is a Fisher."""
-        if not float(self.seen):
-            return Static().bind({}, memory)
-        return RMS().bind({"rate": self.rate, "decay": self.decay}, memory)
+    def bound(self, memory: LongTerm) -> Bound:
+        """The rule at work."""
+        raise NotImplementedError
+
+    def follow(self) -> None:
+        """The weights have moved."""
+
+    def shared(self) -> tuple[str, ...]:
+        """The weights that lanes share, by which the loss is differentiated."""
+        return tuple(n for n in self.weights if n not in self.dynamic)
+
+    def gradient(self, name: str, scored: Scored) -> Tensor:
+        """By a weight, of the sum over lanes of what `Scored.gradients` are of."""
+        return scored.of_all_lanes(name)
+
+    def count(self, gradients: Weights, full_B: Tensor) -> None:
+        """See gradients of lanes; those in `full_B` read a whole segment."""
 
     def train_step(self) -> tuple[float, int]:
         """One segment read, delta and all weights moved; returns (nats per token, tokens).
@@ -77,10 +87,9 @@ class ThroughTrainer(LMTrainer):
             UserError: the loss is not finite; the weights are untouched by it.
         """
         segment = next(self.stream).to(self.device)
-        memory = self._memory()
-        learn = tuple(n for n in self.weights if n not in self.dynamic)
+        memory = self.memory()
         out = {n: buffers.take(tuple(w.shape), w) for n, w in self.reader.weights.items()}
-        now = step(memory, self._bound(memory), self.reader, segment, out, learn)
+        now = step(memory, self.bound(memory), self.reader, segment, out, self.shared())
         count = int(segment.mask.sum())
         value = float(now.scored.nll.sum()) / count
         if not math.isfinite(value):
@@ -91,20 +100,82 @@ class ThroughTrainer(LMTrainer):
             )
         scale = segment.inputs.shape[1] / count
         for name, weight in self.weights.items():
-            shared = now.scored.shared.get(name)
-            total = now.scored.gradients[name].sum(0) if shared is None else shared
-            weight.grad = total.mul_(scale)
-        self._count_squares(now.scored.gradients, segment.mask.all(1))
-        before = {n: self.weights[n].detach().clone() for n in self.dynamic}
+            weight.grad = self.gradient(name, now.scored).mul_(scale)
+        self.count(now.scored.gradients, segment.mask.all(1))
+        before = {n: memory.weights[n].clone() for n in self.dynamic}
         self._descend()
-        for n, w in now.after.weights.items():  # delta is kept, theta_0 moves under it
-            w += self.weights[n].detach() - before[n]
+        self.follow()
+        start = self.memory().weights
+        for n, old in before.items():  # delta is kept, theta_0 moves under it
+            now.after.weights[n] += start[n] - old
         buffers.give(now.scored.gradients.values())
         buffers.give(self.reader.weights.values())
         self.reader, self.step = now.after, self.step + 1
         return value, count
 
-    def _count_squares(self, gradients: Weights, full_B: Tensor) -> None:
+    def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """See `LMTrainer.start_from`."""
+        super().start_from(run, vocabulary_hash)
+        self.follow()
+
+    def validation_loss(self, valid: Text) -> float:
+        """Mean loss of adapted reading, each article from theta_0, nats per token."""
+        memory = self.memory()
+        lanes = min(self.settings.lanes, len(valid.articles))
+        scores = score_articles(memory, self.bound(memory), valid.articles, valid.eos, lanes)
+        return scores.total / valid.tokens
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """The lanes' weights and state."""
+        return {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+
+    def load_more(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `more_tensors`."""
+        prefix = "reader/"
+        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.reader = self.reader.of(found)
+        self.follow()
+
+
+class ThroughRMS(ThroughTrainer):
+    """Through Krause's rule.
+
+    The Fisher is a running mean over the lanes' own segment gradients, which reading gives for
+    nothing.
+    """
+
+    def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
+        super().__init__(config, shape, text, device)
+        s = config.lm
+        if has_low_rank(config.adapt.dynamic):
+            raise UserError(
+                "--lm.through rms trains full matrices only; leave .low out of --adapt.dynamic"
+            )
+        self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
+        self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
+        """Running mean of squared gradients, biased towards zero until corrected."""
+        self.prior = config.adapt.fisher_prior
+        self.seen = torch.zeros((), dtype=torch.float64)
+        """Sum of that mean's weights."""
+        self.reader = begin(self.memory(), self.stream.lanes)
+        some = self.weights[self.dynamic[0]]
+        self.rate, self.decay = (some.new_tensor(x) for x in (s.through_rate, s.through_decay))
+
+    def memory(self) -> LongTerm:
+        """theta_0 as it is now, and the Fisher so far."""
+        weights = {n: w.detach() for n, w in self.weights.items()}
+        seen = max(float(self.seen), 1e-12)
+        rms = {n: shrunk(s / seen, self.prior).sqrt() for n, s in self.squares.items()}
+        limit = 2 * math.log(self.shape.vocabulary)
+        return LongTerm(self.shape, weights, self.dynamic, rms, 0.0, self.settings.segment, limit)
+
+    def bound(self, memory: LongTerm) -> Bound:
+        """The rule at work; it rests until there is a Fisher."""
+        if not float(self.seen):
+            return Static().bind({}, memory)
+        return RMS().bind({"rate": self.rate, "decay": self.decay}, memory)
+
+    def count(self, gradients: Weights, full_B: Tensor) -> None:
         """Move the running mean by the lanes that read a whole segment."""
         if not bool(full_B.any()):
             return
@@ -115,23 +186,120 @@ class ThroughTrainer(LMTrainer):
             for lane in lanes:
                 squares.addcmul_(g[lane], g[lane], value=share / len(lanes))
 
-    def validation_loss(self, valid: Text) -> float:
-        """Mean loss of adapted reading, each article from theta_0, nats per token."""
-        memory = self._memory()
-        lanes = min(self.settings.lanes, len(valid.articles))
-        scores = score_articles(memory, self._bound(memory), valid.articles, valid.eos, lanes)
-        return scores.total / valid.tokens
-
     def more_tensors(self) -> dict[str, Tensor]:
-        """The lanes' weights and state, and the running Fisher."""
-        return {
-            "seen": self.seen,
-            **{f"squares/{n}": s for n, s in self.squares.items()},
-            **{f"reader/{n}": t for n, t in self.reader.tensors().items()},
-        }
+        """And the running Fisher."""
+        squares = {f"squares/{n}": s for n, s in self.squares.items()}
+        return super().more_tensors() | {"seen": self.seen} | squares
 
     def load_more(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `more_tensors`."""
+        super().load_more(tensors)
         self.seen = tensors["seen"]
         self.squares = {n: tensors[f"squares/{n}"].to(self.device) for n in self.dynamic}
-        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
+
+
+class ThroughLearned(ThroughTrainer):
+    """Through a learned rule, with the bases, related words and Fisher of the run that has it.
+
+    All of these stay as they are, and so does how words teach at once; a matrix that adapts in a
+    basis of its own, output = T L (P x), is trained as W = T L P (`mlm.warp`). Every article's
+    beginning is told, and tokens teach by their loss itself, so that one gradient serves the lanes
+    and theta_0 (`mlm.surprise` counts again when the rule reads).
+    """
+
+    def __init__(
+        self, config: Config, shape: BaseModel, text: Text, device: torch.device, learned: Learned
+    ) -> None:
+        super().__init__(config, shape, text, device)
+        m = learned.memory
+        rule = learned.bound()
+        held = dataclasses.replace(m, borders=None, surprise=0.0)
+        held = learning_at_once(held, rule)
+        own = {n: w.clone() for n, w in held.weights.items()}
+        told = held.phrases and held.phrases._replace(scale=held.phrases.scale.clone())
+        self._memory = dataclasses.replace(held, weights=own, phrases=told)
+        """Its weights are this trainer's own, and written in place."""
+        self._bound = learned.rule.bind(learned.parameters, self._memory)
+        self.dynamic = m.dynamic
+        self._turned = {base_of(n): n for n in warped_matrices(held)}
+        """Matrices W that adapt as L, and the names of their changes."""
+        self._back = {n: torch.linalg.inv(own[n + BASIS]) for n in self._turned.values()}
+        """P^-1."""
+        self.follow()
+        self.reader = begin(self._memory, self.stream.lanes, self._bound)
+
+    def _straight(self, name: str, x: Tensor) -> Tensor:
+        """T^-1 x."""
+        related = self._memory.weights.get(RELATED) if name == "softmax" else None
+        return x if related is None else untangled(x, related)
+
+    def memory(self) -> LongTerm:
+        """theta_0 as it is now."""
+        return self._memory
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """theta_0 follows: L_0 = T^-1 W P^-1; so does what phrases are measured by."""
+        for n, w in self.weights.items():
+            self._memory.weights[n].copy_(w)
+        own = self._memory.phrases
+        if own is not None:
+            own.scale.copy_(phrases(self.weights["embedding"], own.tokens).scale)
+        for base, name in self._turned.items():
+            low = self._straight(name, self.weights[base].detach() @ self._back[name])
+            self._memory.weights[name + LOW].copy_(low)
+
+    def bound(self, memory: LongTerm) -> Bound:
+        """The rule at work."""
+        return self._bound
+
+    def shared(self) -> tuple[str, ...]:
+        """The input embedding, where the output layer adapts, and what does not adapt at all."""
+        unread = self._turned.keys() - {"embedding"}
+        return tuple(n for n in super().shared() if n not in unread)
+
+    def gradient(self, name: str, scored: Scored) -> Tensor:
+        """By W: T^-1 G P^-T, G by L; the embedding's rows are read as inputs, too."""
+        turned = self._turned.get(name)
+        if turned is None:
+            return scored.of_all_lanes(name)
+        by_low = scored.of_all_lanes(turned + LOW) @ self._back[turned].t()
+        by_low = self._straight(turned, by_low)
+        return by_low.add_(scored.shared[name]) if name in scored.shared else by_low
+
+
+def through_trainer(
+    config: Config, shape: BaseModel, text: Text, vocabulary_hash: str, device: torch.device
+) -> ThroughTrainer:
+    """The trainer that --lm.through names.
+
+    Raises:
+        UserError: --lm.through-run holds no rule, or one for another vocabulary or other sizes.
+    """
+    if config.lm.through == "rms":
+        return ThroughRMS(config, shape, text, device)
+    path = config.lm.through_run
+    if path is None:
+        raise UserError(
+            "--lm.through learned: name a run folder whose stage 2 is done with --lm.through-run"
+        )
+    folder = RunFolder(path)
+    other = folder.load_config()
+    run = Run(other, folder, device, quiet=True)
+    if run.vocabulary.hash != vocabulary_hash:
+        raise UserError(f"--lm.through-run {path} belongs to another vocabulary than this text")
+    if not other.meta.rules:
+        raise UserError(f"--lm.through-run {path}: no rule was learned there (--meta.rules)")
+    memory = run.memory
+    if memory.shape != shape:
+        raise UserError(
+            f"--lm.through-run {path}: its model is {memory.shape}, but the settings say {shape}; "
+            "use the same --model.* settings"
+        )
+    if other.adapt.segment != config.lm.segment:
+        raise UserError(
+            f"--lm.through-run {path} reads {other.adapt.segment} tokens per update; use "
+            f"--lm.segment {other.adapt.segment}"
+        )
+    learned = load_learned(run, other.meta.rules[0], memory)
+    return ThroughLearned(config, shape, text, device, learned)

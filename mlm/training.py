@@ -319,10 +319,12 @@ def train_lm(
     Writes `checkpoints/lm.safetensors` (best) and `lm_last.safetensors` (for `--resume`), and rows
     of metrics.jsonl. On Ctrl-C the state of training is saved first.
     """
-    kind = LMTrainer
-    if config.lm.through != "none":
-        from mlm.through import ThroughTrainer as kind
-    trainer = kind(config, shape, text, device)
+    if config.lm.through == "none":
+        trainer = LMTrainer(config, shape, text, device)
+    else:
+        from mlm.through import through_trainer
+
+        trainer = through_trainer(config, shape, text, vocabulary_hash, device)
     last = run.checkpoint("lm_last")
     if config.resume and last.exists():
         trainer.load(run, vocabulary_hash)

@@ -32,7 +32,7 @@ from mlm.lm import LMShape
 from mlm.memory import LongTerm
 from mlm.meta import MetaTrainer, reptile, weights_to_learn
 from mlm.rollout import begin, step
-from mlm.through import ThroughTrainer
+from mlm.through import ThroughRMS
 from mlm.training import LMTrainer, Text
 
 DYNAMIC = ("lstm.0.recurrent", "softmax.bias")
@@ -200,11 +200,11 @@ def test_settings_that_make_no_sense_are_refused(changes, said) -> None:
 # ---------------------------------------------------------------- stage 1 through the adaptation
 
 
-def _through(**changes) -> ThroughTrainer:
+def _through(**changes) -> ThroughRMS:
     lm = {"through": "rms", "lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32"}
     lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
     config = Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))
-    return ThroughTrainer(config, LMShape(12, 8, 8, 1), _text(), torch.device("cpu"))
+    return ThroughRMS(config, LMShape(12, 8, 8, 1), _text(), torch.device("cpu"))
 
 
 def test_weights_trained_to_be_rewritten_gain_more_from_it() -> None:
@@ -228,7 +228,7 @@ def test_the_gradient_is_that_of_reading_under_the_lanes_own_weights(monkeypatch
     trainer = _through()
     for _ in range(5):
         trainer.train_step()
-    memory, reader = trainer._memory(), trainer.reader
+    memory, reader = trainer.memory(), trainer.reader
     state = trainer.stream.state_dict()
     segment = next(trainer.stream)
     trainer.stream.load_state_dict(state)
@@ -271,8 +271,8 @@ def test_the_running_fisher_is_the_mean_of_squared_gradients() -> None:
     trainer = _through()
     gradients = {n: torch.full_like(w, 2.0) for n, w in trainer.reader.weights.items()}
     for _ in range(3):
-        trainer._count_squares(gradients, torch.tensor([True, True, False, True]))
-    for r in trainer._memory().rms.values():
+        trainer.count(gradients, torch.tensor([True, True, False, True]))
+    for r in trainer.memory().rms.values():
         torch.testing.assert_close(r, torch.full_like(r, 2.0))
 
 
@@ -291,7 +291,7 @@ def test_the_hand_made_rule_rests_until_there_is_a_fisher() -> None:
         bool((w != trainer.weights[n].detach()).any()) for n, w in trainer.reader.weights.items()
     ]
     assert all(moved)
-    assert isinstance(trainer._bound(trainer._memory()).rule, RMS)  # type: ignore[attr-defined]
+    assert isinstance(trainer.bound(trainer.memory()).rule, RMS)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- the whole path

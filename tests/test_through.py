@@ -1,0 +1,233 @@
+"""Stage 1 through a learned rule: the language model is trained for what another run learned."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, Finished
+from tiny import as_flags
+from worlds import EOS
+
+from mlm.checkpoint import RunFolder, load_lm, load_tensors
+from mlm.config import Config, LMTrainingConfig, ModelConfig
+from mlm.gates import LinearGates
+from mlm.learner import RMS, as_parameters
+from mlm.lm import LMShape, token_nll
+from mlm.lowrank import add_low_rank, turned
+from mlm.memory import LongTerm
+from mlm.phrases import phrases
+from mlm.related import relate
+from mlm.rules import open_slow, start_at
+from mlm.stage_meta import Learned
+from mlm.through import ThroughLearned
+from mlm.training import LMTrainer, Text, static_loss
+
+DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent", "lstm.0.bias")
+SHAPE = LMShape(24, 8, 8, 1)
+
+
+def _text(seed: int = 0) -> Text:
+    """Every article says three sentences of its own again and again."""
+    rng = np.random.default_rng(seed)
+    articles = []
+    for _ in range(8):
+        own = rng.integers(1, 24, (3, 6))
+        articles.append(own[rng.integers(0, 3, 30)].ravel())
+    return Text(articles, sum(map(len, articles)), EOS)
+
+
+def _config(**changes) -> Config:
+    lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
+    lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
+    return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
+
+
+def _learned(at_once: bool = True) -> Learned:
+    """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
+    plain = LMTrainer(_config(), SHAPE, _text(), torch.device("cpu"))
+    weights = {n: w.detach() for n, w in plain.weights.items()}
+    weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, _text(), 1000)
+    random = torch.Generator().manual_seed(0)
+    weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
+    rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
+    memory = turned(LongTerm(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
+    own = phrases(weights["embedding"], 50)
+    own = own._replace(steps=own.steps / 10)
+    memory = dataclasses.replace(memory, at_once=at_once, surprise=0.25, phrases=own)
+    start = as_parameters({"rate": 0.01, "decay": 0.01}, memory)
+    rule = LinearGates(per_unit=True, slow=True)
+    parameters = start_at(rule, RMS(), start, memory)
+    open_slow(parameters)
+    return Learned(rule, parameters, memory)
+
+
+def _through(at_once: bool = True, **changes) -> ThroughLearned:
+    own = _learned(at_once)
+    return ThroughLearned(
+        _config(through="learned", **changes), SHAPE, _text(), torch.device("cpu"), own
+    )
+
+
+def test_theta_0_is_the_model_that_is_trained() -> None:
+    trainer = _through()
+    for _ in range(12):
+        trainer.train_step()
+    memory = trainer.memory()
+    weights = {n: w.detach() for n, w in trainer.weights.items()}
+    assert any(
+        bool((w != memory.weights["softmax.low"]).any())
+        for w in trainer.reader.weights["softmax.low"]
+    )
+    tokens = torch.from_numpy(_text(3).articles[0][:21]).unsqueeze(0)
+    state = SHAPE.initial_state(1)
+    losses = []
+    with torch.no_grad():
+        for own in (weights, memory.weights):
+            output = SHAPE.run(own, tokens[:, :-1], state).output
+            losses.append(token_nll(own, SHAPE, output, tokens[:, 1:]))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypatch) -> None:
+    """Autograd through L_0 = T^-1 W P^-1, what the lanes have learned and recall held constant."""
+    trainer = _through(at_once)
+    for _ in range(5):
+        trainer.train_step()
+    memory, reader = trainer.memory(), trainer.reader
+    cursor = trainer.stream.state_dict()
+    segment = next(trainer.stream)
+    trainer.stream.load_state_dict(cursor)
+    assert not bool(segment.new.any())
+    leaves = {n: w.detach().clone().requires_grad_() for n, w in trainer.weights.items()}
+    start = {n: leaves[n] for n in DYNAMIC if n in leaves}
+    for base, name in (("embedding", "softmax"), ("lstm.0.input", "lstm.0.input")):
+        low = leaves[base] @ torch.linalg.inv(memory.weights[f"{name}.basis"])
+        if name == "softmax":
+            q = memory.weights["softmax.related"]
+            low = torch.linalg.solve(torch.eye(24) + q @ q.t(), low)
+        start[f"{name}.low"] = low
+    own = {n: s + (reader.weights[n] - memory.weights[n]) for n, s in start.items()}
+    assert memory.phrases is not None
+    assert reader.history is not None
+    said = memory.phrases.recall(reader.history, segment.inputs).rows
+    assert bool(said.any())
+    every = {**memory.weights, **leaves, **own, "softmax.said": said}
+    share = segment.mask / segment.mask.sum()  # every lane reads a whole segment
+    count = segment.inputs.shape[1]
+    now = trainer.shape.read(
+        every, segment.inputs, segment.targets, reader.state, segment.mask / count
+    )
+    assert bool(segment.mask.all())
+    want = torch.autograd.grad(now.total * count * share[0, 0], list(leaves.values()))
+    seen: dict[str, torch.Tensor] = {}
+    monkeypatch.setattr(
+        trainer,
+        "_descend",
+        lambda: seen.update({n: torch.clone(w.grad) for n, w in trainer.weights.items()}),  # type: ignore[arg-type]
+    )
+    trainer.train_step()
+    for name, g in zip(leaves, want, strict=True):
+        assert bool(g.any()), name
+        torch.testing.assert_close(seen[name], g, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_trained_for_the_rule_reads_better_with_it() -> None:
+    trainer = _through()
+    plain = LMTrainer(_config(), SHAPE, trainer.text, torch.device("cpu"))
+    while trainer.step < trainer.steps:
+        trainer.train_step()
+        plain.train_step()
+    new = _text(seed=5)
+    mine = trainer.validation_loss(new)
+    weights = {n: w.detach() for n, w in trainer.weights.items()}
+    assert mine < static_loss(weights, SHAPE, new, 4, 10) - 0.1
+    for n, w in trainer.weights.items():
+        w.data.copy_(plain.weights[n].data)
+    trainer.follow()
+    assert mine < trainer.validation_loss(new) - 0.05
+
+
+def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
+    whole, half = _through(), _through()
+    for _ in range(8):
+        whole.train_step()
+    for _ in range(4):
+        half.train_step()
+    half.save(RunFolder(tmp_path), "words")
+    rest = _through()
+    rest.load(RunFolder(tmp_path), "words")
+    for _ in range(4):
+        rest.train_step()
+    for name, value in whole.weights.items():
+        assert torch.equal(rest.weights[name], value), name
+    for name, value in whole.reader.weights.items():
+        assert torch.equal(rest.reader.weights[name], value), name
+
+
+# ---------------------------------------------------------------- the command
+
+
+def _flags(finished: Finished, out: Path) -> list[str]:
+    """Stage 1 goes on from the finished run's model, through its first learned rule."""
+    config = dataclasses.replace(finished.config, out=out, stages=("lm",))
+    lm = dataclasses.replace(
+        config.lm,
+        epochs=1.0,
+        segment=config.adapt.segment,
+        init=finished.folder,
+        through="learned",
+        through_run=finished.folder,
+        dropout_input=0.0,
+        dropout_hidden=0.0,
+        dropout_output=0.0,
+    )
+    return as_flags(dataclasses.replace(config, lm=lm))
+
+
+def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> None:
+    out = tmp_path / "through"
+    done = command("train", *_flags(finished, out))
+    assert done.code == 0, done.err
+    old, new = (RunFolder(path).checkpoint("lm") for path in (finished.folder, out))
+    before, _ = load_tensors(old, "")
+    hash_ = RunFolder(out).load_config() and load_tensors(new, "")[1]["vocabulary"]
+    after, shape, _ = load_lm(new, hash_)
+    assert shape.vocabulary == before["embedding"].shape[0]
+    assert any(not torch.equal(after[n], w) for n, w in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--lm.segment", "16"], "use --lm.segment 20"),
+        (["--lm.dropout-input", "0.1"], "without dropout"),
+        (["--model.hidden", "8"], "same --model"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    change: list[str], words: str, finished: Finished, tmp_path: Path, command: Command
+) -> None:
+    flags = [*_flags(finished, tmp_path / "out"), *change]
+    if "--model.hidden" in change:
+        flags = [*flags, "--model.layers", "2"]
+    done = command("train", *flags)
+    assert done.code != 0
+    assert words in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_run_must_be_named(finished: Finished, tmp_path: Path, command: Command) -> None:
+    flags = _flags(finished, tmp_path / "out")
+    at = flags.index("--lm.through-run")
+    done = command("train", *flags[:at], *flags[at + 2 :])
+    assert done.code != 0
+    assert "--lm.through-run" in done.err
+    flags[at + 1] = str(tmp_path / "nowhere")
+    done = command("train", *flags)
+    assert done.code != 0
+    assert "Traceback" not in done.err
