@@ -116,6 +116,8 @@ class Options:
     """Bootstrap resamples of the articles."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice."""
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the factors in the lanes' products, for all rules."""
     out: Path = Path("results/claim")
     """Where tables and pictures go."""
 
@@ -148,6 +150,7 @@ class Reading:
             "segment": options.segment,
             "rank": options.rank,
             "threads": options.threads,
+            "precision": options.precision,
         }
         adapt |= self.adapt
         if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them

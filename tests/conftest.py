@@ -16,6 +16,7 @@ from tiny import tiny_config, write_corpus
 from mlm import kernels
 from mlm.config import Config
 from mlm.errors import run_cli
+from mlm.half import use_half
 from mlm.pipeline import run_stages
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
@@ -75,6 +76,8 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             run_cli(module.main)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
+        finally:
+            use_half(False)  # of the process, which ends with a command but for tests
         out, err = capsys.readouterr()
         return Outcome(code, out, err)
 

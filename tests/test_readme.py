@@ -132,8 +132,9 @@ def _small(words: list[str], folder: Path) -> list[str]:
         place = flags.index(flag)
         del flags[place : place + 2]
 
-    if "--out" in words:
-        drop("--out")
+    for flag in ("--out", "--lm.segment"):  # of the command's own
+        if flag in words:
+            drop(flag)
     if PRESETS[value("--preset", "pydocs")].text.vocabulary == "word":  # the text has few words
         drop("--text.vocabulary-size")
     return flags if "--corpus" in words else ["--corpus", PLACE, *flags]
