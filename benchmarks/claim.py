@@ -93,7 +93,7 @@ class Options:
     """Between two updates the output layer of the learned rule learns, too."""
     surprise: float = 0.25
     """How much more a token teaches the learned rule the less it was expected."""
-    phrases: int = 8192
+    phrases: int = 32_768
     """Tokens in which the learned rule looks for what it has read before."""
     segment: int = 64
     """M of the meta-learner."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import as_flags
-from worlds import EOS, tiny_memory
+from worlds import EOS, check_resumed, tiny_memory
 
 from mlm.checkpoint import RunFolder, load_tensors
 from mlm.config import (
@@ -251,20 +251,7 @@ def test_the_gradient_is_that_of_reading_under_the_lanes_own_weights(monkeypatch
 
 
 def test_stage_1_through_the_adaptation_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole, half = _through(), _through()
-    for _ in range(8):
-        whole.train_step()
-    for _ in range(4):
-        half.train_step()
-    half.save(RunFolder(tmp_path), "words")
-    rest = _through()
-    rest.load(RunFolder(tmp_path), "words")
-    for _ in range(4):
-        rest.train_step()
-    for name, value in whole.weights.items():
-        assert torch.equal(rest.weights[name], value), name
-    for name, value in whole.reader.weights.items():
-        assert torch.equal(rest.reader.weights[name], value), name
+    check_resumed(_through, tmp_path)
 
 
 def test_the_running_fisher_is_the_mean_of_squared_gradients() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import as_flags
-from worlds import EOS
+from worlds import EOS, check_resumed
 
 from mlm.checkpoint import RunFolder, load_lm, load_tensors
 from mlm.config import Config, LMTrainingConfig, ModelConfig
@@ -153,20 +153,7 @@ def test_a_model_trained_for_the_rule_reads_better_with_it() -> None:
 
 
 def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole, half = _through(), _through()
-    for _ in range(8):
-        whole.train_step()
-    for _ in range(4):
-        half.train_step()
-    half.save(RunFolder(tmp_path), "words")
-    rest = _through()
-    rest.load(RunFolder(tmp_path), "words")
-    for _ in range(4):
-        rest.train_step()
-    for name, value in whole.weights.items():
-        assert torch.equal(rest.weights[name], value), name
-    for name, value in whole.reader.weights.items():
-        assert torch.equal(rest.reader.weights[name], value), name
+    check_resumed(_through, tmp_path)
 
 
 # ---------------------------------------------------------------- the command

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
+from mlm.checkpoint import RunFolder
 from mlm.lm import EMBEDDING_BOUND, LMShape, Weights, initial_weights
 from mlm.memory import LongTerm
 from mlm.module import ModuleModel
 from mlm.streams import LaneStream, Segment
+from mlm.through import ThroughTrainer
 
 EOS = 0
 
@@ -85,3 +88,20 @@ def segments(memory: LongTerm, lengths: tuple[int, ...], lanes: int, number: int
     """The first `number` segments of an endless training stream."""
     stream = LaneStream(articles(lengths), lanes, memory.segment, EOS, seed=3)
     return [next(stream) for _ in range(number)]
+
+
+def check_resumed(make: Callable[[], ThroughTrainer], folder: Path) -> None:
+    """Eight steps of stage 1 are four, then four of a trainer that loads what those left."""
+    whole, half, rest = make(), make(), make()
+    for _ in range(8):
+        whole.train_step()
+    for _ in range(4):
+        half.train_step()
+    half.save(RunFolder(folder), "words")
+    rest.load(RunFolder(folder), "words")
+    for _ in range(4):
+        rest.train_step()
+    for name, value in whole.weights.items():
+        assert torch.equal(rest.weights[name], value), name
+    for name, value in whole.reader.weights.items():
+        assert torch.equal(rest.reader.weights[name], value), name
