@@ -146,6 +146,7 @@ class Reading:
     def config(self, options: Options) -> Config:
         """Settings of its run."""
         base = RunFolder(options.run).load_config()
+        lm = RunFolder(self.where).load_config().lm
         adapt: dict[str, Any] = {
             "segment": options.segment,
             "rank": options.rank,
@@ -174,6 +175,7 @@ class Reading:
                 resume=False,
                 overwrite=False,
                 seed=self.seed,
+                lm=lm,
                 adapt=dataclasses.replace(base.adapt, **adapt),
                 meta=dataclasses.replace(
                     base.meta, rules=trained, steps=options.steps, lanes=options.lanes

@@ -13,13 +13,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mlm.borders import learn_borders
 from mlm.cache import CacheSetting
 from mlm.cache_tuning import tune_cache
-from mlm.checkpoint import load_about, load_lm, load_tensors, save_memory, save_tensors
-from mlm.config import CACHE, HAND_MADE, LEARNED, AdaptConfig, MetaConfig, to_dict
+from mlm.checkpoint import (
+    RunFolder,
+    load_about,
+    load_lm,
+    load_tensors,
+    save_memory,
+    save_tensors,
+)
+from mlm.config import CACHE, HAND_MADE, LEARNED, AdaptConfig, Config, MetaConfig, to_dict
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.gates import Feature, LinearGates
@@ -41,7 +49,7 @@ from mlm.rules import (
 from mlm.run import Run, say
 from mlm.training import Text
 from mlm.tuning import Trial, tune
-from mlm.warp import learn_bases
+from mlm.warp import followed, learn_bases
 
 WEIGHTS = "weights/"
 """Beginning of the names of the language model's weights beside a rule's parameters."""
@@ -80,11 +88,17 @@ def _keep_memory(adapt: dict[str, Any]) -> None:
 def memory_identity(run: Run) -> str:
     """Hash of what the long-term memory depends on."""
     config = to_dict(run.config)
-    keys = {k: config[k] for k in ("corpus", "text", "adapt")}
-    for name in ("threads", "kernels", "guard"):
-        keys["adapt"].pop(name)
-    _keep_memory(keys["adapt"])
+    keys = {k: config[k] for k in ("corpus", "text")} | {"adapt": _memory_settings(run)}
     return _hash(run, keys)
+
+
+def _memory_settings(run: Run) -> dict[str, Any]:
+    """Settings of adaptation that the long-term memory depends on."""
+    adapt = to_dict(run.config.adapt)
+    for name in ("threads", "kernels", "guard"):
+        adapt.pop(name)
+    _keep_memory(adapt)
+    return adapt
 
 
 def _hash(run: Run, keys: dict[str, Any]) -> str:
@@ -96,6 +110,9 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
             keys["adapt"].pop(name)
     if keys["adapt"]["precision"] == "float32":
         keys["adapt"].pop("precision")
+    if run.config.lm.through == "learned" and run.config.lm.through_run is not None:
+        other = RunFolder(run.config.lm.through_run).checkpoint("memory")
+        keys["through"] = load_about(other, "make it first (`--stages meta`)").get("identity")
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
@@ -138,6 +155,10 @@ def build_memory(run: Run) -> LongTerm:
         return run.memory
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
+    if run.config.lm.through == "learned":
+        memory = followed(_memory_of_through_run(run), weights)
+        save_memory(path, memory, run.data.vocabulary.hash, mark)
+        return run.ready(memory)
     adapt, text = run.config.adapt, run.training_text(1)
     corpus = run.training_text(0) if adapt.related else None
     memory = new_memory(weights, shape, adapt, text, run.quiet, corpus)
@@ -149,6 +170,42 @@ def build_memory(run: Run) -> LongTerm:
         memory = learn_bases(memory, text, adapt.basis_words, run.quiet)
     save_memory(path, memory, run.data.vocabulary.hash, mark)
     return run.ready(memory)
+
+
+def through_run(config: Config, vocabulary_hash: str, device: torch.device) -> Run:
+    """The run whose rule stage 1 went through.
+
+    Raises:
+        UserError: none is named, it is not there, or it is for another vocabulary.
+    """
+    path = config.lm.through_run
+    if path is None:
+        raise UserError(
+            "--lm.through learned: name a run folder whose stage 2 is done with --lm.through-run"
+        )
+    folder = RunFolder(path)
+    run = Run(folder.load_config(), folder, device, quiet=True)
+    if run.vocabulary.hash != vocabulary_hash:
+        raise UserError(f"--lm.through-run {path} belongs to another vocabulary than this text")
+    return run
+
+
+def _memory_of_through_run(run: Run) -> LongTerm:
+    """The long-term memory in whose bases the language model was trained.
+
+    Raises:
+        UserError: it was made for other settings of adaptation than the run's.
+    """
+    other = through_run(run.config, run.data.vocabulary.hash, run.device)
+    mine, its = (_memory_settings(r) for r in (run, other))
+    differ = sorted(f"--adapt.{n.replace('_', '-')}" for n in mine if mine[n] != its[n])
+    if differ:
+        raise UserError(
+            f"the language model was trained through the rule of {other.folder.path}, whose "
+            f"long-term memory it needs, but {', '.join(differ)} differ from the settings there; "
+            "use the same ones"
+        )
+    return other.memory
 
 
 def _made_from(path: Path, mark: str) -> bool:

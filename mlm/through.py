@@ -28,11 +28,10 @@ from mlm.meta import shrunk
 from mlm.phrases import phrases
 from mlm.related import untangled
 from mlm.rollout import Reader, Scored, begin, learning_at_once, step
-from mlm.run import Run
 from mlm.scoring import score_articles
-from mlm.stage_meta import Learned, load_learned
+from mlm.stage_meta import Learned, load_learned, through_run
 from mlm.training import LMTrainer, Text
-from mlm.warp import warped_matrices
+from mlm.warp import followed, warped_matrices
 
 FISHER_SEGMENTS = 500
 """The running mean of squared gradients looks back so many segments of every lane."""
@@ -237,17 +236,15 @@ class ThroughLearned(ThroughTrainer):
         """theta_0 as it is now."""
         return self._memory
 
-    @torch.no_grad()
     def follow(self) -> None:
         """theta_0 follows: L_0 = T^-1 W P^-1; so does what phrases are measured by."""
-        for n, w in self.weights.items():
-            self._memory.weights[n].copy_(w)
+        moved = followed(self._memory, self.weights).weights
+        for n, w in self._memory.weights.items():
+            if moved[n] is not w:
+                w.copy_(moved[n])
         own = self._memory.phrases
         if own is not None:
             own.scale.copy_(phrases(self.weights["embedding"], own.tokens).scale)
-        for base, name in self._turned.items():
-            low = self._straight(name, self.weights[base].detach() @ self._back[name])
-            self._memory.weights[name + LOW].copy_(low)
 
     def bound(self, memory: LongTerm) -> Bound:
         """The rule at work."""
@@ -278,16 +275,8 @@ def through_trainer(
     """
     if config.lm.through == "rms":
         return ThroughRMS(config, shape, text, device)
-    path = config.lm.through_run
-    if path is None:
-        raise UserError(
-            "--lm.through learned: name a run folder whose stage 2 is done with --lm.through-run"
-        )
-    folder = RunFolder(path)
-    other = folder.load_config()
-    run = Run(other, folder, device, quiet=True)
-    if run.vocabulary.hash != vocabulary_hash:
-        raise UserError(f"--lm.through-run {path} belongs to another vocabulary than this text")
+    run = through_run(config, vocabulary_hash, device)
+    path, other = run.folder.path, run.config
     if not other.meta.rules:
         raise UserError(f"--lm.through-run {path}: no rule was learned there (--meta.rules)")
     memory = run.memory

@@ -82,6 +82,24 @@ def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
     return dataclasses.replace(memory, weights={**memory.weights, **moved})
 
 
+@torch.no_grad()
+def followed(memory: LongTerm, weights: Mapping[str, Tensor]) -> LongTerm:
+    """The long-term memory of another language model, in the same bases: theta_0 is `weights`, by
+    its plain names, and L_0 = T^-1 W P^-1 with them; the Fisher and all else stay.
+
+    Raises:
+        KeyError: a weight of the memory's model is not among them.
+    """
+    moved = {n: weights[n].detach() for n in memory.static}
+    for name in warped_matrices(memory):
+        basis, matrix = memory.weights[name + BASIS], moved[base_of(name)]
+        start = torch.linalg.solve(basis.t(), matrix.t()).t()
+        if name == "softmax" and RELATED in memory.weights:
+            start = untangled(start, memory.weights[RELATED])
+        moved[name + LOW] = start.contiguous()
+    return dataclasses.replace(memory, weights={**memory.weights, **moved})
+
+
 def read_by(memory: LongTerm) -> tuple[str, ...]:
     """The weights by which the loss is to be differentiated for `basis_gradients`."""
     names = [name + ending for name in warped_matrices(memory) for ending in (BASIS, LOW)]

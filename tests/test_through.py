@@ -12,7 +12,7 @@ from conftest import Command, Finished
 from tiny import as_flags
 from worlds import EOS, check_resumed
 
-from mlm.checkpoint import RunFolder, load_lm, load_tensors
+from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
 from mlm.config import Config, LMTrainingConfig, ModelConfig
 from mlm.gates import LinearGates
 from mlm.learner import RMS, as_parameters
@@ -182,10 +182,22 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     assert done.code == 0, done.err
     old, new = (RunFolder(path).checkpoint("lm") for path in (finished.folder, out))
     before, _ = load_tensors(old, "")
-    hash_ = RunFolder(out).load_config() and load_tensors(new, "")[1]["vocabulary"]
+    hash_ = load_tensors(new, "")[1]["vocabulary"]
     after, shape, _ = load_lm(new, hash_)
     assert shape.vocabulary == before["embedding"].shape[0]
     assert any(not torch.equal(after[n], w) for n, w in before.items())
+    done = command("train", "--out", out, "--stages", "meta")
+    assert done.code == 0, done.err
+    mine, its = (
+        load_memory(RunFolder(p).checkpoint("memory"), hash_) for p in (out, finished.folder)
+    )
+    for n, r in its.rms.items():
+        assert torch.equal(mine.rms[n], r), n
+    for n, w in after.items():
+        assert torch.equal(mine.weights[n], w), n
+    done = command("train", "--out", out, "--stages", "meta", "--adapt.fisher-words", "100")
+    assert done.code != 0
+    assert "--adapt.fisher-words differ from the settings there" in done.err
 
 
 @pytest.mark.parametrize(

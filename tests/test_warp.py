@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mlm.warp import (
     Bases,
     basis_gradients,
     basis_parameters,
+    followed,
     learn_bases,
     read_by,
     with_bases,
@@ -76,6 +78,23 @@ def test_other_bases_are_the_same_static_model_that_learns_otherwise(related: bo
     same = with_bases(memory, basis_parameters(memory))
     for name, w in memory.weights.items():
         torch.testing.assert_close(same.weights[name], w, **EXACT)
+
+
+@pytest.mark.parametrize("related", [True, False])
+def test_another_language_model_in_the_same_bases(related: bool) -> None:
+    memory = with_bases(_memory(related), _elsewhere(_memory(related)))
+    plain = {n: w + 0.1 * _random(*w.shape, seed=7) for n, w in memory.static.items()}
+    moved = followed(memory, plain)
+    texts = articles((21, 13))
+    static = dataclasses.replace(memory, weights={**memory.weights, **plain})
+    want = np.concatenate(score_articles(static, None, texts, EOS, 2).nll)
+    rule = RMS().bind(SETTING, moved)
+    adapted = np.concatenate(score_articles(moved, rule, texts, EOS, 2).nll)
+    first = memory.segment  # reading that adapts goes by L_0, which must be the same model
+    np.testing.assert_allclose(adapted[:first], want[:first], atol=1e-11)
+    assert np.abs(adapted - want).max() > 1e-3
+    for name in ("softmax.basis", *(["softmax.related"] if related else [])):
+        assert moved.weights[name] is memory.weights[name]
 
 
 @pytest.mark.parametrize("path", ["compiled", "eager"])
