@@ -101,6 +101,8 @@ class Options:
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
     steps: int = 32
     """Meta-updates."""
+    through_steps: int = 0
+    """Those on a language model trained through a learned rule, which starts at that rule."""
     lanes: int = 8
     """Articles that meta-training reads side by side."""
     budget: int = 8
@@ -156,6 +158,7 @@ class Reading:
         adapt |= self.adapt
         if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them
             adapt |= {"related": 0, "basis_words": 0, "at_once": False}
+        steps = options.through_steps if lm.through == "learned" else options.steps
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
         evaluation = dataclasses.replace(
@@ -178,7 +181,7 @@ class Reading:
                 lm=lm,
                 adapt=dataclasses.replace(base.adapt, **adapt),
                 meta=dataclasses.replace(
-                    base.meta, rules=trained, steps=options.steps, lanes=options.lanes
+                    base.meta, rules=trained, steps=steps, lanes=options.lanes
                 ),
                 evaluation=evaluation,
             )

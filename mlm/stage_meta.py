@@ -279,12 +279,16 @@ class Learned(NamedTuple):
 
 
 def starting_point(run: Run, memory: LongTerm) -> Learned:
-    """The rule that --meta.start names, tuned or trained before.
+    """The rule that --meta.start names, tuned or trained before; of a language model that was
+    trained through a learned rule, that rule.
 
     Raises:
         UserError: a learned rule that is not trained yet.
     """
     start = run.config.meta.start
+    if run.config.lm.through == "learned":
+        other = through_run(run.config, run.data.vocabulary.hash, run.device)
+        return load_learned(other, other.config.meta.rules[0], memory)
     if start in HAND_MADE:
         rule, setting = tuned_rule(run, memory, start, "article")
         return Learned(rule, as_parameters(setting, memory), memory)

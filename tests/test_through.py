@@ -186,8 +186,14 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     after, shape, _ = load_lm(new, hash_)
     assert shape.vocabulary == before["embedding"].shape[0]
     assert any(not torch.equal(after[n], w) for n, w in before.items())
-    done = command("train", "--out", out, "--stages", "meta")
+    done = command("train", "--out", out, "--stages", "meta", "--meta.steps", 0)
     assert done.code == 0, done.err
+    rule = finished.config.meta.rules[0]
+    own, its_own = (
+        load_tensors(RunFolder(path).checkpoint(rule), "")[0] for path in (out, finished.folder)
+    )
+    for n, value in its_own.items():
+        torch.testing.assert_close(own[n], value, msg=f"{n}: training starts at that rule")
     mine, its = (
         load_memory(RunFolder(p).checkpoint("memory"), hash_) for p in (out, finished.folder)
     )
