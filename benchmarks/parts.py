@@ -4,7 +4,8 @@
 
 Reads the tuning words of validation with the rule that `benchmarks.claim` left in RUN/claim/seed_0,
 whole and without one part at a time (steps and weights as they were trained with it), and with RMS
-on all weights, tuned, as published and with phrases.
+on all weights, tuned, as published and with phrases; both with float32 products, too, where the
+claim's are bfloat16.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
 from mlm.config import PROTOCOLS
 from mlm.errors import UserError, run_cli
+from mlm.half import half
 from mlm.learner import Bound
 from mlm.memory import LongTerm
 from mlm.phrases import phrases
@@ -62,12 +64,17 @@ def _opened(options: Options, name: str) -> Run:
     return open_run(RunFolder(path).load_config(), quiet=True)
 
 
+EXACT = ", float32 products"
+"""Ending of the names of what is read so."""
+
+
 def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongTerm, Bound | None]]:
     """What is read: name, run, long-term memory and rule."""
     run = _opened(options, "all")
     ready = ready_rule(run, "rms", protocol)
     yield "static", run, ready.memory, None
     yield "RMS (all)", run, ready.memory, ready.bound
+    yield f"RMS (all){EXACT}", run, ready.memory, ready.bound
     learned = _opened(options, "seed_0")
     tokens = learned.config.adapt.phrases
     own = phrases(ready.memory.weights["embedding"], tokens) if tokens else None
@@ -75,6 +82,7 @@ def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongT
     yield "RMS (all), with phrases", run, memory, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)
     yield "4 levels", learned, ready.memory, ready.bound
+    yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
     for part, without in LEFT_OUT.items():
         memory = dataclasses.replace(ready.memory, **without)
         yield f"4 levels, without {part}", learned, memory, ready.bound
@@ -91,9 +99,11 @@ def main() -> None:
             use_threads(options.threads)
             text = run.tune_text
             words = run.validation_text(run.config.evaluation.tune_words).words
-            total = score_protocol(
-                memory, bound, text.articles, text.eos, protocol, text.lanes, name
-            ).total
+            lower = run.config.adapt.precision == "bfloat16" and not name.endswith(EXACT)
+            with half(lower):
+                total = score_protocol(
+                    memory, bound, text.articles, text.eos, protocol, text.lanes, name
+                ).total
             base = total if bound is None else base
             if bound is not None:
                 row = rows.setdefault(name, {"rule": name})
