@@ -92,10 +92,11 @@ class ThroughTrainer(LMTrainer):
         count = int(segment.mask.sum())
         value = float(now.scored.nll.sum()) / count
         if not math.isfinite(value):
+            other = " or --lm.through-rate" if self.settings.through == "rms" else ""
             raise UserError(
                 f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
-                f"lower --lm.learning-rate (now {self.settings.learning_rate}) or "
-                "--lm.through-rate, then --resume"
+                f"lower --lm.learning-rate (now {self.settings.learning_rate}){other}, "
+                "then --resume"
             )
         scale = segment.inputs.shape[1] / count
         for name, weight in self.weights.items():

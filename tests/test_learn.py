@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import as_flags
-from worlds import EOS, check_resumed, tiny_memory
+from worlds import EOS, check_resumed, gradients_of_a_step, tiny_memory
 
 from mlm.checkpoint import RunFolder, load_tensors
 from mlm.config import (
@@ -239,13 +239,7 @@ def test_the_gradient_is_that_of_reading_under_the_lanes_own_weights(monkeypatch
     now = trainer.shape.read({**leaves, **own}, segment.inputs, segment.targets, reader.state)
     mean = (now.nll * segment.mask).sum() / segment.mask.sum()
     want = torch.autograd.grad(mean, list(leaves.values()))
-    seen: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(
-        trainer,
-        "_descend",
-        lambda: seen.update({n: torch.clone(w.grad) for n, w in trainer.weights.items()}),  # type: ignore[arg-type]
-    )
-    trainer.train_step()
+    seen = gradients_of_a_step(trainer, monkeypatch)
     for name, g in zip(leaves, want, strict=True):
         torch.testing.assert_close(seen[name], g, rtol=1e-4, atol=1e-6)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import as_flags
-from worlds import EOS, check_resumed
+from worlds import EOS, check_resumed, gradients_of_a_step
 
 from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
 from mlm.config import Config, LMTrainingConfig, ModelConfig
@@ -124,13 +124,7 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
     )
     assert bool(segment.mask.all())
     want = torch.autograd.grad(now.total * count * share[0, 0], list(leaves.values()))
-    seen: dict[str, torch.Tensor] = {}
-    monkeypatch.setattr(
-        trainer,
-        "_descend",
-        lambda: seen.update({n: torch.clone(w.grad) for n, w in trainer.weights.items()}),  # type: ignore[arg-type]
-    )
-    trainer.train_step()
+    seen = gradients_of_a_step(trainer, monkeypatch)
     for name, g in zip(leaves, want, strict=True):
         assert bool(g.any()), name
         torch.testing.assert_close(seen[name], g, rtol=1e-3, atol=1e-6)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pytest
 import torch
 
 from mlm.checkpoint import RunFolder
@@ -88,6 +89,21 @@ def segments(memory: LongTerm, lengths: tuple[int, ...], lanes: int, number: int
     """The first `number` segments of an endless training stream."""
     stream = LaneStream(articles(lengths), lanes, memory.segment, EOS, seed=3)
     return [next(stream) for _ in range(number)]
+
+
+def gradients_of_a_step(trainer: ThroughTrainer, monkeypatch: pytest.MonkeyPatch) -> Weights:
+    """What every weight's gradient is in the next step of stage 1, which Adam then leaves out."""
+    seen: Weights = {}
+
+    def look() -> None:
+        for name, weight in trainer.weights.items():
+            assert weight.grad is not None, name
+            seen[name] = weight.grad.clone()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_descend", look)
+        trainer.train_step()
+    return seen
 
 
 def check_resumed(make: Callable[[], ThroughTrainer], folder: Path) -> None:
