@@ -104,10 +104,9 @@ class ThroughTrainer(LMTrainer):
         self.count(now.scored.gradients, segment.mask.all(1))
         before = {n: memory.weights[n].clone() for n in self.dynamic}
         self._descend()
-        self.follow()
-        start = self.memory().weights
+        self.follow()  # the memory's weights are the trained ones, or follow them in place
         for n, old in before.items():  # delta is kept, theta_0 moves under it
-            now.after.weights[n] += start[n] - old
+            now.after.weights[n] += memory.weights[n] - old
         buffers.give(now.scored.gradients.values())
         buffers.give(self.reader.weights.values())
         self.reader, self.step = now.after, self.step + 1

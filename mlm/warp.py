@@ -65,6 +65,12 @@ def basis_parameters(memory: LongTerm) -> Weights:
     return found
 
 
+def _theta_0(matrix_OI: Tensor, basis: Tensor, related: Tensor | None) -> Tensor:
+    """L_0 = T^-1 W P^-1."""
+    start = torch.linalg.solve(basis.t(), matrix_OI.t()).t()
+    return (start if related is None else untangled(start, related)).contiguous()
+
+
 def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
     """The long-term memory with these R and Q; the same static model.
 
@@ -74,11 +80,10 @@ def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
     for name in warped_matrices(memory):
         basis = parameters[name + TURN] @ memory.weights[name + BASIS]
         related = parameters.get(RELATED) if name == "softmax" else None
-        start = torch.linalg.solve(basis.t(), memory.weights[base_of(name)].t()).t()
         moved[name + BASIS] = basis
         if related is not None:
-            start, moved[RELATED] = untangled(start, related), related.clone()
-        moved[name + LOW] = start.contiguous()
+            moved[RELATED] = related.clone()
+        moved[name + LOW] = _theta_0(memory.weights[base_of(name)], basis, related)
     return dataclasses.replace(memory, weights={**memory.weights, **moved})
 
 
@@ -92,11 +97,8 @@ def followed(memory: LongTerm, weights: Mapping[str, Tensor]) -> LongTerm:
     """
     moved = {n: weights[n].detach() for n in memory.static}
     for name in warped_matrices(memory):
-        basis, matrix = memory.weights[name + BASIS], moved[base_of(name)]
-        start = torch.linalg.solve(basis.t(), matrix.t()).t()
-        if name == "softmax" and RELATED in memory.weights:
-            start = untangled(start, memory.weights[RELATED])
-        moved[name + LOW] = start.contiguous()
+        related = memory.weights.get(RELATED) if name == "softmax" else None
+        moved[name + LOW] = _theta_0(moved[base_of(name)], memory.weights[name + BASIS], related)
     return dataclasses.replace(memory, weights={**memory.weights, **moved})
 
 
