@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlm.buffers import take
 from mlm.half import done, lowered, product
 from mlm.surprise import taught_by
 
@@ -67,7 +68,7 @@ def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     """What the logits lose, (B, T, V), of errors e; no gradient."""
     alike_BTT = alike(keys_BTI, by.columns)
     lower_BTV = lowered(error_BTV)
-    lost_BTV = product(alike_BTT, lower_BTV, torch.empty_like(error_BTV))
+    lost_BTV = product(alike_BTT, lower_BTV, take(tuple(error_BTV.shape), error_BTV))
     if by.related is not None and by.twice is not None:
         along_NS = alike_BTT.new_empty(alike_BTT[..., 0].numel(), by.related.shape[1])
         product(lower_BTV.flatten(0, 1), by.related, along_NS)

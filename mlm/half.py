@@ -61,7 +61,12 @@ def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> Tensor:
         return out.addmm_(a, b) if out.dim() == 2 else out.baddbmm_(a, b)
     found = buffers.take(tuple(out.shape), out, a.dtype)
     torch.matmul(a, b, out=found)
-    out = out.add_(found) if add else out.copy_(found)
+    if add:  # piece by piece: add_ makes a float32 copy of what it adds
+        rows = max(1, buffers.SMALLEST // (4 * found[0].numel()))
+        for some, more in zip(out.split(rows), found.split(rows), strict=True):
+            some.add_(more)
+    else:
+        out.copy_(found)
     buffers.give([found])
     done(a, x)
     done(b, y)

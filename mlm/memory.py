@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mlm import buffers
 from mlm.errors import UserError
 from mlm.lm import LanguageModel, Weights
 from mlm.phrases import Phrases
@@ -183,6 +184,6 @@ def reset_lanes(weights: Weights, start: Weights, new_B: Tensor) -> Weights:
         return weights
     out = {}
     for name, w in weights.items():
-        flag = new_B.view(-1, *[1] * (w.dim() - 1))
-        out[name] = torch.where(flag, start[name], w)
+        out[name] = buffers.take(tuple(w.shape), w).copy_(w)
+        out[name][new_B] = start[name]
     return out

@@ -228,6 +228,13 @@ class Step(NamedTuple):
     flushed: Tensor
     """(B,) lanes that the guard resets, now or before the next segment: report them."""
 
+    def give(self, reader: Reader) -> None:
+        """Let gradients, and weights that only lanes reset before the segment needed, be memory for
+        others; `reader` is the one that the step was given."""
+        buffers.give(self.scored.gradients.values())
+        kept = {w.data_ptr() for some in (reader, self.after) for w in some.weights.values()}
+        buffers.give(w for w in self.before.weights.values() if w.data_ptr() not in kept)
+
 
 @torch.no_grad()
 def step(
@@ -363,7 +370,7 @@ def read(
         the reader after the segment, and the losses (B, M) in nats.
     """
     now = step(memory, rule, reader, segment, out)
-    buffers.give(now.scored.gradients.values())
+    now.give(reader)
     return now.after, now.scored.nll
 
 

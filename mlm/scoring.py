@@ -95,7 +95,7 @@ class _Adapting:
     def read(self, segment: Segment) -> _Heard:
         """Predict a segment, then learn from it."""
         now = step(self.memory, self.rule, self.reader, segment, self.spare)
-        buffers.give(now.scored.gradients.values())
+        now.give(self.reader)
         self.reader = now.after
         self.spare, self.other = self.other, self.spare
         flushed = now.flushed.nonzero().flatten().tolist()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mlm import at_once, kernels
-from mlm.buffers import take
+from mlm.buffers import give, take
 from mlm.half import done, lowered, product
 from mlm.surprise import inner_total
 
@@ -167,12 +167,12 @@ class _WeightedNLL(torch.autograd.Function):
         }
         nll = output.new_empty(lanes, steps)
         group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
-        buffer = output.new_empty(group, steps, head.shape[-2])
+        buffer = take((group, steps, head.shape[-2]), output)
         teaching = spare = None
         if rows is not None and columns is not None:
             teaching, spare = (
                 at_once.Teaching(rows, columns, related, twice),
-                torch.empty_like(buffer),
+                take(tuple(buffer.shape), buffer),
             )
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))
@@ -192,7 +192,9 @@ class _WeightedNLL(torch.autograd.Function):
             if teaching is not None and spare is not None:
                 error, logits = logits, spare[: len(logits)].copy_(logits)
                 _rows(error, own, *here, None, once_slope, True)
-                logits -= at_once.taught(error, keys, teaching)
+                lost = at_once.taught(error, keys, teaching)
+                logits -= lost
+                give([lost])
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, related, "related" in some))
@@ -211,6 +213,7 @@ class _WeightedNLL(torch.autograd.Function):
                 torch.matmul(logits, own.low, out=some["projected"])
             done(moves, logits)
             done(table, own.head)
+        give([buffer] if spare is None else [buffer, spare])
         ctx.found = [found.get(name) for name in names]
         ctx.mark_non_differentiable(nll)
         return nll, inner_total(nll, weights, slope)

@@ -107,7 +107,7 @@ class ThroughTrainer(LMTrainer):
         self.follow()  # the memory's weights are the trained ones, or follow them in place
         for n, old in before.items():  # delta is kept, theta_0 moves under it
             now.after.weights[n] += memory.weights[n] - old
-        buffers.give(now.scored.gradients.values())
+        now.give(self.reader)
         buffers.give(self.reader.weights.values())
         self.reader, self.step = now.after, self.step + 1
         return value, count

@@ -153,7 +153,7 @@ class Bases:
             now = step(memory, self.rule, self.reader, segment, learn=wanted)
             for name, value in sums.items():
                 value += now.scored.of_all_lanes(name)
-            buffers.give(now.scored.gradients.values())
+            now.give(self.reader)
             self.reader = now.after
             total += float(now.scored.nll.sum())
         for name, gradient in basis_gradients(self.memory, self.first, sums).items():

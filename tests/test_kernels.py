@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from worlds import segments, tiny_memory
 
 from mlm import buffers, kernels, softmax
-from mlm.learner import SGD, relax
+from mlm.learner import SGD, Static, relax
 from mlm.recurrence import LaneRecurrence
 from mlm.rollout import begin, read
 from mlm.softmax import Layer, supports, weighted_nll
@@ -205,23 +206,41 @@ def test_a_tensor_given_is_taken_again() -> None:
     assert not buffers._free
 
 
-def test_reading_reuses_gradients_and_nobody_sees_it() -> None:
-    """Two segments read one after the other equal the same read with nothing given."""
+@pytest.mark.parametrize("learns", [True, False])
+def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
+    """Segments read one after the other, articles beginning between them, equal the same read with
+    nothing given; what is given is overwritten here, and no reader notices."""
     memory = tiny_memory(("lstm.0.recurrent", "lstm.0.input"))
-    pieces = segments(memory, (40, 40), 2, 4)
-    rule = SGD().bind({"rate": torch.tensor(0.1, dtype=torch.float64)}, memory)
+    pieces = segments(memory, (12, 7, 23, 9), 2, 8)
+    assert sum(int(piece.new.sum()) for piece in pieces) > 4
+    rule = (
+        SGD().bind({"rate": torch.tensor(0.1, dtype=torch.float64)}, memory)
+        if learns
+        else Static().bind({}, memory)
+    )
+    give = buffers.give
+
+    def spoil(tensors: Iterable[Tensor]) -> None:
+        found = list(tensors)
+        for tensor in found:
+            tensor.detach().fill_(torch.nan)
+        give(found)
 
     def weights(smallest: int, monkey: pytest.MonkeyPatch) -> list[Tensor]:
         monkey.setattr(buffers, "SMALLEST", smallest)
         buffers.clear()
-        reader = begin(memory, 2)
+        readers = [begin(memory, 2)]
         for piece in pieces:
-            reader, _ = read(memory, rule, reader, piece)
-        return list(reader.weights.values())
+            readers.append(read(memory, rule, readers[-1], piece)[0])
+        return [w for reader in readers for w in reader.weights.values()]
 
     with pytest.MonkeyPatch.context() as monkey:
-        plain, reused = weights(1 << 40, monkey), weights(0, monkey)
-        assert buffers._free
+        plain = weights(1 << 40, monkey)
+        monkey.setattr(buffers, "give", spoil)
+        reused = weights(0, monkey)
+        for name in memory.dynamic:  # gradients, and weights of before a lane was reset
+            w = memory.weights[name]
+            assert len(buffers._free[tuple(w.shape), w.dtype]) == 1 + learns
     buffers.clear()
     for a, b in zip(plain, reused, strict=True):
         assert torch.equal(a, b)
