@@ -41,6 +41,8 @@ LONG = 10_000
 """Words beyond which a gain should still grow."""
 START = 200
 """Words that count as an article's start."""
+FREQUENT = 100
+"""Types of the text that count as frequent words."""
 PAPER = (
     (2_054, 22.4, 20.3, 0.03),
     (2_450, 10.6, 9.6, 0.59),
@@ -196,6 +198,46 @@ def positions(table: LossTable, seeds: Seeds, resamples: int = RESAMPLES) -> lis
     return rows
 
 
+def read_before(table: LossTable) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) whether a word was read in its article before, and whether after the same word."""
+    _, word_N = np.unique(table.word_N, return_inverse=True)
+    first_N = table.position_N == 0
+    before_N = np.where(first_N, -1, np.roll(word_N, 1))
+
+    def again(*columns: np.ndarray) -> np.ndarray:
+        """(N,) whether the row is there further up."""
+        _, where = np.unique(np.stack(columns, 1), axis=0, return_index=True)
+        found = np.ones(len(word_N), bool)
+        found[where] = False
+        return found
+
+    return again(table.article_N, word_N), again(table.article_N, word_N, before_N)
+
+
+def kinds(table: LossTable, seeds: Seeds) -> list[dict[str, Any]]:
+    """What words of a kind cost, nats per word of the text: the rows of a rule sum to its loss."""
+    names, counts = np.unique(table.word_N, return_counts=True)
+    frequent_N = np.isin(table.word_N, names[np.argsort(-counts, kind="stable")[:FREQUENT]])
+    word_N, pair_N = read_before(table)
+    seen = {
+        "new to the article": ~word_N,
+        "read before, after other words": word_N & ~pair_N,
+        "read before, after the same word": pair_N,
+    }
+    rules = [STATIC, RIVAL, *(name for name in seeds if not name.endswith(CACHE))]
+    rows = []
+    for protocol in PROTOCOLS:
+        for title, inside_N in seen.items():
+            for which, some_N in (("frequent", frequent_N), ("other", ~frequent_N)):
+                here_N = inside_N & some_N
+                row = {"protocol": protocol, "word": title, "which": which}
+                row["share"] = float(here_N.mean())
+                for rule in rules:
+                    row[rule] = float((table.loss(rule, protocol) * here_N).mean())
+                rows.append(row)
+    return rows
+
+
 def halves(table: LossTable, protocol: str) -> list[dict[str, Any]]:
     """Perplexity gained in the halves of the first articles, beside those of the 2018 figure."""
     rows = []
@@ -282,6 +324,7 @@ def write_tables(
         gain_by_position(_only(table, shown), folder / "figures")
         if number:
             continue
+        record("kinds", kinds(table, seeds), there, **about)
         record("halves", halves(table, "stream"), there, **about)
         levels = [rule for rule in (TWO, THREE) if rule in seeds] or [LEARNED_RULE]
         figure2(_only(table, [STATIC, *levels]), folder / "figures", protocol="stream")

@@ -109,6 +109,16 @@ ENGINE: dict[str, dict[str, str]] = {
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
     },
+    "kinds": {
+        "protocol": "protocol",
+        "word": "words",
+        "which": "which",
+        "share": "share",
+        "static": "static",
+        "rms": "RMS",
+        "four_levels": "4 levels",
+        "through: four_levels": "4 levels, LM trained through",
+    },
     "halves": {
         "article": "article",
         "words": "words",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +12,18 @@ import pytest
 from conftest import Command, Finished
 
 import benchmarks.claim
+import benchmarks.claim_tables
 from benchmarks.claim import Options, merge, readings
-from benchmarks.claim_tables import LONG, Gains, claims, growths, halves, positions
+from benchmarks.claim_tables import (
+    LONG,
+    Gains,
+    claims,
+    growths,
+    halves,
+    kinds,
+    positions,
+    read_before,
+)
 from mlm.checkpoint import RunFolder
 from mlm.config import PROTOCOLS
 from mlm.errors import UserError
@@ -118,6 +129,28 @@ def test_growth_is_that_of_long_articles() -> None:
     short = _table([50], {"four_levels": 0.1})
     assert Gains(short, "article").growth("four_levels") is None
     assert growths(short, "long", 9) == []
+
+
+def test_what_words_cost_by_what_was_read_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two articles; what the first says is new to the second."""
+    text = list("ababcaabbbcbc")
+    monkeypatch.setattr(benchmarks.claim_tables, "FREQUENT", 1)
+    gain_N = np.arange(13) / 10
+    table = dataclasses.replace(
+        _table([8, 5], _rules(four_levels=gain_N)), word_N=np.array(text, dtype=object)
+    )
+    word_N, pair_N = read_before(table)
+    assert "".join("ny"[int(x)] for x in word_N) == "nnyynyyynynyy"
+    assert "".join("ny"[int(x)] for x in pair_N) == "nnnynnnynnnny"
+    rows = [r for r in kinds(table, SEEDS) if r["protocol"] == "stream"]
+    found = {(r["word"], r["which"]): r for r in rows}
+    pairs = found["read before, after the same word", "frequent"]  # b, of which there are 6
+    assert pairs["share"] == pytest.approx(2 / 13)
+    assert pairs["static"] == pytest.approx(10 / 13)
+    assert pairs["four_levels"] == pytest.approx((10 - 0.3 - 0.7) / 13)
+    assert found["new to the article", "other"]["share"] == pytest.approx(3 / 13)
+    assert sum(r["share"] for r in rows) == pytest.approx(1)
+    assert sum(r["four_levels"] for r in rows) == pytest.approx(5 - gain_N.mean())
 
 
 def test_halves_are_perplexities() -> None:
