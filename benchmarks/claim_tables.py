@@ -230,7 +230,7 @@ def kinds(table: LossTable, seeds: Seeds) -> list[dict[str, Any]]:
         for title, inside_N in seen.items():
             for which, some_N in (("frequent", frequent_N), ("other", ~frequent_N)):
                 here_N = inside_N & some_N
-                row = {"protocol": protocol, "word": title, "which": which}
+                row: dict[str, Any] = {"protocol": protocol, "word": title, "which": which}
                 row["share"] = float(here_N.mean())
                 for rule in rules:
                     row[rule] = float((table.loss(rule, protocol) * here_N).mean())
