@@ -14,7 +14,9 @@ segment (fast weights: Schmidhuber 1992; Ba et al. 2016). d stands for the bias.
 nearest to the rule's steps (`mlm.rollout.learning_at_once`); fitted to held-out text they gained no
 more. The loss of the segment, and its gradient by which all weights change after it,
 are those of these predictions, what is subtracted being a constant: words that were learned
-already teach less. Where surprise counts (`mlm.surprise`), it does so in e_s, too. Lanes read so
+already teach less. Where surprise counts (`mlm.surprise`), it does so in e_s, too. Where phrases
+are remembered (`mlm.phrases`), e_s is subtracted from what follows the same context in the segment
+again, too. Lanes read so
 where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.columns`); the static
 model never does.
 
@@ -62,6 +64,9 @@ class Teaching(NamedTuple):
     """(V, S): Q; None = words are not related."""
     twice: Tensor | None = None
     """(V, S): R."""
+    again: Tensor | None = None
+    """(B, T, T), of the lanes: how much word s < t teaches where the context of t was that of s,
+    in units of its error e_s (`mlm.phrases`)."""
 
 
 def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
@@ -74,8 +79,11 @@ def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
         product(lower_BTV.flatten(0, 1), by.related, along_NS)
         along_BTS = torch.bmm(alike_BTT, along_NS.view(*alike_BTT.shape[:2], -1))
         product(along_BTS.flatten(0, 1), by.twice.t(), lost_BTV.flatten(0, 1), add=True)
+    lost_BTV.mul_(by.rows)
+    if by.again is not None:  # e weighs 1/T
+        product(by.again * by.again.shape[1], lower_BTV, lost_BTV, add=True)
     done(lower_BTV, error_BTV)
-    return lost_BTV.mul_(by.rows)
+    return lost_BTV
 
 
 def corrected(

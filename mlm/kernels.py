@@ -579,9 +579,11 @@ def tiles(size: int) -> int:
 
 @jit
 def recall_phrases(
-    lo, hi, inputs, values, rates, size, first, since, new_BT, steps, rows_BTE, new_rates_BTK
-):
-    """Lanes lo..hi of `mlm.phrases.Phrases.recall`; `rows_BTE` are added to, and hold 0."""
+    lo, hi, inputs, values, rates, size, first, since, new_BT, steps, rows_BTE, new_rates_BTK,
+    within_BTT,
+):  # fmt: skip
+    """Lanes lo..hi of `mlm.phrases.Phrases.recall`; `rows_BTE` are added to, and hold 0, as
+    `within_BTT` do."""
     length, orders = new_BT.shape[1], steps.shape[0]
     one = steps.dtype.type(1)
     for lane in range(lo, hi):
@@ -603,6 +605,8 @@ def recall_phrases(
                     visits[k] += 1
                     if s < old:
                         scale += steps[k] * rates[lane, begin + s, k]
+                    else:
+                        scale += steps[k] * new_rates_BTK[lane, s - old, k]
                     k += 1
                     if k == orders or s <= k or line[s - k - 1] != line[here - k - 1]:
                         break
@@ -610,5 +614,7 @@ def recall_phrases(
                     value = values[lane, begin + s]
                     for e in range(row.shape[0]):
                         row[e] += scale * value[e]
+                else:
+                    within_BTT[lane, t, s - old] = scale
             for k in range(orders):
                 new_rates_BTK[lane, t, k] = one / (one + visits[k])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import at_once, softmax
-from mlm.phrases import SAID
+from mlm.phrases import AGAIN, SAID
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 from mlm.surprise import inner_total
@@ -564,7 +564,8 @@ def _fused_nll(
         related = weights.get("softmax.related")
         by, once = _at_once(weights)
         own = (None, None, None) if by is None else (by.rows, by.columns, by.twice)
-        layer = softmax.Layer(turned, bias, None, related, *own, slope, once)
+        again = None if by is None else by.again
+        layer = softmax.Layer(turned, bias, None, related, *own, slope, once, again)
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
@@ -595,7 +596,8 @@ def _at_once(weights: Weights) -> tuple[at_once.Teaching | None, Tensor | None]:
     if rows is None or columns is None or weights["softmax.low"].dim() == 2:
         return None, None
     related, twice = (weights.get(f"softmax.{which}") for which in ("related", "once.twice"))
-    return at_once.Teaching(rows, columns, related, twice), weights.get("softmax.once.surprise")
+    by = at_once.Teaching(rows, columns, related, twice, weights.get(AGAIN))
+    return by, weights.get("softmax.once.surprise")
 
 
 def token_nll(

@@ -18,7 +18,10 @@ tokens, their g / w and 1 / (1 + n) are stored, and a row is their sum over earl
 context matches, exactly and without hashing. The keys are those of n-gram models and of hashed
 n-gram embeddings (Svenstrup et al. 2017); that errors are stored, not words, makes the table fast
 weights (Schmidhuber 1992) rather than a cache. Unlike a cache it changes what all other weights
-learn: a phrase that is remembered leaves them no error. Learned rules read so.
+learn: a phrase that is remembered leaves them no error. Where the output layer learns at once
+(`mlm.at_once`), phrases do, too: a context that comes again within the segment moves the logits by
+-eta_k / (1 + n_k(s)) e_s, what its row would say were words' embeddings orthogonal. Learned rules
+read so.
 
 Letters: B lanes, T tokens, C tokens stored, E width of what the softmax sees, K orders, V
 vocabulary.
@@ -38,8 +41,9 @@ ORDERS = (2, 3, 4, 5)
 """k: tokens of context."""
 STEPS = (0.5, 1.0, 1.0, 1.0)
 """eta_k: the best on the tuning words of the benchmark `claim`."""
-SAID = "softmax.said"
-"""Name under which `LanguageModel.read` is given what is added to the hidden state."""
+SAID, AGAIN = "softmax.said", "softmax.once.again"
+"""Names under which `LanguageModel.read` is given what is added to the hidden state, and where a
+context was in the segment before (`Recalled`)."""
 
 
 @dataclass
@@ -100,6 +104,9 @@ class Recalled(NamedTuple):
     """(B, T, E): sum_k m_k[c_k(t)]."""
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
+    within: Tensor
+    """(B, T, T): sum_k eta_k / (1 + n_k(s)) over the orders in which a context t of the segment was
+    that of s < t, else 0."""
 
 
 class Heard(NamedTuple):
@@ -204,14 +211,17 @@ def _recall(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) ->
         found.append(run)
     match = torch.stack(found, -1)  # (B, T, C + T, K)
     rates = 1 / (1 + match.sum(2).to(steps_K.dtype))
-    weights = (match[:, :, :old] * (book.rates[:, first:size] * steps_K)[:, None]).sum(-1)
-    return Recalled(weights @ book.values[:, first:size], rates)
+    every = torch.cat([book.rates[:, first:size], rates], 1)  # (B, C + T, K)
+    weights = (match * (every * steps_K)[:, None]).sum(-1)
+    rows = weights[:, :, :old] @ book.values[:, first:size]
+    return Recalled(rows, rates, weights[:, :, old:])
 
 
 def _recall_fused(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) -> Recalled:
     book, (lanes, length) = history.book, inputs_BT.shape
     rows = book.values.new_zeros(lanes, length, book.values.shape[2])
     rates = book.rates.new_empty(lanes, length, len(steps_K))
+    within = book.rates.new_zeros(lanes, length, length)
     kernels.share_out(
         kernels.recall_phrases,
         lanes,
@@ -224,5 +234,6 @@ def _recall_fused(history: History, first: int, inputs_BT: Tensor, steps_K: Tens
         steps_K,
         rows,
         rates,
+        within,
     )
-    return Recalled(rows, rates)
+    return Recalled(rows, rates, within)

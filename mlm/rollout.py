@@ -20,7 +20,7 @@ from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
 from mlm.memory import COLUMNS, LOW, RELATED, ROWS, TWICE, LongTerm, lanes_of, reset_lanes
-from mlm.phrases import SAID, Heard, History, Recalled
+from mlm.phrases import AGAIN, SAID, Heard, History, Recalled
 from mlm.streams import Segment
 
 SETTLED = 20
@@ -193,7 +193,7 @@ def score_segment(
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
             now.total,
-            [*theta.values(), *fixed.values(), *rows.values()],
+            [*theta.values(), *fixed.values(), *(rows[n] for n in rows if n == SAID)],
             allow_unused=True,
             materialize_grads=True,
         )
@@ -285,11 +285,11 @@ def step(
 
 
 def recall(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Recalled | None, Weights]:
-    """What phrases bring to a segment, and how `LanguageModel.read` is told, by a leaf."""
+    """What phrases bring to a segment, and how `LanguageModel.read` is told; SAID is a leaf."""
     if memory.phrases is None or reader.history is None:
         return None, {}
     recalled = memory.phrases.recall(reader.history, segment.inputs)
-    return recalled, {SAID: recalled.rows.requires_grad_()}
+    return recalled, {SAID: recalled.rows.requires_grad_(), AGAIN: recalled.within}
 
 
 def remembered(

@@ -16,7 +16,7 @@ from torch import Tensor
 from mlm.learner import Parameters, Signal, UpdateRule
 from mlm.lm import State, Weights
 from mlm.memory import LongTerm
-from mlm.phrases import Heard
+from mlm.phrases import SAID, Heard
 from mlm.recurrence import plain_operations
 from mlm.rollout import (
     MetaGradient,
@@ -140,7 +140,10 @@ def _inner(memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor) -
     full |= rows
     now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
     found = torch.autograd.grad(
-        now.total, [*theta.values(), *rows.values()], create_graph=True, materialize_grads=True
+        now.total,
+        [*theta.values(), *(rows[n] for n in rows if n == SAID)],
+        create_graph=True,
+        materialize_grads=True,
     )
     gradients = dict(zip(theta, found, strict=False))
     heard = recalled and Heard(recalled.rates, found[-1].detach())

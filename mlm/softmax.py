@@ -41,6 +41,8 @@ class Layer(NamedTuple):
     """(2), shared: how a token's loss counts for what it teaches (`mlm.surprise`)."""
     once_slope: Tensor | None = None
     """(2), shared: for what it teaches at once."""
+    again: Tensor | None = None
+    """(B, T, T): of `at_once.Teaching`."""
 
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
@@ -150,6 +152,7 @@ class _WeightedNLL(torch.autograd.Function):
         twice: Tensor | None,
         slope: Tensor | None,
         once_slope: Tensor | None,
+        again: Tensor | None,
         projected: Tensor | None,
         targets: Tensor,
         weights: Tensor,
@@ -157,7 +160,7 @@ class _WeightedNLL(torch.autograd.Function):
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
         names = ("output", *Layer._fields, "projected")
-        given = Layer(head, bias, low, related, rows, columns, twice, slope, once_slope)
+        given = Layer(head, bias, low, related, rows, columns, twice, slope, once_slope, again)
         tensors = (output, *given, projected)
         inputs = zip(names, tensors, strict=True)
         found = {
@@ -192,7 +195,8 @@ class _WeightedNLL(torch.autograd.Function):
             if teaching is not None and spare is not None:
                 error, logits = logits, spare[: len(logits)].copy_(logits)
                 _rows(error, own, *here, None, once_slope, True)
-                lost = at_once.taught(error, keys, teaching)
+                own_again = None if again is None else again[block]
+                lost = at_once.taught(error, keys, teaching._replace(again=own_again))
                 logits -= lost
                 give([lost])
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))

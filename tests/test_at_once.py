@@ -15,12 +15,14 @@ from tiny import perplexities
 from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
+from mlm.at_once import alike, spread
 from mlm.config import MetaConfig
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound
 from mlm.lowrank import add_low_rank, turned
 from mlm.memory import COLUMNS, ROWS, LongTerm
 from mlm.meta import MetaTrainer
+from mlm.phrases import ORDERS, phrases
 from mlm.related import relate
 from mlm.rollout import Step, begin, learning_at_once, meta_gradient, step
 from mlm.rules import open_slow, start_at
@@ -210,6 +212,40 @@ def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
     plain = dataclasses.replace(memory, at_once=False)
     able, unable = (score_articles(m, rule, text, EOS, 1).nll[0][3:7] for m in (memory, plain))
     assert float(able.sum()) < float(unable.sum()) - 0.03
+
+
+@PATHS
+def test_phrases_teach_at_once_too(path: str, on: Callable[[str], None]) -> None:
+    """In an article's first segment, where no row has been written: a context that comes again
+    moves the logits by the errors behind it."""
+    on(path)
+    plain = _memory(OUTPUT)
+    memory = dataclasses.replace(plain, phrases=phrases(plain.weights["embedding"], 100))
+    assert memory.phrases is not None
+    rule = _rms(memory)
+    able = learning_at_once(memory, rule)
+    tokens = [EOS, 1, 2, 3, 1, 2, 3, 1, 2]
+    piece = segments(memory, (40,), 1, 1)[0]
+    inputs, targets = torch.tensor([tokens[:7]]), torch.tensor([tokens[1:8]])
+    now = step(able, rule, begin(able, 1, rule), piece._replace(inputs=inputs, targets=targets))
+    again = torch.zeros(7, 7, dtype=torch.float64)
+    for order, eta in zip(ORDERS, memory.phrases.steps.tolist(), strict=True):
+        contexts = [tuple(tokens[t + 1 - order : t + 1]) if t + 1 >= order else t for t in range(7)]
+        for t in range(7):
+            for s in range(t):
+                if contexts[s] == contexts[t]:
+                    again[t, s] += eta / (1 + contexts[:s].count(contexts[s]))
+    assert int(again.count_nonzero()) == 2  # 1 2, 1 2 3 and 2 3 come again
+    keys = now.scored.output[0] @ able.weights["softmax.basis"].t()
+    logits = spread(keys @ able.weights["softmax.low"].t(), able.weights["softmax.related"])
+    logits = logits + able.weights["softmax.bias"]
+    error = logits.softmax(-1)
+    error[range(7), targets[0]] -= 1
+    own = alike(keys[None], able.weights[COLUMNS])[0] @ error / 7
+    twice = spread(spread(own, able.weights["softmax.related"]), able.weights["softmax.related"])
+    logits = logits - able.weights[ROWS] * twice - again @ error
+    want = -logits.log_softmax(-1)[range(7), targets[0]]
+    torch.testing.assert_close(now.scored.nll[0], want, **EXACT)
 
 
 def test_hand_made_rules_read_as_published() -> None:

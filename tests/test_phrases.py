@@ -135,6 +135,9 @@ def test_the_kernel_recalls_what_plain_operations_do() -> None:
             plain = own.recall(history, inputs)
         torch.testing.assert_close(recalled.rows, plain.rows, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(recalled.rates, plain.rates)
+        torch.testing.assert_close(recalled.within, plain.within)
+        assert bool(recalled.within.tril(-1).any())
+        assert not bool(recalled.within.triu().any())
         assert k < 3 or float(recalled.rows.abs().sum()) > 0
         heard = Heard(recalled.rates, torch.randn(3, 7, 16, generator=generator))
         taught = torch.ones(3, 7, dtype=torch.bool)
