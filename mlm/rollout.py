@@ -193,7 +193,7 @@ def score_segment(
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
             now.total,
-            [*theta.values(), *fixed.values(), *(rows[n] for n in rows if n == SAID)],
+            [*theta.values(), *fixed.values(), *([recalled.rows] if recalled else [])],
             allow_unused=True,
             materialize_grads=True,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 from mlm.learner import Parameters, Signal, UpdateRule
 from mlm.lm import State, Weights
 from mlm.memory import LongTerm
-from mlm.phrases import SAID, Heard
+from mlm.phrases import Heard
 from mlm.recurrence import plain_operations
 from mlm.rollout import (
     MetaGradient,
@@ -141,7 +141,7 @@ def _inner(memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor) -
     now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
     found = torch.autograd.grad(
         now.total,
-        [*theta.values(), *(rows[n] for n in rows if n == SAID)],
+        [*theta.values(), *([recalled.rows] if recalled else [])],
         create_graph=True,
         materialize_grads=True,
     )
