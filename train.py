@@ -24,21 +24,27 @@ def _value(flag: str) -> str | None:
 
 
 def _defaults() -> Config:
-    """The preset, or the run folder's own settings when an existing run goes on."""
+    """The preset, or the run folder's own settings when an existing run goes on; of a preset named
+    as well, what comes after stage 1."""
     from mlm.checkpoint import RunFolder
     from mlm.run import run_path
 
-    preset = _value("--preset") or "pydocs"
-    if preset not in PRESETS:
-        raise UserError(f"--preset {preset}: unknown; choose from {', '.join(PRESETS)}")
+    named = _value("--preset")
+    if named is not None and named not in PRESETS:
+        raise UserError(f"--preset {named}: unknown; choose from {', '.join(PRESETS)}")
+    preset = PRESETS[named or "pydocs"]
     out, corpus = _value("--out"), _value("--corpus") or "pydocs"
     path = Path(out) if out else run_path(Config(corpus=corpus))
     goes_on = "--resume" in sys.argv or (_value("--stages") or "lm") != "lm"
     if not (goes_on and (path / "config.json").exists()):
-        return PRESETS[preset]
+        return preset
     found = dataclasses.replace(RunFolder(path).load_config(), resume=False, overwrite=False)
     if "--resume" in sys.argv:
         return found
+    if named is not None:  # its rule on the language model that is there
+        found = dataclasses.replace(
+            found, adapt=preset.adapt, meta=preset.meta, evaluation=preset.evaluation
+        )
     # Test is read when this command asks for it, not because an earlier one did.
     return dataclasses.replace(
         found, evaluation=dataclasses.replace(found.evaluation, split="valid")

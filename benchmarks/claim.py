@@ -34,7 +34,7 @@ from benchmarks.claim_tables import LEARNED_RULE, Seeds, write_tables
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
-from mlm.config import CACHE, LEARNED, PROTOCOLS, Config, validate
+from mlm.config import BEST, CACHE, LEARNED, PROTOCOLS, Config, validate
 from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 from mlm.losses import LossTable, column_name
@@ -79,31 +79,31 @@ class Options:
         "same",
     )
     """Of dynamic evaluation; the best on the tuning words is the rival."""
-    dynamic: str = "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias"
+    dynamic: str = BEST.adapt.dynamic
     """Weights that the meta-learner rewrites."""
-    rank: int = 256
+    rank: int = BEST.adapt.rank
     """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
-    related: int = 256
+    related: int = BEST.adapt.related
     """Directions in which related words move together, where the rank is full; 0 = none."""
-    borders: bool = True
+    borders: bool = BEST.adapt.borders
     """FLUSH sees where an article begins."""
-    basis_words: int = 1_500_000
+    basis_words: int = BEST.adapt.basis_words
     """Words from which bases and relations are learned; 0 = they are principal directions."""
-    at_once: bool = True
+    at_once: bool = BEST.adapt.at_once
     """Between two updates the output layer of the learned rule learns, too."""
-    surprise: float = 0.25
+    surprise: float = BEST.adapt.surprise
     """How much more a token teaches the learned rule the less it was expected."""
-    phrases: int = 32_768
+    phrases: int = BEST.adapt.phrases
     """Tokens in which the learned rule looks for what it has read before."""
-    segment: int = 64
+    segment: int = BEST.adapt.segment
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
-    steps: int = 32
+    steps: int = BEST.meta.steps
     """Meta-updates."""
     through_steps: int = 0
     """Those on a language model trained through a learned rule, which starts at that rule."""
-    lanes: int = 8
+    lanes: int = BEST.meta.lanes
     """Articles that meta-training reads side by side."""
     budget: int = 8
     """Steps of training of the meta-learner, or settings of its cache, judged on validation."""
@@ -118,7 +118,7 @@ class Options:
     """Bootstrap resamples of the articles."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice."""
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    precision: Literal["float32", "bfloat16"] = BEST.adapt.precision
     """Of the factors in the lanes' products, for all rules."""
     out: Path = Path("results/claim")
     """Where tables and pictures go."""

@@ -264,7 +264,8 @@ class Config:
     """Train a language model that learns while it reads, evaluate it, draw it."""
 
     preset: str = "pydocs"
-    """Sizes: pydocs (minutes), small (one CPU hour or two), awd (AWD-LSTM, a GPU)."""
+    """Sizes: pydocs (minutes), small (one CPU hour or two), awd (AWD-LSTM, a GPU); best = small with
+    the rule that gains most."""
     corpus: str = "pydocs"
     """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a directory or file in WikiText form."""
     out: Path | None = None
@@ -294,24 +295,46 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+SMALL = Config(
+    preset="small",
+    text=TextConfig(vocabulary_size=4000),
+    model=ModelConfig(embedding=256, hidden=256),
+    lm=LMTrainingConfig(
+        epochs=1.0,
+        validations=40,
+        learning_rate=1e-2,
+        dropout_input=0.0,
+        dropout_hidden=0.0,
+        dropout_output=0.0,
+    ),
+    adapt=AdaptConfig(fisher_words=100_000, threads=0),
+    meta=MetaConfig(lanes=16, steps=30, learning_rate=0.07),
+    evaluation=EvaluationConfig(budget=10, tune_words=20_000),
+)
+BEST = dataclasses.replace(
+    SMALL,
+    preset="best",
+    adapt=dataclasses.replace(
+        SMALL.adapt,
+        dynamic="softmax.low,lstm.*.input.low,lstm.*.recurrent,bias",
+        rank=256,
+        related=256,
+        basis_words=1_500_000,
+        borders=True,
+        at_once=True,
+        surprise=0.25,
+        phrases=32_768,
+        segment=64,
+        precision="bfloat16",
+    ),
+    meta=dataclasses.replace(SMALL.meta, rules=("four_levels",), lanes=8, steps=32),
+    evaluation=dataclasses.replace(SMALL.evaluation, rules=("static", "rms", "four_levels")),
+)
+"""The rule that gains most (results, `claim`)."""
 PRESETS: dict[str, Config] = {
     "pydocs": Config(),
-    "small": Config(
-        preset="small",
-        text=TextConfig(vocabulary_size=4000),
-        model=ModelConfig(embedding=256, hidden=256),
-        lm=LMTrainingConfig(
-            epochs=1.0,
-            validations=40,
-            learning_rate=1e-2,
-            dropout_input=0.0,
-            dropout_hidden=0.0,
-            dropout_output=0.0,
-        ),
-        adapt=AdaptConfig(fisher_words=100_000, threads=0),
-        meta=MetaConfig(lanes=16, steps=30, learning_rate=0.07),
-        evaluation=EvaluationConfig(budget=10, tune_words=20_000),
-    ),
+    "small": SMALL,
+    "best": BEST,
     "awd": Config(
         preset="awd",
         text=TextConfig(vocabulary="word", vocabulary_size=0),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from tiny import as_flags, tiny_config, write_corpus
 
 from mlm.checkpoint import RunFolder
-from mlm.config import PROTOCOLS, Config, EvaluationConfig
+from mlm.config import PRESETS, PROTOCOLS, Config, EvaluationConfig
 from mlm.meta import MetaTrainer
 from mlm.pipeline import run_stages
 from mlm.text import count_words, open_corpus
@@ -188,6 +189,25 @@ def test_stages_one_by_one_give_the_same_run(
     for name, column in first.items():
         assert (column == second[name]).all(), name
     assert rows_of(tmp_path / "run") == rows_of(finished.folder)
+
+
+def test_a_preset_named_gives_its_rule_to_the_language_model_that_is_there(
+    finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Settings of stage 1 are the run's own, those of later stages the preset's, unless given."""
+    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    seen: list[Config] = []
+    monkeypatch.setattr("mlm.pipeline.run_stages", seen.append)
+    words = ("--out", folder, "--stages", "meta", "evaluate", "--meta.steps", 3)
+    assert command("train", *words, "--preset", "best").code == 0
+    best, own = PRESETS["best"], RunFolder(folder).load_config()
+    assert seen[0].adapt == best.adapt
+    assert seen[0].meta == dataclasses.replace(best.meta, steps=3)
+    assert seen[0].evaluation == best.evaluation
+    assert (seen[0].text, seen[0].model, seen[0].lm) == (own.text, own.model, own.lm)
+    assert seen[0].corpus == own.corpus
+    assert command("train", *words).code == 0
+    assert (seen[1].preset, seen[1].adapt) == (own.preset, own.adapt)
 
 
 def test_another_seed_gives_another_model(finished: Finished, tmp_path: Path) -> None:
