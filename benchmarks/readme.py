@@ -184,14 +184,19 @@ def _signed(interval: list[float] | None) -> str:
 
 
 def totals(folder: str, split: str, protocol: str) -> list[str]:
-    """The table of totals, without single seeds; without speed where none was measured."""
+    """The table of totals, without single seeds, and without the second name of what has two;
+    without speed where none was measured."""
     found = _rows(folder, "total", split, protocol)
     timed = any(row["words_per_second"] for row in found)
     lines = [
         "| rule | word perplexity | bits per byte | nats gained per word |" + " words/s |" * timed,
         "| :-- | --: | --: | --: |" + " --: |" * timed,
     ]
+    shown = set()
     for row in (r for r in found if ", seed" not in r["rule"]):
+        if (loss := row["word_perplexity"]) in shown:  # the rival, under its form's name
+            continue
+        shown.add(loss)
         gain = "" if row["rule"] == "static" else f"{row['nats_per_word_gained']:.3f}"
         gain += "" if row["rule"] == "static" else _signed(row["interval"])
         cells = f"| {label(row['rule'])} | {row['word_perplexity']:.1f} | "

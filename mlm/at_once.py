@@ -67,6 +67,12 @@ class Teaching(NamedTuple):
     again: Tensor | None = None
     """(B, T, T), of the lanes: how much word s < t teaches where the context of t was that of s,
     in units of its error e_s (`mlm.phrases`)."""
+    slope: Tensor | None = None
+    """(2): how a token's loss counts in e (`mlm.surprise`)."""
+
+    def of(self, lanes: slice) -> Teaching:
+        """For some of the lanes."""
+        return self if self.again is None else self._replace(again=self.again[lanes])
 
 
 def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
@@ -92,18 +98,17 @@ def corrected(
     keys_BTI: Tensor,
     by: Teaching,
     share_BT: Tensor,
-    slope: Tensor | None = None,
 ) -> Tensor:
     """Logits (B, T, V) that have learned at once, of a segment of T tokens.
 
     Args:
-        share_BT: what each token's loss weighs; slope: of `mlm.surprise`.
+        share_BT: what each token's loss weighs.
     """
     with torch.no_grad():
         log_p = logits_BTV.log_softmax(-1)
         one_hot = F.one_hot(targets_BT, logits_BTV.shape[-1])
         nll_BT = -log_p.gather(-1, targets_BT.unsqueeze(-1)).squeeze(-1)
         error_BTV = log_p.exp() - one_hot
-        error_BTV *= taught_by(nll_BT, share_BT, slope).unsqueeze(-1)
+        error_BTV *= taught_by(nll_BT, share_BT, by.slope).unsqueeze(-1)
         lost = taught(error_BTV, keys_BTI, by)
     return logits_BTV - lost

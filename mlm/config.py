@@ -264,8 +264,8 @@ class Config:
     """Train a language model that learns while it reads, evaluate it, draw it."""
 
     preset: str = "pydocs"
-    """Sizes: pydocs (minutes), small (one CPU hour or two), awd (AWD-LSTM, a GPU); best = small with
-    the rule that gains most."""
+    """Sizes: pydocs (minutes), small (one CPU hour or two), awd (AWD-LSTM, a GPU); best: small
+    with the rule that gains most."""
     corpus: str = "pydocs"
     """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a directory or file in WikiText form."""
     out: Path | None = None

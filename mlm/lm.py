@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import at_once, softmax
-from mlm.phrases import AGAIN, SAID
+from mlm.phrases import SAID
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 from mlm.surprise import inner_total
@@ -562,10 +562,7 @@ def _fused_nll(
         layer = softmax.Layer(weights["embedding"], bias, low, slope=slope)
     else:
         related = weights.get("softmax.related")
-        by, once = _at_once(weights)
-        own = (None, None, None) if by is None else (by.rows, by.columns, by.twice)
-        again = None if by is None else by.again
-        layer = softmax.Layer(turned, bias, None, related, *own, slope, once, again)
+        layer = softmax.Layer(turned, bias, None, related, slope, _at_once(weights))
     if shape.cutoffs or is_plain() or not softmax.supports(output_BTE, layer):
         return None
     projected = _along(weights, "softmax", output_BTE)
@@ -590,14 +587,13 @@ def weighted_nll(
     return nll if is_plain() else nll.detach(), total
 
 
-def _at_once(weights: Weights) -> tuple[at_once.Teaching | None, Tensor | None]:
-    """How words teach at once, and their slope, where an output layer of each lane does so."""
+def _at_once(weights: Weights) -> at_once.Teaching | None:
+    """How words teach at once, where an output layer of each lane does so."""
     rows, columns = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns"))
     if rows is None or columns is None or weights["softmax.low"].dim() == 2:
-        return None, None
-    related, twice = (weights.get(f"softmax.{which}") for which in ("related", "once.twice"))
-    by = at_once.Teaching(rows, columns, related, twice, weights.get(AGAIN))
-    return by, weights.get("softmax.once.surprise")
+        return None
+    more = ("related", "once.twice", "once.again", "once.surprise")
+    return at_once.Teaching(rows, columns, *(weights.get(f"softmax.{which}") for which in more))
 
 
 def token_nll(
@@ -621,9 +617,9 @@ def token_nll(
     logits = _logits(weights, shape, output_BTE)
     if not shape.cutoffs:
         keys = _along(weights, "softmax", output_BTE)
-        by, slope = (None, None) if keys is None else _at_once(weights)
+        by = None if keys is None else _at_once(weights)
         if keys is not None and by is not None:
-            logits = at_once.corrected(logits, targets_BT, keys, by, share, slope)
+            logits = at_once.corrected(logits, targets_BT, keys, by, share)
         flat = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return flat.view_as(targets_BT)
     first = shape.cutoffs[0]

@@ -33,25 +33,23 @@ class Layer(NamedTuple):
     """(V, R): logits += projected low^T, a low-rank part of the head."""
     related: Tensor | None = None
     """(V, S), Q, shared: logits = (I + Q Q^T) (output head^T) + bias (`mlm.related`)."""
-    rows: Tensor | None = None
-    """(V), `columns` (E + 1) and `twice` (V, S), shared: of `at_once.Teaching`."""
-    columns: Tensor | None = None
-    twice: Tensor | None = None
     slope: Tensor | None = None
     """(2), shared: how a token's loss counts for what it teaches (`mlm.surprise`)."""
-    once_slope: Tensor | None = None
-    """(2), shared: for what it teaches at once."""
-    again: Tensor | None = None
-    """(B, T, T): of `at_once.Teaching`."""
+    teaching: at_once.Teaching | None = None
+    """How words teach at once: constants."""
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All but those of `teaching`."""
+        return self[:-1]
 
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
     """Whether `weighted_nll` can serve: on the CPU, shared tensors (but Q) without gradient."""
-    present = [t for t in layer if t is not None]
+    present = [t for t in (*layer.tensors(), *(layer.teaching or ())) if t is not None]
     shared = (2, 1, 2)
     learned = [
         t.dim() == dim
-        for t, dim in zip(layer, shared, strict=False)
+        for t, dim in zip(layer.tensors(), shared, strict=False)
         if t is not None and torch.is_grad_enabled() and t.requires_grad
     ]
     return (
@@ -81,10 +79,11 @@ def weighted_nll(
         `output_BTE`, `projected_BTR`, per-lane tensors of `layer` and Q, what words have taught at
         once being a constant. The weights are 1/T there, or 0 where a token does not teach.
     """
-    tensors = [output_BTE, *layer, projected_BTR]
+    tensors = [output_BTE, *layer.tensors(), projected_BTR]
     if not torch.is_grad_enabled():  # autograd.Function looks at requires_grad alone
         tensors = [None if t is None else t.detach() for t in tensors]
-    return _WeightedNLL.apply(*tensors, targets_BT, weights_BT)  # type: ignore[return-value]
+    more = (layer.teaching, targets_BT, weights_BT)
+    return _WeightedNLL.apply(*tensors, *more)  # type: ignore[return-value]
 
 
 def _product(x_BTE: Tensor, head: Tensor, out: Tensor) -> None:
@@ -147,21 +146,16 @@ class _WeightedNLL(torch.autograd.Function):
         bias: Tensor,
         low: Tensor | None,
         related: Tensor | None,
-        rows: Tensor | None,
-        columns: Tensor | None,
-        twice: Tensor | None,
         slope: Tensor | None,
-        once_slope: Tensor | None,
-        again: Tensor | None,
         projected: Tensor | None,
+        teaching: at_once.Teaching | None,
         targets: Tensor,
         weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
-        names = ("output", *Layer._fields, "projected")
-        given = Layer(head, bias, low, related, rows, columns, twice, slope, once_slope, again)
-        tensors = (output, *given, projected)
+        names = ("output", "head", "bias", "low", "related", "slope", "projected")
+        tensors = (output, head, bias, low, related, slope, projected)
         inputs = zip(names, tensors, strict=True)
         found = {
             name: torch.zeros_like(x) if name in SUMS else take(tuple(x.shape), x)
@@ -171,12 +165,7 @@ class _WeightedNLL(torch.autograd.Function):
         nll = output.new_empty(lanes, steps)
         group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
         buffer = take((group, steps, head.shape[-2]), output)
-        teaching = spare = None
-        if rows is not None and columns is not None:
-            teaching, spare = (
-                at_once.Teaching(rows, columns, related, twice),
-                take(tuple(buffer.shape), buffer),
-            )
+        spare = None if teaching is None else take(tuple(buffer.shape), buffer)
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))
             own = Layer(
@@ -194,9 +183,8 @@ class _WeightedNLL(torch.autograd.Function):
             here = targets[block], weights[block], nll[block]
             if teaching is not None and spare is not None:
                 error, logits = logits, spare[: len(logits)].copy_(logits)
-                _rows(error, own, *here, None, once_slope, True)
-                own_again = None if again is None else again[block]
-                lost = at_once.taught(error, keys, teaching._replace(again=own_again))
+                _rows(error, own, *here, None, teaching.slope, True)
+                lost = at_once.taught(error, keys, teaching.of(block))
                 logits -= lost
                 give([lost])
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
@@ -226,4 +214,5 @@ class _WeightedNLL(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor):  # type: ignore[override]
         scale = float(grads[1])
         found, ctx.found = ctx.found, None
-        return (*(g if g is None or scale == 1 else g * scale for g in found), None, None)
+        found = [g if g is None or scale == 1 else g * scale for g in found]
+        return (*found, None, None, None)
