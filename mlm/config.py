@@ -301,7 +301,7 @@ SMALL = Config(
     model=ModelConfig(embedding=256, hidden=256),
     lm=LMTrainingConfig(
         epochs=1.0,
-        validations=40,
+        validations=15,
         learning_rate=1e-2,
         dropout_input=0.0,
         dropout_hidden=0.0,

@@ -157,14 +157,14 @@ class Evolution:
     def _read(self, particle: int, rule: Bound, segments: Sequence[Segment]) -> Iterator[Step]:
         """The steps of one particle, each for use before the next; moves its reader on."""
         for t, segment in enumerate(segments):
-            weights = self.readers[particle].weights
-            out = {n: buffers.take(tuple(w.shape), w) for n, w in weights.items()}
-            now = rollout.step(self.memory, rule, self.readers[particle], segment, out)
+            reader = self.readers[particle]
+            out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
+            now = rollout.step(self.memory, rule, reader, segment, out)
             self.readers[particle] = now.after
             yield now
-            buffers.give(now.scored.gradients.values())
+            now.give(reader)
             if t:  # the first weights may be theta_0 itself, or in somebody's hands
-                buffers.give(now.before.weights.values())
+                buffers.give(reader.weights.values())
 
     def _draw(self) -> Tensor:
         """Perturbations in units of `sigma_P`, (2N, P): N of them, then their mirror images."""
