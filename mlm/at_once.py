@@ -20,6 +20,10 @@ again, too. Lanes read so
 where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.columns`); the static
 model never does.
 
+As no e_s is looked at again after other words have taught, a word that comes ten times would be
+learned ten times: harmless where words are known, but logits of a character that training never
+saw moved by a thousand. No logit moves by more than `LARGEST`.
+
 Letters: B lanes, T time, I keys, V vocabulary.
 """
 
@@ -34,6 +38,9 @@ from torch import Tensor
 from mlm.buffers import take
 from mlm.half import done, lowered, product
 from mlm.surprise import taught_by
+
+LARGEST = 6.0
+"""Nats by which a logit moves at most."""
 
 
 def spread(x_V: Tensor, related: Tensor | None) -> Tensor:
@@ -89,7 +96,7 @@ def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     if by.again is not None:  # e weighs 1/T
         product(by.again * by.again.shape[1], lower_BTV, lost_BTV, add=True)
     done(lower_BTV, error_BTV)
-    return lost_BTV
+    return lost_BTV.clamp_(-LARGEST, LARGEST)
 
 
 def corrected(

@@ -15,7 +15,7 @@ from tiny import perplexities
 from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
-from mlm.at_once import alike, spread
+from mlm.at_once import LARGEST, Teaching, alike, spread, taught
 from mlm.config import MetaConfig
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound
@@ -212,6 +212,18 @@ def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
     plain = dataclasses.replace(memory, at_once=False)
     able, unable = (score_articles(m, rule, text, EOS, 1).nll[0][3:7] for m in (memory, plain))
     assert float(able.sum()) < float(unable.sum()) - 0.03
+
+
+def test_a_word_that_comes_often_is_not_learned_as_often() -> None:
+    """Errors are not looked at again within the segment: what is taught is bounded."""
+    keys, error = torch.ones(1, 64, 3, dtype=torch.float64), torch.zeros(1, 64, 5).double()
+    error[:, :, 2] = -1  # the same word every time, never expected
+    by = Teaching(torch.full((5,), 0.125).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double())
+    lost = taught(error, keys, by)[0]
+    free = -0.125 * 3 * torch.arange(64, dtype=torch.float64)
+    torch.testing.assert_close(lost[:, 2], free.clamp(min=-LARGEST), **EXACT)
+    assert float(lost[-1, 2]) == -LARGEST
+    assert not lost[:, [0, 1, 3, 4]].any()
 
 
 @PATHS
