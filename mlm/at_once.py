@@ -21,8 +21,9 @@ where `LongTerm.weights` hold a (`softmax.once.rows`) and c, d (`softmax.once.co
 model never does.
 
 As no e_s is looked at again after other words have taught, a word that comes ten times would be
-learned ten times: harmless where words are known, but logits of a character that training never
-saw moved by a thousand. No logit moves by more than `LARGEST`.
+learned ten times: logits of a character that training never saw moved by a thousand. Therefore a
+logit rises by -log p_t at most, to where its word would be as likely as all others together, and
+falls by `MOST` at most. Words that are known gain by it, too.
 
 Letters: B lanes, T time, I keys, V vocabulary.
 """
@@ -39,8 +40,8 @@ from mlm.buffers import take
 from mlm.half import done, lowered, product
 from mlm.surprise import taught_by
 
-LARGEST = 6.0
-"""Nats by which a logit moves at most."""
+MOST = 10.0
+"""Nats by which a logit falls at most."""
 
 
 def spread(x_V: Tensor, related: Tensor | None) -> Tensor:
@@ -83,7 +84,7 @@ class Teaching(NamedTuple):
 
 
 def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
-    """What the logits lose, (B, T, V), of errors e; no gradient."""
+    """What the logits lose before it is bounded, (B, T, V), of errors e; no gradient."""
     alike_BTT = alike(keys_BTI, by.columns)
     lower_BTV = lowered(error_BTV)
     lost_BTV = product(alike_BTT, lower_BTV, take(tuple(error_BTV.shape), error_BTV))
@@ -96,7 +97,7 @@ def taught(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     if by.again is not None:  # e weighs 1/T
         product(by.again * by.again.shape[1], lower_BTV, lost_BTV, add=True)
     done(lower_BTV, error_BTV)
-    return lost_BTV.clamp_(-LARGEST, LARGEST)
+    return lost_BTV
 
 
 def corrected(
@@ -118,4 +119,5 @@ def corrected(
         error_BTV = log_p.exp() - one_hot
         error_BTV *= taught_by(nll_BT, share_BT, by.slope).unsqueeze(-1)
         lost = taught(error_BTV, keys_BTI, by)
+        lost = torch.maximum(lost.clamp(max=MOST), log_p)
     return logits_BTV - lost

@@ -353,6 +353,26 @@ def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, slo
                         add[v] += row[v]
 
 
+@jit
+def teach_rows(lo, hi, logits, lost, targets, bias, nll, most):
+    """Groups lo..hi of `logits` (K, R, V) lose `lost`, within [log p, most].
+
+    p = softmax(row + bias), of which `nll` (K, R) are the losses; `bias` is (1 or K, V).
+    """
+    rows, size = logits.shape[1], logits.shape[2]
+    limit = logits.dtype.type(most)
+    for group in range(lo, hi):
+        offset = bias[group if bias.shape[0] > 1 else 0]
+        for r in range(rows):
+            row, less = logits[group, r], lost[group, r]
+            target = targets[group, r]
+            level = nll[group, r] + row[target] + offset[target]
+            for v in range(size):
+                x = less[v] if less[v] < limit else limit
+                low, top = row[v] - x, level - offset[v]
+                row[v] = low if low < top else top
+
+
 # Loops run from 0 over slices: numba then knows that no index is negative and vectorises them.
 
 

@@ -185,7 +185,18 @@ class _WeightedNLL(torch.autograd.Function):
                 error, logits = logits, spare[: len(logits)].copy_(logits)
                 _rows(error, own, *here, None, teaching.slope, True)
                 lost = at_once.taught(error, keys, teaching.of(block))
-                logits -= lost
+                bias_KV = own.bias if own.bias.dim() == 2 else own.bias.unsqueeze(0)
+                kernels.share_out(
+                    kernels.teach_rows,
+                    len(logits),
+                    logits.numel(),
+                    logits,
+                    lost,
+                    targets[block].contiguous(),
+                    bias_KV,
+                    nll[block],
+                    at_once.MOST,
+                )
                 give([lost])
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric

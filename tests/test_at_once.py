@@ -15,7 +15,7 @@ from tiny import perplexities
 from worlds import EOS, TinyMemory, articles, segments, tiny_memory
 
 from mlm import kernels
-from mlm.at_once import LARGEST, Teaching, alike, spread, taught
+from mlm.at_once import MOST, alike, spread
 from mlm.config import MetaConfig
 from mlm.gates import LinearGates
 from mlm.learner import RMS, SGD, Bound
@@ -214,27 +214,16 @@ def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
     assert float(able.sum()) < float(unable.sum()) - 0.03
 
 
-def test_a_word_that_comes_often_is_not_learned_as_often() -> None:
-    """Errors are not looked at again within the segment: what is taught is bounded."""
-    keys, error = torch.ones(1, 64, 3, dtype=torch.float64), torch.zeros(1, 64, 5).double()
-    error[:, :, 2] = -1  # the same word every time, never expected
-    by = Teaching(torch.full((5,), 0.125).double(), torch.tensor([1.0, 1.0, 1.0, 0.0]).double())
-    lost = taught(error, keys, by)[0]
-    free = -0.125 * 3 * torch.arange(64, dtype=torch.float64)
-    torch.testing.assert_close(lost[:, 2], free.clamp(min=-LARGEST), **EXACT)
-    assert float(lost[-1, 2]) == -LARGEST
-    assert not lost[:, [0, 1, 3, 4]].any()
-
-
 @PATHS
-def test_phrases_teach_at_once_too(path: str, on: Callable[[str], None]) -> None:
+@pytest.mark.parametrize("rate", [0.05, 50.0])
+def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], None]) -> None:
     """In an article's first segment, where no row has been written: a context that comes again
-    moves the logits by the errors behind it."""
+    moves the logits by the errors behind it. At too high a rate the change is bounded."""
     on(path)
     plain = _memory(OUTPUT)
     memory = dataclasses.replace(plain, phrases=phrases(plain.weights["embedding"], 100))
     assert memory.phrases is not None
-    rule = _rms(memory)
+    rule = _rms(memory, rate)
     able = learning_at_once(memory, rule)
     tokens = [EOS, 1, 2, 3, 1, 2, 3, 1, 2]
     piece = segments(memory, (40,), 1, 1)[0]
@@ -255,7 +244,10 @@ def test_phrases_teach_at_once_too(path: str, on: Callable[[str], None]) -> None
     error[range(7), targets[0]] -= 1
     own = alike(keys[None], able.weights[COLUMNS])[0] @ error / 7
     twice = spread(spread(own, able.weights["softmax.related"]), able.weights["softmax.related"])
-    logits = logits - able.weights[ROWS] * twice - again @ error
+    lost = able.weights[ROWS] * twice + again @ error
+    bounded = torch.maximum(lost.clamp(max=MOST), logits.log_softmax(-1))
+    assert bool((bounded > lost).any() and (bounded < lost).any()) == (rate > 1)
+    logits = logits - bounded
     want = -logits.log_softmax(-1)[range(7), targets[0]]
     torch.testing.assert_close(now.scored.nll[0], want, **EXACT)
 

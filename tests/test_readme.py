@@ -110,22 +110,21 @@ def _small(words: list[str], folder: Path) -> list[str]:
 
     corpus = value("--corpus", "pydocs")
     out = Path(value("--out", f"runs/{Path(corpus).name}"))
+    later = {
+        "adapt.fisher-words": 100,
+        "meta.unroll": 2,
+        "meta.steps": 1,
+        "evaluation.budget": 1,
+        "evaluation.tune-words": 100,
+        "evaluation.max-articles": 2,
+        "evaluation.resamples": 9,
+    }
     if (folder / out / "config.json").exists():
-        return []
+        again = [(f"--{flag}", str(value)) for flag, value in later.items()]
+        return [word for pair in again for word in pair] if "--preset" in words else []
     assert "--resume" not in words, f"README continues {out}, which no command before began"
-    config = tiny_config(
-        Path("pydocs"),
-        out,
-        lm__epochs=0.3,
-        lm__validations=1,
-        adapt__fisher_words=100,
-        meta__unroll=2,
-        meta__steps=1,
-        evaluation__budget=1,
-        evaluation__tune_words=100,
-        evaluation__max_articles=2,
-        evaluation__resamples=9,
-    )
+    names = {flag.replace(".", "__").replace("-", "_"): value for flag, value in later.items()}
+    config = tiny_config(Path("pydocs"), out, lm__epochs=0.3, lm__validations=1, **names)
     flags = as_flags(config)
 
     def drop(flag: str) -> None:
