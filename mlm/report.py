@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from mlm.config import CACHE, LEARNED
 from mlm.errors import UserError
 from mlm.files import write_text
 from mlm.losses import EOS, PROTOCOLS, STATIC, LossTable, rule_label, rule_order, write_losses
@@ -44,9 +45,9 @@ Row = dict[str, Any]
 
 #: Pairs (rule, against) whose gains are compared, where both were measured.
 COMPARISONS = (
-    ("two_levels", "rms"),
-    ("three_levels", "rms"),
+    *((rule + end, "rms" + end) for rule in LEARNED for end in ("", CACHE)),
     ("three_levels", "two_levels"),
+    ("four_levels", "three_levels"),
     ("rms", "sgd"),
 )
 FIRST_BIN = 200  # words; bins of this size, then doubling

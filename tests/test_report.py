@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from fake_run import made_up_losses, made_up_words, make_run
 
+from mlm.config import CACHE
 from mlm.errors import UserError
 from mlm.losses import LossTable, column_name, rule_of, splits, write_losses
 from mlm.report import (
@@ -305,6 +306,19 @@ def test_comparisons_are_paired():
     low, high = row["difference_interval"]
     single = one(rows, "total", "rms")["interval"]
     assert high - low < single[1] - single[0]  # pairing removes what articles share
+
+
+@pytest.mark.parametrize("rule", ["four_levels", "mlp", "three_levels+cache"])
+def test_every_learned_rule_is_compared_with_rms(rule: str):
+    """With a neural cache, with RMS and one."""
+    end = CACHE if rule.endswith(CACHE) else ""
+    table = small_table((300, 250, 400, 350))
+    names = {"three_levels": rule, "rms": "rms" + end}
+    losses = {names.get(name, name): column for name, column in table.losses.items()}
+    row = one(
+        rows_of(dataclasses.replace(table, losses=losses)), "comparison", rule, against="rms" + end
+    )
+    assert row["difference"] > 0
 
 
 def test_a_ratio_of_gains_is_left_out_where_the_gain_may_be_zero():
