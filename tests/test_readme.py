@@ -195,7 +195,8 @@ def test_every_command_runs(
     ran = []
     for line in commands_in(README.read_text(encoding="utf-8")):
         if line.startswith("cp -r "):
-            shutil.copytree(*line.split()[2:])
+            source, copy = line.split()[2:]
+            shutil.copytree(source, copy)
             continue
         step = scaled(line, tmp_path)
         if step is None:
