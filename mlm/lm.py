@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import at_once, softmax
-from mlm.phrases import SAID
+from mlm.phrases import AGAIN, SAID
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 from mlm.surprise import inner_total
@@ -592,8 +592,10 @@ def _at_once(weights: Weights) -> at_once.Teaching | None:
     rows, columns = (weights.get(f"softmax.once.{which}") for which in ("rows", "columns"))
     if rows is None or columns is None or weights["softmax.low"].dim() == 2:
         return None
-    more = ("related", "once.twice", "once.again", "once.surprise")
-    return at_once.Teaching(rows, columns, *(weights.get(f"softmax.{which}") for which in more))
+    related, twice, slope = (
+        weights.get(f"softmax.{which}") for which in ("related", "once.twice", "once.surprise")
+    )
+    return at_once.Teaching(rows, columns, related, twice, weights.get(AGAIN), slope)
 
 
 def token_nll(

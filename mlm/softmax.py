@@ -42,6 +42,10 @@ class Layer(NamedTuple):
         """All but those of `teaching`."""
         return self[:-1]
 
+    def biases(self) -> Tensor:
+        """(1 or B, V)."""
+        return self.bias.unsqueeze(0) if self.bias.dim() == 1 else self.bias
+
 
 def supports(output_BTE: Tensor, layer: Layer) -> bool:
     """Whether `weighted_nll` can serve: on the CPU, shared tensors (but Q) without gradient."""
@@ -105,7 +109,6 @@ def _rows(
     want_gradient: bool,
 ) -> None:
     """Losses of `logits` (B, T, V) and, in their place, the gradient of the weighted sum."""
-    bias = layer.bias
     kernels.share_out(
         kernels.softmax_rows,
         len(logits),
@@ -113,11 +116,26 @@ def _rows(
         logits,
         targets_BT.contiguous(),
         weights_BT.contiguous(),
-        bias.unsqueeze(0) if bias.dim() == 1 else bias,
+        layer.biases(),
         nll_BT,
         nll_BT.new_empty(0, 0) if bias_gradient is None else bias_gradient,
         nll_BT.new_empty(0) if slope is None else slope,
         want_gradient,
+    )
+
+
+def _lose(logits: Tensor, lost: Tensor, layer: Layer, targets_BT: Tensor, nll_BT: Tensor) -> None:
+    """Take from `logits` (B, T, V), of losses nll, what was taught at once, within its bounds."""
+    kernels.share_out(
+        kernels.teach_rows,
+        len(logits),
+        logits.numel(),
+        logits,
+        lost,
+        targets_BT.contiguous(),
+        layer.biases(),
+        nll_BT,
+        at_once.MOST,
     )
 
 
@@ -154,9 +172,9 @@ class _WeightedNLL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         lanes, steps, _ = output.shape
         output, weights = output.contiguous(), weights.to(output.dtype)
-        names = ("output", "head", "bias", "low", "related", "slope", "projected")
-        tensors = (output, head, bias, low, related, slope, projected)
-        inputs = zip(names, tensors, strict=True)
+        layer = Layer(head, bias, low, related, slope)
+        names = ("output", *Layer._fields[:-1], "projected")
+        inputs = zip(names, (output, *layer.tensors(), projected), strict=True)
         found = {
             name: torch.zeros_like(x) if name in SUMS else take(tuple(x.shape), x)
             for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
@@ -185,18 +203,7 @@ class _WeightedNLL(torch.autograd.Function):
                 error, logits = logits, spare[: len(logits)].copy_(logits)
                 _rows(error, own, *here, None, teaching.slope, True)
                 lost = at_once.taught(error, keys, teaching.of(block))
-                bias_KV = own.bias if own.bias.dim() == 2 else own.bias.unsqueeze(0)
-                kernels.share_out(
-                    kernels.teach_rows,
-                    len(logits),
-                    logits.numel(),
-                    logits,
-                    lost,
-                    targets[block].contiguous(),
-                    bias_KV,
-                    nll[block],
-                    at_once.MOST,
-                )
+                _lose(logits, lost, own, targets[block], nll[block])
                 give([lost])
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if related is not None and found:  # the gradient is spread: the map is symmetric

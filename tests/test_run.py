@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,7 +194,7 @@ def test_a_preset_named_gives_its_rule_to_the_language_model_that_is_there(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Settings of stage 1 are the run's own, those of later stages the preset's, unless given."""
-    folder = shutil.copytree(finished.folder, tmp_path / "run")
+    folder = finished.copy(tmp_path / "run")
     seen: list[Config] = []
     monkeypatch.setattr("mlm.pipeline.run_stages", seen.append)
     words = ("--out", folder, "--stages", "meta", "evaluate", "--meta.steps", 3)
