@@ -117,6 +117,10 @@ class LMTrainingConfig:
     """Step size of Krause's rule."""
     through_decay: float = 0.01
     """Decay of Krause's rule towards the trained weights."""
+    ngrams: int = 0
+    """Contexts of one to four tokens, the training text's most frequent, behind which training
+    through a learned rule learns what follows: rows as wide as the embedding, added to what the
+    softmax sees; where the rule remembers phrases (--adapt.phrases), theirs begin there."""
 
 
 @dataclass(frozen=True)
@@ -397,6 +401,12 @@ def _problems(c: Config) -> list[str]:
             found.append(f"{flag} is {value}; {rule}")
 
     alone = c.meta.learn == ("rule",)
+    need(
+        not c.lm.ngrams or (c.lm.through == "learned" and c.lm.init is not None),
+        "--lm.ngrams",
+        c.lm.ngrams,
+        "they are learned with --lm.through learned, from a language model that --lm.init names",
+    )
     for flag, value in {
         "--adapt.related": c.adapt.related,
         "--adapt.basis-words": c.adapt.basis_words,
@@ -440,6 +450,7 @@ def _problems(c: Config) -> list[str]:
         "--text.train-words": c.text.train_words,
         "--text.vocabulary-size": c.text.vocabulary_size,
         "--lm.validation-words": c.lm.validation_words,
+        "--lm.ngrams": c.lm.ngrams,
         "--meta.steps": c.meta.steps,
         "--evaluation.max-articles": c.evaluation.max_articles,
     }.items():

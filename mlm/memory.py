@@ -19,6 +19,7 @@ from torch import Tensor
 from mlm import buffers
 from mlm.errors import UserError
 from mlm.lm import LanguageModel, Weights
+from mlm.ngrams import NAMES
 from mlm.phrases import Phrases
 
 DYNAMIC_SETS = {
@@ -38,7 +39,8 @@ TWICE = "softmax.once.twice"
 """How much of what a word teaches counts at the next one, and T^2 (see `mlm.at_once`)."""
 SURPRISE, ONCE_SURPRISE = "softmax.surprise", "softmax.once.surprise"
 """How a token's loss counts for what it teaches after the segment and at once (`mlm.surprise`)."""
-CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, ROWS, COLUMNS, TWICE, SURPRISE, ONCE_SURPRISE)
+ONCE = (ROWS, COLUMNS, TWICE, SURPRISE, ONCE_SURPRISE)
+CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, *ONCE, *NAMES)
 """Endings of what is not a weight of stage 1."""
 
 
@@ -114,7 +116,10 @@ class LongTerm:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LongTerm:
         """The same memory on `device`, optionally in another dtype."""
-        weights = {n: w.to(device, dtype) for n, w in self.weights.items()}
+        weights = {
+            n: w.to(device, dtype if w.is_floating_point() else None)
+            for n, w in self.weights.items()
+        }
         rms = {n: w.to(device, dtype) for n, w in self.rms.items()}
         borders = self.borders
         if borders is not None:

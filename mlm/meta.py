@@ -25,6 +25,7 @@ from mlm.gates import LinearGates
 from mlm.learner import Parameters
 from mlm.lm import LanguageModel, Weights
 from mlm.memory import LongTerm
+from mlm.phrases import of_corpus
 from mlm.rollout import (
     MetaGradient,
     Reader,
@@ -32,6 +33,7 @@ from mlm.rollout import (
     learning_at_once,
     meta_gradient,
     open_articles,
+    remembered,
     score_segment,
 )
 from mlm.scoring import score_articles
@@ -66,7 +68,7 @@ def estimate_fisher(
     The mean over segments of the squared per-segment gradient (Krause et al. 2018, eq. 5), read
     statically on the first `words` words of `text`, `shrunk` by `prior`.
     """
-    memory = LongTerm(shape, weights, dynamic, {}, 0.0, segment)
+    memory = LongTerm(shape, weights, dynamic, {}, 0.0, segment, phrases=of_corpus(weights))
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
     reader = begin(memory, stream.lanes)
     squares = {n: torch.zeros_like(weights[n]) for n in dynamic}
@@ -78,7 +80,8 @@ def estimate_fisher(
             piece = raw.to(device)
             reader = open_articles(memory.start(), reader, piece.new)
             scored = score_segment(memory, reader, piece)
-            reader = reader._replace(state=scored.state)
+            history = remembered(memory, reader, piece, scored.heard, piece.mask)
+            reader = reader._replace(state=scored.state, history=history)
             full = piece.mask.all(1)
             for n, gradient in scored.gradients.items():
                 squares[n] += gradient[full].square().sum(0)
@@ -99,7 +102,7 @@ def estimate_fisher(
         raise UserError(
             "the Fisher is not finite: the language model's loss is NaN; train it again"
         )
-    return LongTerm(shape, weights, dynamic, rms, total / tokens, segment)
+    return dataclasses.replace(memory, rms=rms, loss=total / tokens)
 
 
 class MixedLanes:

@@ -29,13 +29,16 @@ vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import kernels
+from mlm.ngrams import LONGEST, NGrams, ngrams_of
 
 ORDERS = (2, 3, 4, 5)
 """k: tokens of context."""
@@ -86,6 +89,15 @@ class History(NamedTuple):
         since = torch.where(new_B, torch.full_like(self.since, self.size), self.since)
         return self._replace(since=since)
 
+    def line(self, inputs_BT: Tensor, back: int) -> tuple[Tensor, Tensor]:
+        """A segment behind the last `back` tokens, and which of all these are the article's, both
+        (B, back + T)."""
+        first = max(0, self.size - back)
+        line = torch.cat([self.book.inputs[:, first : self.size], inputs_BT], 1)
+        at = torch.arange(first, first + line.shape[1], device=line.device)
+        short = (back + inputs_BT.shape[1] - line.shape[1], 0)
+        return F.pad(line, short), F.pad(at >= self.since.unsqueeze(1), short)
+
     def tensors(self) -> list[Tensor]:
         """All of it, for files."""
         return [self.since, *(t[:, : self.size].contiguous() for t in self.book.tensors())]
@@ -101,7 +113,7 @@ class Recalled(NamedTuple):
     """What a segment's contexts recall."""
 
     rows: Tensor
-    """(B, T, E): sum_k m_k[c_k(t)]."""
+    """(B, T, E): sum_k m_k[c_k(t)], and those of the corpus (`mlm.ngrams`)."""
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
     within: Tensor
@@ -122,15 +134,22 @@ class Phrases(NamedTuple):
     """How phrases are remembered."""
 
     tokens: int
-    """A lane's last so many, before a segment, count."""
+    """A lane's last so many, before a segment, count; 0 = the corpus alone."""
     scale: Tensor
     """(E,): 1 / w, the same for all."""
     steps: Tensor
     """(K,): eta."""
+    ngrams: NGrams | None = None
+    """Where the rows begin: what stage 1 has learned of phrases; None = at zero."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Phrases:
         """The same on `device`, optionally in another dtype."""
-        return Phrases(self.tokens, *(t.to(device, dtype) for t in self[1:]))
+        scale, steps = (t.to(device, dtype) for t in (self.scale, self.steps))
+        return Phrases(self.tokens, scale, steps, self.ngrams and self.ngrams.to(device, dtype))
+
+    def of_corpus(self) -> Phrases | None:
+        """What the corpus has taught, and nothing else."""
+        return self.ngrams and self._replace(tokens=0, steps=torch.zeros_like(self.steps))
 
     def begin(self, lanes: int) -> History:
         """Lanes that have read nothing."""
@@ -145,7 +164,21 @@ class Phrases(NamedTuple):
         """What lanes recall at each of these tokens from before the segment."""
         first = max(0, history.size - self.tokens)
         found = _recall_fused if kernels.usable(self.scale) else _recall
-        return found(history, first, inputs_BT, self.steps)
+        recalled = found(history, first, inputs_BT, self.steps)
+        if self.ngrams is not None:
+            recalled.rows.add_(self.ngrams.said(self.known(self.ngrams, history, inputs_BT)))
+        return recalled
+
+    @staticmethod
+    def known(ngrams: NGrams, history: History, inputs_BT: Tensor) -> Tensor:
+        """(B, T, K): the rows that the corpus has for a segment's contexts."""
+        return ngrams.find(*history.line(inputs_BT, LONGEST - 1), inputs_BT.shape[1])
+
+    @torch.no_grad()
+    def passed(self, history: History, inputs_BT: Tensor, recalled: Recalled) -> History:
+        """The history with a segment more, which taught nothing."""
+        heard = Heard(recalled.rates, torch.zeros_like(recalled.rows))
+        return self.learned(history, inputs_BT, heard, torch.ones_like(inputs_BT))
 
     @torch.no_grad()
     def learned(
@@ -168,10 +201,16 @@ class Phrases(NamedTuple):
         return History(book, book.filled, since)
 
 
-def phrases(head_VE: Tensor, tokens: int) -> Phrases:
+def phrases(head_VE: Tensor, tokens: int, ngrams: NGrams | None = None) -> Phrases:
     """For a static output embedding, whose rows are the tokens'."""
     scale = 1 / head_VE.detach().square().sum(1).mean()
-    return Phrases(tokens, scale.repeat(head_VE.shape[1]), scale.new_tensor(STEPS))
+    return Phrases(tokens, scale.repeat(head_VE.shape[1]), scale.new_tensor(STEPS), ngrams)
+
+
+def of_corpus(weights: Mapping[str, Tensor]) -> Phrases | None:
+    """For lanes that read with a language model's n-grams alone; None if it has none."""
+    ngrams = ngrams_of(weights)
+    return ngrams and phrases(weights["embedding"], 0, ngrams).of_corpus()
 
 
 def _with_room(history: History, length: int, tokens: int) -> History:
@@ -179,7 +218,7 @@ def _with_room(history: History, length: int, tokens: int) -> History:
     book, size = history.book, history.size
     if book.filled == size and size + length <= book.inputs.shape[1]:
         return history
-    first = max(0, size - tokens, min(size, int(history.since.min())))
+    first = max(0, size - max(tokens, LONGEST - 1), min(size, int(history.since.min())))
     kept = size - first
     room = kept + max(kept, 4 * length)
     more = []

@@ -22,7 +22,7 @@ from mlm.half import use_half
 from mlm.kernels import use_kernels
 from mlm.lowrank import check_rank, turned
 from mlm.memory import BASIS, RELATED, LongTerm, choose_dynamic
-from mlm.phrases import phrases
+from mlm.phrases import of_corpus, phrases
 from mlm.related import no_basis
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
@@ -179,7 +179,9 @@ class Run:
         if self.config.adapt.at_once and "softmax" + BASIS not in memory.weights:
             raise no_basis("--adapt.at-once")
         adapt = self.config.adapt
-        own = phrases(memory.weights["embedding"], adapt.phrases) if adapt.phrases else None
+        own = of_corpus(memory.weights)
+        if adapt.phrases:
+            own = phrases(memory.weights["embedding"], adapt.phrases, own and own.ngrams)
         return dataclasses.replace(
             memory, at_once=adapt.at_once, surprise=adapt.surprise, phrases=own
         )

@@ -18,7 +18,9 @@ from mlm import buffers
 from mlm.cache import Cache, CacheSetting
 from mlm.errors import UserError
 from mlm.learner import Bound
+from mlm.lm import Weights
 from mlm.memory import LongTerm
+from mlm.phrases import SAID
 from mlm.rollout import begin, learning_at_once, step
 from mlm.streams import LaneStream, Segment
 
@@ -60,18 +62,31 @@ class _Static:
         some = memory.weights[memory.dynamic[0]]
         self.memory = memory
         self.state = memory.shape.initial_state(lanes, some.device, some.dtype)
+        self.phrases = memory.phrases and memory.phrases.of_corpus()
+        self.history = self.phrases and self.phrases.begin(lanes)
 
     def select(self, lanes: Tensor) -> None:
         """Go on with some of the lanes (their indices)."""
         self.state = self.state.select(lanes)
+        self.history = self.history and self.history.select(lanes)
 
     @torch.no_grad()
     def read(self, segment: Segment) -> _Heard:
         """Predict a segment, without a gradient."""
         state = self.state.keep(~segment.new)
-        now = self.memory.shape.read(self.memory.static, segment.inputs, segment.targets, state)
+        weights = {**self.memory.static, **self._recall(segment)}
+        now = self.memory.shape.read(weights, segment.inputs, segment.targets, state)
         self.state = now.state
         return _Heard(now.nll * segment.mask, now.output, [])
+
+    def _recall(self, segment: Segment) -> Weights:
+        """What n-grams say, if the model has any."""
+        if self.phrases is None or self.history is None:
+            return {}
+        history = self.history.opened(segment.new)
+        recalled = self.phrases.recall(history, segment.inputs)
+        self.history = self.phrases.passed(history, segment.inputs, recalled)
+        return {SAID: recalled.rows}
 
 
 class _Adapting:

@@ -259,7 +259,7 @@ def seen_by(rule: UpdateRule, memory: LongTerm) -> LongTerm:
         borders=borders,
         at_once=memory.at_once and learned,
         surprise=memory.surprise if learned else 0.0,
-        phrases=memory.phrases if learned else None,
+        phrases=memory.phrases if learned else memory.phrases and memory.phrases.of_corpus(),
     )
 
 

@@ -5,7 +5,8 @@ and all other weights follow the gradient of the loss under theta_0 + delta. Tha
 first-order meta-gradient (see `rollout.meta_gradient`) with one update of theta_0 per segment:
 delta does not depend on theta_0 to first order. Compare MAML (Finn et al. 2017) and end-to-end
 test-time training. The rule is Krause's, with a Fisher that is learned along the way, or the one
-that another run's stage 2 has learned, in that run's bases. Letters: B lanes, T tokens per segment.
+that another run's stage 2 has learned, in that run's bases; through the latter n-gram embeddings
+can be learned, too (`mlm.ngrams`). Letters: B lanes, T tokens per segment.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from mlm.lm import BaseModel, Weights
 from mlm.lowrank import base_of
 from mlm.memory import BASIS, LOW, RELATED, LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import shrunk
+from mlm.ngrams import Learning, most_frequent
 from mlm.phrases import phrases
 from mlm.related import untangled
-from mlm.rollout import Reader, Scored, begin, learning_at_once, step
+from mlm.rollout import Reader, Scored, Step, begin, learning_at_once, step
 from mlm.scoring import score_articles
 from mlm.stage_meta import Learned, load_learned, through_run
+from mlm.streams import Segment
 from mlm.training import LMTrainer, Text
 from mlm.warp import followed, warped_matrices
 
@@ -79,6 +82,9 @@ class ThroughTrainer(LMTrainer):
     def count(self, gradients: Weights, full_B: Tensor) -> None:
         """See gradients of lanes; those in `full_B` read a whole segment."""
 
+    def hear(self, now: Step, segment: Segment) -> None:
+        """See what was read, before the weights move."""
+
     def train_step(self) -> tuple[float, int]:
         """One segment read, delta and all weights moved; returns (nats per token, tokens).
 
@@ -102,6 +108,7 @@ class ThroughTrainer(LMTrainer):
         for name, weight in self.weights.items():
             weight.grad = self.gradient(name, now.scored).mul_(scale)
         self.count(now.scored.gradients, segment.mask.all(1))
+        self.hear(now, segment)
         before = {n: memory.weights[n].clone() for n in self.dynamic}
         self._descend()
         self.follow()  # the memory's weights are the trained ones, or follow them in place
@@ -216,6 +223,13 @@ class ThroughLearned(ThroughTrainer):
         held = learning_at_once(held, rule)
         own = {n: w.clone() for n, w in held.weights.items()}
         told = held.phrases and held.phrases._replace(scale=held.phrases.scale.clone())
+        self._ngrams: Learning | None = None
+        if number := config.lm.ngrams:
+            contexts = most_frequent(text.articles, text.eos, number)
+            told = told or phrases(own["embedding"], 0)
+            self._ngrams = Learning.begin(contexts, told.scale)
+            told = told._replace(ngrams=self._ngrams.ngrams)
+            told = told if held.phrases else told.of_corpus()
         self._memory = dataclasses.replace(held, weights=own, phrases=told)
         """Its weights are this trainer's own, and written in place."""
         self._bound = learned.rule.bind(learned.parameters, self._memory)
@@ -226,6 +240,31 @@ class ThroughLearned(ThroughTrainer):
         """P^-1."""
         self.follow()
         self.reader = begin(self._memory, self.stream.lanes, self._bound)
+
+    def hear(self, now: Step, segment: Segment) -> None:
+        """N-grams learn as phrases do."""
+        told, heard = self._memory.phrases, now.scored.heard
+        if self._ngrams is None or told is None or heard is None or now.before.history is None:
+            return
+        rows = told.known(self._ngrams.ngrams, now.before.history, segment.inputs)
+        rows = rows.masked_fill(~now.taught.unsqueeze(-1), len(self._ngrams.ngrams.contexts))
+        self._ngrams.learn(rows, heard.gradient * segment.inputs.shape[1], told.scale)
+
+    def model(self) -> Weights:
+        """With its n-grams."""
+        known = {} if self._ngrams is None else self._ngrams.ngrams.tensors()
+        return super().model() | known
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """And the n-grams."""
+        known = {} if self._ngrams is None else self._ngrams.tensors()
+        return super().more_tensors() | known
+
+    def load_more(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `more_tensors`."""
+        super().load_more(tensors)
+        if self._ngrams is not None:
+            self._ngrams.load(tensors)
 
     def _straight(self, name: str, x: Tensor) -> Tensor:
         """T^-1 x."""

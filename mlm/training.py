@@ -29,6 +29,7 @@ from mlm.checkpoint import (
 from mlm.config import Config, LMTrainingConfig
 from mlm.errors import UserError, uninterrupted
 from mlm.lm import BaseModel, Dropout, LMShape, State, Weights, token_nll
+from mlm.ngrams import NAMES
 from mlm.snail import snail_like
 from mlm.streams import LaneStream, Segment
 
@@ -220,6 +221,11 @@ class LMTrainer:
         """
         path = run.checkpoint("lm")
         weights, shape, _ = load_lm(path, vocabulary_hash)
+        if NAMES[0] in weights:
+            raise UserError(
+                f"--lm.init {run.path}: its model has n-gram embeddings (--lm.ngrams), without "
+                "which it is another; go on from one that has none"
+            )
         if shape != self.shape:
             raise UserError(
                 f"--lm.init {run.path}: its model is {shape}, but the settings say {self.shape}; "
@@ -234,6 +240,10 @@ class LMTrainer:
         return static_loss(weights, self.shape, valid, s.lanes, s.segment, self.precision)
 
     # -- checkpoints ------------------------------------------------------------------------
+
+    def model(self) -> Weights:
+        """The language model, as its checkpoint holds it."""
+        return {n: w.detach() for n, w in self.weights.items()}
 
     def more_tensors(self) -> dict[str, Tensor]:
         """What a kind of training carries on beside weights, Adam and state."""
@@ -383,7 +393,6 @@ def _train(
 def _validate(
     trainer: LMTrainer, valid: Text, run: RunFolder, vocabulary_hash: str, speed: float
 ) -> None:
-    weights = {n: w.detach() for n, w in trainer.weights.items()}
     s = trainer.settings
     loss = trainer.validation_loss(valid)
     if not math.isfinite(loss):
@@ -409,7 +418,7 @@ def _validate(
             trainer.best = loss
             save_lm(
                 run.checkpoint("lm"),
-                weights,
+                trainer.model(),
                 trainer.shape,
                 vocabulary_hash,
                 step=trainer.step,

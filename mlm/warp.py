@@ -33,6 +33,7 @@ from mlm.lm import Weights
 from mlm.lowrank import base_of
 from mlm.memory import BASIS, LOW, RELATED, LongTerm
 from mlm.meta import MixedLanes
+from mlm.ngrams import NAMES
 from mlm.related import untangled
 from mlm.rollout import begin, learning_at_once, step
 from mlm.streams import Segment
@@ -91,11 +92,12 @@ def with_bases(memory: LongTerm, parameters: Mapping[str, Tensor]) -> LongTerm:
 def followed(memory: LongTerm, weights: Mapping[str, Tensor]) -> LongTerm:
     """The long-term memory of another language model, in the same bases: theta_0 is `weights`, by
     its plain names, and L_0 = T^-1 W P^-1 with them; the Fisher and all else stay.
+    N-gram embeddings come along.
 
     Raises:
         KeyError: a weight of the memory's model is not among them.
     """
-    moved = {n: weights[n].detach() for n in memory.static}
+    moved = {n: weights[n].detach() for n in (*memory.static, *(n for n in NAMES if n in weights))}
     for name in warped_matrices(memory):
         related = memory.weights.get(RELATED) if name == "softmax" else None
         moved[name + LOW] = _theta_0(moved[base_of(name)], memory.weights[name + BASIS], related)

@@ -2,78 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from tiny import as_flags
-from worlds import EOS, check_resumed, gradients_of_a_step
+from through_world import DYNAMIC, SHAPE, flags_through, text_of_articles, through, through_config
+from worlds import check_resumed, gradients_of_a_step
 
 from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
-from mlm.config import Config, LMTrainingConfig, ModelConfig
-from mlm.gates import LinearGates
-from mlm.learner import RMS, as_parameters
-from mlm.lm import LMShape, token_nll
-from mlm.lowrank import add_low_rank, turned
-from mlm.memory import LongTerm
-from mlm.phrases import phrases
-from mlm.related import relate
-from mlm.rules import open_slow, start_at
-from mlm.stage_meta import Learned
-from mlm.through import ThroughLearned
-from mlm.training import LMTrainer, Text, static_loss
-
-DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent", "lstm.0.bias")
-SHAPE = LMShape(24, 8, 8, 1)
-
-
-def _text(seed: int = 0) -> Text:
-    """Every article says three sentences of its own again and again."""
-    rng = np.random.default_rng(seed)
-    articles = []
-    for _ in range(8):
-        own = rng.integers(1, 24, (3, 6))
-        articles.append(own[rng.integers(0, 3, 30)].ravel())
-    return Text(articles, sum(map(len, articles)), EOS)
-
-
-def _config(**changes) -> Config:
-    lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
-    lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
-    return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
-
-
-def _learned(at_once: bool = True) -> Learned:
-    """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
-    plain = LMTrainer(_config(), SHAPE, _text(), torch.device("cpu"))
-    weights = {n: w.detach() for n, w in plain.weights.items()}
-    weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, _text(), 1000)
-    random = torch.Generator().manual_seed(0)
-    weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
-    rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
-    memory = turned(LongTerm(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
-    own = phrases(weights["embedding"], 50)
-    own = own._replace(steps=own.steps / 10)
-    memory = dataclasses.replace(memory, at_once=at_once, surprise=0.25, phrases=own)
-    start = as_parameters({"rate": 0.01, "decay": 0.01}, memory)
-    rule = LinearGates(per_unit=True, slow=True)
-    parameters = start_at(rule, RMS(), start, memory)
-    open_slow(parameters)
-    return Learned(rule, parameters, memory)
-
-
-def _through(at_once: bool = True, **changes) -> ThroughLearned:
-    own = _learned(at_once)
-    return ThroughLearned(
-        _config(through="learned", **changes), SHAPE, _text(), torch.device("cpu"), own
-    )
+from mlm.lm import token_nll
+from mlm.training import LMTrainer, static_loss
 
 
 def test_theta_0_is_the_model_that_is_trained() -> None:
-    trainer = _through()
+    trainer = through()
     for _ in range(12):
         trainer.train_step()
     memory = trainer.memory()
@@ -82,7 +25,7 @@ def test_theta_0_is_the_model_that_is_trained() -> None:
         bool((w != memory.weights["softmax.low"]).any())
         for w in trainer.reader.weights["softmax.low"]
     )
-    tokens = torch.from_numpy(_text(3).articles[0][:21]).unsqueeze(0)
+    tokens = torch.from_numpy(text_of_articles(3).articles[0][:21]).unsqueeze(0)
     state = SHAPE.initial_state(1)
     losses = []
     with torch.no_grad():
@@ -95,7 +38,7 @@ def test_theta_0_is_the_model_that_is_trained() -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypatch) -> None:
     """Autograd through L_0 = T^-1 W P^-1, what the lanes have learned and recall held constant."""
-    trainer = _through(at_once)
+    trainer = through(at_once)
     for _ in range(5):
         trainer.train_step()
     memory, reader = trainer.memory(), trainer.reader
@@ -131,12 +74,12 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
 
 
 def test_a_model_trained_for_the_rule_reads_better_with_it() -> None:
-    trainer = _through()
-    plain = LMTrainer(_config(), SHAPE, trainer.text, torch.device("cpu"))
+    trainer = through()
+    plain = LMTrainer(through_config(), SHAPE, trainer.text, torch.device("cpu"))
     while trainer.step < trainer.steps:
         trainer.train_step()
         plain.train_step()
-    new = _text(seed=5)
+    new = text_of_articles(seed=5)
     mine = trainer.validation_loss(new)
     weights = {n: w.detach() for n, w in trainer.weights.items()}
     assert mine < static_loss(weights, SHAPE, new, 4, 10) - 0.1
@@ -147,32 +90,15 @@ def test_a_model_trained_for_the_rule_reads_better_with_it() -> None:
 
 
 def test_it_resumes_bit_for_bit(tmp_path: Path) -> None:
-    check_resumed(_through, tmp_path)
+    check_resumed(through, tmp_path)
 
 
 # ---------------------------------------------------------------- the command
 
 
-def _flags(finished: Finished, out: Path) -> list[str]:
-    """Stage 1 goes on from the finished run's model, through its first learned rule."""
-    config = dataclasses.replace(finished.config, out=out, stages=("lm",))
-    lm = dataclasses.replace(
-        config.lm,
-        epochs=1.0,
-        segment=config.adapt.segment,
-        init=finished.folder,
-        through="learned",
-        through_run=finished.folder,
-        dropout_input=0.0,
-        dropout_hidden=0.0,
-        dropout_output=0.0,
-    )
-    return as_flags(dataclasses.replace(config, lm=lm))
-
-
 def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "through"
-    done = command("train", *_flags(finished, out))
+    done = command("train", *flags_through(finished, out))
     assert done.code == 0, done.err
     old, new = (RunFolder(path).checkpoint("lm") for path in (finished.folder, out))
     before, _ = load_tensors(old, "")
@@ -211,7 +137,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
 def test_what_does_not_fit_is_refused(
     change: list[str], words: str, finished: Finished, tmp_path: Path, command: Command
 ) -> None:
-    flags = [*_flags(finished, tmp_path / "out"), *change]
+    flags = [*flags_through(finished, tmp_path / "out"), *change]
     if "--model.hidden" in change:
         flags = [*flags, "--model.layers", "2"]
     done = command("train", *flags)
@@ -221,7 +147,7 @@ def test_what_does_not_fit_is_refused(
 
 
 def test_a_run_must_be_named(finished: Finished, tmp_path: Path, command: Command) -> None:
-    flags = _flags(finished, tmp_path / "out")
+    flags = flags_through(finished, tmp_path / "out")
     at = flags.index("--lm.through-run")
     done = command("train", *flags[:at], *flags[at + 2 :])
     assert done.code != 0

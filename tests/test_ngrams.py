@@ -1,0 +1,229 @@
+"""N-gram embeddings: where the rows of phrases begin, learned by stage 1 through the adaptation."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, Finished
+from through_world import flags_through, through
+from worlds import EOS, check_resumed, tiny_memory
+
+from mlm.checkpoint import RunFolder, load_lm, load_tensors
+from mlm.learner import RMS
+from mlm.ngrams import (
+    AFTER,
+    MOST,
+    NAMES,
+    ORDERS,
+    POWER,
+    STEP,
+    Learning,
+    NGrams,
+    fingerprint,
+    most_frequent,
+    ngrams_of,
+)
+from mlm.phrases import phrases
+from mlm.rollout import begin, step
+from mlm.scoring import score_articles
+from mlm.streams import LaneStream
+from mlm.through import ThroughLearned
+
+Context = tuple[int, ...]
+
+
+def _prints(contexts: list[Context]) -> torch.Tensor:
+    found = [fingerprint([np.array([token]) for token in c])[0] for c in contexts]
+    return torch.tensor(found, dtype=torch.int64)
+
+
+def _ngrams(contexts: list[Context], width: int) -> tuple[NGrams, dict[Context, torch.Tensor]]:
+    """Random rows for some contexts, and the same as a dictionary."""
+    keys, order = _prints(contexts).sort()
+    rows = torch.randn(len(keys) + 1, width, generator=torch.Generator().manual_seed(1)).double()
+    rows[-1] = 0
+    return NGrams(keys, rows), {contexts[i]: rows[at] for at, i in enumerate(order.tolist())}
+
+
+def _articles(lengths: tuple[int, ...]) -> list[np.ndarray]:
+    random = np.random.default_rng(2)
+    return [random.choice([1, 2, 3, 4], size=n, p=[0.5, 0.3, 0.1, 0.1]) for n in lengths]
+
+
+def _contexts(article: np.ndarray, at: int) -> list[Context]:
+    """Those of the token at `at`: what was read before it, `EOS` first."""
+    line = [EOS, *map(int, article[:at])]
+    return [tuple(line[-k:]) for k in ORDERS if len(line) >= k]
+
+
+def test_fingerprints_tell_contexts_apart() -> None:
+    """By what their tokens are, in which order, and how many; arrays and tensors alike."""
+    random = np.random.default_rng(0)
+    seen = {tuple(map(int, random.integers(0, 300, random.integers(1, 5)))) for _ in range(20_000)}
+    assert len(set(_prints(list(seen)).tolist())) == len(seen)
+    for c in [(7,), (300, 2), (49_999, 0, 49_999), (1, 2, 3, 4)]:
+        (mine,) = _prints([c])
+        assert fingerprint([torch.tensor([t]) for t in c]) == mine
+
+
+@pytest.mark.parametrize("number", [7, 60, 10_000])
+def test_the_contexts_are_those_that_come_most_often(number: int) -> None:
+    articles = [*_articles((31, 2, 53, 1)), np.zeros(0, np.int64)]
+    counts = collections.Counter(
+        c for a in articles for t in range(len(a)) for c in _contexts(a, t)
+    )
+    found = most_frequent(articles, EOS, number)
+    assert torch.equal(found, found.sort().values)
+    assert len(found) == min(number, len(counts))
+    times = dict(zip(_prints(list(counts)).tolist(), counts.values(), strict=True))
+    mine = sorted((times[p] for p in found.tolist()), reverse=True)
+    assert mine == [n for _, n in counts.most_common(number)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 1000])
+def test_every_token_is_predicted_with_the_rows_of_its_contexts(tokens: int, engine: str) -> None:
+    """Over the borders of segments, never over those of articles; against a dictionary."""
+    memory = tiny_memory(layers=1, segment=5)
+    articles = _articles((23, 3, 1, 37, 11))
+    some = [(0,), (1,), (0, 1), (1, 1), (2, 1), (1, 2, 1), (0, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)]
+    ngrams, rows = _ngrams(some, memory.shape.embedding)
+    own = phrases(memory.weights["embedding"], tokens, ngrams)
+    own = own._replace(steps=own.steps * 0)  # articles teach nothing
+    still = RMS().bind({"rate": torch.tensor(0.0), "decay": torch.tensor(0.0)}, memory)
+    memory = dataclasses.replace(memory, phrases=own)
+    scores = score_articles(memory, still, articles, EOS, 2)
+    head, bias = memory.weights["embedding"], memory.weights["softmax.bias"]
+    none = torch.zeros(memory.shape.embedding).double()
+    for article, found in zip(articles, scores.nll, strict=True):
+        tokens_1T = torch.tensor([[EOS, *article[:-1]]])
+        state = memory.shape.initial_state(1, dtype=torch.float64)
+        said = [
+            sum((rows.get(c, none) for c in _contexts(article, t)), none)
+            for t in range(len(article))
+        ]
+        output = memory.shape.run(memory.weights, tokens_1T, state).output[0] + torch.stack(said)
+        log_p = (output @ head.t() + bias).log_softmax(-1)
+        want = -log_p.gather(1, torch.from_numpy(article).unsqueeze(1)).squeeze(1)
+        np.testing.assert_allclose(found, want.numpy(), rtol=1e-10)
+
+
+def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
+    """Token by token, against the equation; a token that does not teach changes nothing."""
+    memory = tiny_memory(layers=1, segment=5)
+    width = memory.shape.embedding
+    articles = _articles((40, 40))
+    learning = Learning.begin(most_frequent(articles, EOS, 20), torch.ones(width).double())
+    own = phrases(memory.weights["embedding"], 100, learning.ngrams)
+    memory = dataclasses.replace(memory, phrases=own)
+    rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, memory)
+    reader = begin(memory, 2, rule)
+    visits = [0] * 21
+    for segment, _ in zip(LaneStream(articles, 2, 5, EOS), range(6), strict=False):
+        now = step(memory, rule, reader, segment)
+        assert now.before.history is not None
+        assert now.scored.heard is not None
+        at = own.known(learning.ngrams, now.before.history, segment.inputs)
+        at[1, 2] = 20  # as if it did not teach
+        gradient = now.scored.heard.gradient * 5
+        want = learning.ngrams.rows.clone()
+        for row in at.flatten().tolist():
+            visits[row] += row < 20
+        for b, t in np.ndindex(2, 5):
+            for row in at[b, t].tolist():
+                if row < 20:
+                    again = sum(r == row for r in at.flatten().tolist())
+                    eta = min(STEP / (AFTER + visits[row]) ** POWER, MOST / again)
+                    want[row] -= eta * gradient[b, t] * own.scale
+        learning.learn(at, gradient, own.scale)
+        torch.testing.assert_close(learning.ngrams.rows, want, rtol=1e-6, atol=1e-9)
+        assert not bool(learning.ngrams.rows[20].any())
+        np.testing.assert_allclose(learning.visits.tolist(), visits)
+        reader = now.after
+    assert bool(learning.ngrams.rows[:20].any(1).sum() > 5)
+
+
+def _with_ngrams() -> ThroughLearned:
+    """Embeddings as long as a trained model's are."""
+    trainer = through(ngrams=40, init=Path("some"))
+    trainer.weights["embedding"].data *= 8
+    trainer.follow()
+    return trainer
+
+
+def test_the_rows_are_part_of_the_model() -> None:
+    """What training makes is a worse model without them."""
+    trainer = _with_ngrams()
+    while trainer.step < trainer.steps:
+        trainer.train_step()
+    ngrams = ngrams_of(trainer.model())
+    assert ngrams is not None
+    assert bool(ngrams.rows.any())
+    mine = trainer.validation_loss(trainer.text)
+    ngrams.rows.zero_()
+    assert mine < trainer.validation_loss(trainer.text) - 0.02
+
+
+def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    check_resumed(_with_ngrams, tmp_path)
+
+
+def test_resumed_rows_are_the_same(tmp_path: Path) -> None:
+    whole, half, rest = (_with_ngrams() for _ in range(3))
+    for trainer, number in ((whole, 8), (half, 4)):
+        for _ in range(number):
+            trainer.train_step()
+    half.save(RunFolder(tmp_path), "words")
+    rest.load(RunFolder(tmp_path), "words")
+    for _ in range(4):
+        rest.train_step()
+    mine, its = whole.more_tensors(), rest.more_tensors()
+    for name in (*NAMES, "phrases.visits"):
+        assert torch.equal(mine[name], its[name]), name
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> None:
+    """Trained, kept beside the language model, read with; and refused where they do not fit."""
+    own = finished.copy(tmp_path / "own")
+    rule = finished.config.meta.rules[0]
+    flags = flags_through(finished, tmp_path / "new")
+    at = flags.index("--lm.through-run") + 1
+    steps = "--stages", "meta", "--meta.steps", 1, "--meta.rules", rule
+    done = command("train", "--out", own, *steps, "--adapt.phrases", 300)
+    assert done.code == 0, done.err
+    flags[at] = str(own)
+    done = command("train", *flags, "--lm.ngrams", 50)
+    assert done.code == 0, done.err
+    new = RunFolder(tmp_path / "new")
+    hash_ = load_tensors(new.checkpoint("lm"), "")[1]["vocabulary"]
+    weights, shape, _ = load_lm(new.checkpoint("lm"), hash_)
+    ngrams = ngrams_of(weights)
+    assert ngrams is not None
+    assert ngrams.rows.shape == (51, shape.embedding)
+    evaluate = "--evaluation.rules", "static", rule, "--meta.rules", rule
+    words = "--out", new.path, "--stages", "meta", "evaluate", "--meta.steps", 0, *evaluate
+    done = command("train", *words, "--adapt.phrases", 300)
+    assert done.code == 0, done.err
+    kept = load_tensors(new.checkpoint("memory"), "")[0]
+    for name, mine in zip(NAMES, ngrams, strict=True):
+        assert torch.equal(kept[f"theta_0/{name}"], mine)
+    flags[flags.index("--lm.init") + 1] = str(new.path)
+    flags[flags.index("--out") + 1] = str(tmp_path / "third")
+    done = command("train", *flags)
+    assert done.code != 0
+    assert "its model has n-gram embeddings" in done.err
+    shutil.rmtree(own)
+
+
+def test_they_are_learned_through_a_learned_rule_only(command: Command, tmp_path: Path) -> None:
+    done = command("train", "--out", tmp_path / "run", "--lm.ngrams", 50)
+    assert done.code != 0
+    assert "--lm.ngrams is 50; they are learned with --lm.through learned" in done.err

@@ -1,0 +1,91 @@
+"""A small world in which stage 1 goes through a learned rule, and a command that does."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from conftest import Finished
+from tiny import as_flags
+from worlds import EOS
+
+from mlm.config import Config, LMTrainingConfig, ModelConfig
+from mlm.gates import LinearGates
+from mlm.learner import RMS, as_parameters
+from mlm.lm import LMShape
+from mlm.lowrank import add_low_rank, turned
+from mlm.memory import LongTerm
+from mlm.phrases import phrases
+from mlm.related import relate
+from mlm.rules import open_slow, start_at
+from mlm.stage_meta import Learned
+from mlm.through import ThroughLearned
+from mlm.training import LMTrainer, Text
+
+DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent", "lstm.0.bias")
+SHAPE = LMShape(24, 8, 8, 1)
+
+
+def text_of_articles(seed: int = 0) -> Text:
+    """Every article says three sentences of its own again and again."""
+    rng = np.random.default_rng(seed)
+    articles = []
+    for _ in range(8):
+        own = rng.integers(1, 24, (3, 6))
+        articles.append(own[rng.integers(0, 3, 30)].ravel())
+    return Text(articles, sum(map(len, articles)), EOS)
+
+
+def through_config(**changes) -> Config:
+    lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
+    lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
+    return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
+
+
+def learned_rule_of(at_once: bool = True) -> Learned:
+    """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
+    plain = LMTrainer(through_config(), SHAPE, text_of_articles(), torch.device("cpu"))
+    weights = {n: w.detach() for n, w in plain.weights.items()}
+    weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, text_of_articles(), 1000)
+    random = torch.Generator().manual_seed(0)
+    weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
+    rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
+    memory = turned(LongTerm(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
+    own = phrases(weights["embedding"], 50)
+    own = own._replace(steps=own.steps / 10)
+    memory = dataclasses.replace(memory, at_once=at_once, surprise=0.25, phrases=own)
+    start = as_parameters({"rate": 0.01, "decay": 0.01}, memory)
+    rule = LinearGates(per_unit=True, slow=True)
+    parameters = start_at(rule, RMS(), start, memory)
+    open_slow(parameters)
+    return Learned(rule, parameters, memory)
+
+
+def through(at_once: bool = True, **changes) -> ThroughLearned:
+    own = learned_rule_of(at_once)
+    return ThroughLearned(
+        through_config(through="learned", **changes),
+        SHAPE,
+        text_of_articles(),
+        torch.device("cpu"),
+        own,
+    )
+
+
+def flags_through(finished: Finished, out: Path) -> list[str]:
+    """Stage 1 goes on from the finished run's model, through its first learned rule."""
+    config = dataclasses.replace(finished.config, out=out, stages=("lm",))
+    lm = dataclasses.replace(
+        config.lm,
+        epochs=1.0,
+        segment=config.adapt.segment,
+        init=finished.folder,
+        through="learned",
+        through_run=finished.folder,
+        dropout_input=0.0,
+        dropout_hidden=0.0,
+        dropout_output=0.0,
+    )
+    return as_flags(dataclasses.replace(config, lm=lm))
