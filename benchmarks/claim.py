@@ -2,14 +2,16 @@
 
     python -m benchmarks.claim runs/ordinary --through runs/through --split test
 
-Two language models of the same size, text and number of tokens: one trained as usual, one trained
-through the adaptation (`--lm.through rms`). On each, the meta-learner is trained with several
-seeds and judged on the first validation words. RMS dynamic evaluation is tuned there in several
-forms (`--forms`), its published setting among the candidates of each, with more evaluations for
-each form and protocol than a meta-learner has in all; the best form in each protocol is the rival.
-Every reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of
-`train.py`; what is there with the same settings is not made again, so processes started with
-`--only` can share the work.
+Language models of the same text and number of tokens: one trained as usual, others trained
+through the adaptation (`--lm.through`), without and with n-gram embeddings. On the first, the
+meta-learner is trained with several seeds and judged on the first validation words; of the others
+each run is a seed, read with the rule it was trained through, if that was a learned one. RMS
+dynamic evaluation is tuned on those words in several forms (`--forms`), its published setting among
+the candidates of each, with more evaluations for each form and protocol than a meta-learner has in
+all; the best form in each protocol is the rival. It is tuned and read on the first seed of the
+other models, too. Every reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and
+`evaluate` of `train.py`; what is there with the same settings is not made again, so processes
+started with `--only` can share the work.
 
 The losses of all readings are put side by side, word by word: gains are nats per word over the
 *ordinary* static model, intervals paired bootstrap over articles, the gain of a learned rule is the
@@ -44,8 +46,8 @@ from mlm.run import Run, open_run, say
 from mlm.stage_meta import identity, tuned_rule
 from mlm.text import open_corpus
 
-THROUGH = "through: "
-"""Beginning of the names of what the other language model's rules read."""
+OTHERS = {"through": "through: ", "ngrams": "through with n-grams: "}
+"""Options that name other language models, and how the names of their rules' columns begin."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder of the ordinary language model; its settings are those of every reading."""
-    through: Path | None = None
-    """Run folder of the same language model trained through the adaptation."""
+    through: tuple[Path, ...] = ()
+    """Run folders of the same language model trained through the adaptation: its seeds."""
+    ngrams: tuple[Path, ...] = ()
+    """The same of one that learned n-gram embeddings, too (`--lm.ngrams`)."""
     split: Literal["valid", "test"] = "valid"
     """What is read. `test` is for the end."""
     away: tuple[str, ...] = ()
@@ -64,8 +68,6 @@ class Options:
     """Corpus of long articles (`benchmarks.unread`), read by one seed: where its gain grows."""
     seeds: int = 3
     """Trainings of the meta-learner."""
-    through_seeds: int = -1
-    """Trainings of it on the other language model; -1 = as many."""
     cached_seeds: int = -1
     """Trainings on the ordinary language model that are read with a cache, too; -1 = all."""
     fewer: bool = True
@@ -161,6 +163,8 @@ class Reading:
         steps = options.through_steps if lm.through == "learned" else options.steps
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
+        if not trained:  # hand-made rules read in no bases of another run
+            lm = dataclasses.replace(lm, through="none", through_run=None, ngrams=0)
         evaluation = dataclasses.replace(
             base.evaluation,
             rules=rules,
@@ -242,18 +246,22 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
         columns = {LEARNED_RULE: f"{LEARNED_RULE}, without learned bases"}
         plain = {**same, "basis_words": 0}
         found.append(Reading(options.run, "ordinary/principal", columns, plain))
-    more = options.seeds if options.through_seeds < 0 else options.through_seeds
-    learned = [("ordinary", options.run, LEARNED_RULE, options.seeds)]
-    if options.through:
-        learned.append(("through", options.through, THROUGH + LEARNED_RULE, more))
-    for model, where, title, seeds in learned:
-        for seed in range(seeds):
-            ordinary = where == options.run
-            cached = ordinary and (options.cached_seeds < 0 or seed < options.cached_seeds)
+    models = [("ordinary", "", [options.run] * options.seeds)]
+    for model, title in OTHERS.items():
+        folders = getattr(options, model)
+        models.append((model, title, folders))
+        for form in sorted({*chosen.values()}) if folders else ():
+            columns = {"rms": f"{title}rms, {form}"}
+            changes = {"where": folders[0], "name": f"{model}/{form}", "columns": columns}
+            found.append(dataclasses.replace(every[form], **changes))
+    for model, title, folders in models:
+        for seed, where in enumerate(folders):
+            cached = not title and (options.cached_seeds < 0 or seed < options.cached_seeds)
             endings = ("", CACHE) if cached else ("",)
-            columns = {LEARNED_RULE + end: f"{title}{end}, seed {seed}" for end in endings}
-            if not ordinary and not seed:
-                columns = {"static": THROUGH + "static", **columns}
+            rules = [LEARNED_RULE + ending for ending in endings]
+            columns = {rule: f"{title}{rule}, seed {seed}" for rule in rules}
+            if title and not seed:
+                columns = {"static": f"{title}static", **columns}
             found.append(
                 Reading(where, f"{model}/seed {seed}", columns, same, seed=seed, travels=not seed)
             )
@@ -364,10 +372,10 @@ def merge(
             for p in PROTOCOLS:
                 columns[column_name(name, p)] = table.losses[column_name(rule, p)]
     for p, form in chosen.items():
-        for ending in ("", CACHE):
-            columns[column_name("rms" + ending, p)] = columns[
-                column_name(f"rms, {form}{ending}", p)
-            ]
+        for start, ending in (("", ""), ("", CACHE), *((title, "") for title in OTHERS.values())):
+            own = column_name(f"{start}rms, {form}{ending}", p)
+            if own in columns:
+                columns[column_name(f"{start}rms{ending}", p)] = columns[own]
     for pooled, names in seeds.items():
         for p in PROTOCOLS:
             every = [columns[column_name(name, p)].astype(np.float64) for name in names]

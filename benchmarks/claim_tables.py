@@ -35,6 +35,7 @@ CLAIMED = {
     LEARNED_RULE: ("4 levels", "1.25"),
     THREE: ("3 levels", "1.25"),
     f"through: {LEARNED_RULE}": ("4 levels, LM trained through", "1.5"),
+    f"through with n-grams: {LEARNED_RULE}": ("4 levels, LM trained through with n-grams", "1.5"),
 }
 """Learned rules: how they are called, and how many times the rival's gain is asked of them."""
 LONG = 10_000
@@ -152,6 +153,10 @@ def claims(
             if gains.sums(RIVAL).sum() > 0:
                 times = gains.ratio(rule, RIVAL) | _by_seed(gains.ratio, each, RIVAL)
                 add(f"{title}: times the gain of {rival}", protocol, asked, times)
+                same = rule.replace(LEARNED_RULE, RIVAL)
+                if rule != LEARNED_RULE and same in table.rules(protocol):
+                    times = gains.ratio(rule, same) | _by_seed(gains.ratio, each, same)
+                    add(f"{title}: times the gain of {rival} on that LM", protocol, "", times)
                 for form in forms:
                     what = f"{title}: times the gain of RMS ({form.removeprefix(FORM)})"
                     times = gains.ratio(rule, form) | _by_seed(gains.ratio, each, form)

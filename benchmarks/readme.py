@@ -108,6 +108,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "three_levels": "3 levels",
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
+        "through with n-grams: four_levels": "4 levels, LM trained through with n-grams",
     },
     "kinds": {
         "protocol": "protocol",
@@ -118,6 +119,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "rms": "RMS",
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
+        "through with n-grams: four_levels": "4 levels, LM trained through with n-grams",
     },
     "halves": {
         "article": "article",

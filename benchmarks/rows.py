@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mlm.checkpoint import RunFolder
 from mlm.errors import UserError
+from mlm.files import atomic_path
 
 
 def language_model(path: Path) -> RunFolder:
@@ -30,7 +31,8 @@ def prepare(path: Path, source: RunFolder, tuned: Path | None = None) -> RunFold
     """
     folder = RunFolder(path)
     (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source.checkpoint("lm"), folder.checkpoint("lm"))
+    with atomic_path(folder.checkpoint("lm")) as whole:  # another process may be reading it
+        shutil.copyfile(source.checkpoint("lm"), whole)
     if not folder.vocabulary.exists():
         copy = shutil.copytree if source.vocabulary.is_dir() else shutil.copyfile
         copy(source.vocabulary, folder.vocabulary)

@@ -171,10 +171,14 @@ def test_readings_of_other_text_are_refused(tmp_path: Path) -> None:
 
 
 def test_seeds_are_seeds_and_their_mean_is_shown(tmp_path: Path) -> None:
-    options = Options(tmp_path, through=tmp_path / "other", seeds=2, through_seeds=1)
+    other, more = (tmp_path / "other",), (tmp_path / "a", tmp_path / "b")
+    options = Options(tmp_path, through=other, ngrams=more, seeds=2)
     every = readings(options, CHOSEN)
     assert [r.seed for r in every if r.name.startswith("ordinary/seed")] == [0, 1]
     assert [r.name for r in every if r.name.startswith("through/seed")] == ["through/seed 0"]
+    two = [r for r in every if r.name.startswith("ngrams/seed")]
+    assert [(r.where, r.seed) for r in two] == [(more[0], 0), (more[1], 1)]
+    assert [r.where for r in every if r.name == "ngrams/all"] == [more[0]], "the rival reads one"
     made = [(r, _table([10], dict.fromkeys(r.columns, 0.1 + r.seed))) for r in every]
     table, seeds = merge(made, CHOSEN)
     assert seeds["four_levels"] == ["four_levels, seed 0", "four_levels, seed 1"]
@@ -209,6 +213,7 @@ def test_every_reading_is_a_run_made_once(
         # two equal language models, equally read
         assert totals[protocol, "through: four_levels"] == totals[protocol, "four_levels"]
         assert totals[protocol, "through: static"] == 0
+        assert totals[protocol, "through: rms"] == totals[protocol, "rms"]
         assert (protocol, "four_levels, without learned bases") in totals
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
