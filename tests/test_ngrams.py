@@ -16,6 +16,7 @@ from worlds import EOS, check_resumed, tiny_memory
 
 from mlm.checkpoint import RunFolder, load_lm, load_tensors
 from mlm.learner import RMS
+from mlm.meta import estimate_fisher
 from mlm.ngrams import (
     AFTER,
     MOST,
@@ -32,8 +33,10 @@ from mlm.ngrams import (
 from mlm.phrases import phrases
 from mlm.rollout import begin, step
 from mlm.scoring import score_articles
+from mlm.stage_meta import seen_by
 from mlm.streams import LaneStream
 from mlm.through import ThroughLearned
+from mlm.training import Text
 
 Context = tuple[int, ...]
 
@@ -86,21 +89,25 @@ def test_the_contexts_are_those_that_come_most_often(number: int) -> None:
     assert mine == [n for _, n in counts.most_common(number)]
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 1000])
-def test_every_token_is_predicted_with_the_rows_of_its_contexts(tokens: int, engine: str) -> None:
+@pytest.mark.parametrize(("tokens", "segment"), [(0, 5), (1, 5), (1000, 5), (0, 2)])
+def test_every_token_is_predicted_with_the_rows_of_its_contexts(
+    tokens: int, segment: int, engine: str
+) -> None:
     """Over the borders of segments, never over those of articles; against a dictionary."""
-    memory = tiny_memory(layers=1, segment=5)
-    articles = _articles((23, 3, 1, 37, 11))
+    memory = tiny_memory(layers=1, segment=segment)
+    articles = _articles((23, 3, 1, 37, 10, 11))
     some = [(0,), (1,), (0, 1), (1, 1), (2, 1), (1, 2, 1), (0, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)]
+    some += [(0, 0), (1, 0), (0, 0, 1), (0, 0, 0)]  # over a border, behind padding or not
     ngrams, rows = _ngrams(some, memory.shape.embedding)
     own = phrases(memory.weights["embedding"], tokens, ngrams)
     own = own._replace(steps=own.steps * 0)  # articles teach nothing
     still = RMS().bind({"rate": torch.tensor(0.0), "decay": torch.tensor(0.0)}, memory)
     memory = dataclasses.replace(memory, phrases=own)
     scores = score_articles(memory, still, articles, EOS, 2)
+    static = score_articles(memory, None, articles, EOS, 2)
     head, bias = memory.weights["embedding"], memory.weights["softmax.bias"]
     none = torch.zeros(memory.shape.embedding).double()
-    for article, found in zip(articles, scores.nll, strict=True):
+    for article, found, alone in zip(articles, scores.nll, static.nll, strict=True):
         tokens_1T = torch.tensor([[EOS, *article[:-1]]])
         state = memory.shape.initial_state(1, dtype=torch.float64)
         said = [
@@ -111,6 +118,28 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(tokens: int, eng
         log_p = (output @ head.t() + bias).log_softmax(-1)
         want = -log_p.gather(1, torch.from_numpy(article).unsqueeze(1)).squeeze(1)
         np.testing.assert_allclose(found, want.numpy(), rtol=1e-10)
+        np.testing.assert_allclose(alone, want.numpy(), rtol=1e-10)
+
+
+def test_hand_made_rules_read_with_the_corpus_alone() -> None:
+    """So is their Fisher made; what an article teaches behind a context is not for them."""
+    memory, text = tiny_memory(layers=1), _articles((23, 30, 37))
+    ngrams, _ = _ngrams([(1,), (0, 1), (1, 2, 1)], memory.shape.embedding)
+    weights = {**memory.weights, **ngrams.tensors()}
+    fisher = estimate_fisher(
+        weights, memory.shape, memory.dynamic, Text(text, 90, EOS), 5, 90, lanes=2
+    )
+    static = score_articles(fisher, None, text, EOS, 2)
+    assert fisher.loss == pytest.approx(static.total / 90)
+    own = phrases(memory.weights["embedding"], 100, ngrams)
+    memory = dataclasses.replace(memory, phrases=own)
+    alone = seen_by(RMS(), memory)
+    assert alone.phrases is not None
+    assert alone.phrases.ngrams is ngrams
+    rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, memory)
+    found = [score_articles(m, rule, text, EOS, 2).total for m in (alone, memory)]
+    none = score_articles(dataclasses.replace(memory, phrases=None), rule, text, EOS, 2).total
+    assert len({*found, none}) == 3
 
 
 def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
