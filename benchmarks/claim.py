@@ -32,7 +32,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.claim_tables import LEARNED_RULE, Seeds, write_tables
+from benchmarks.claim_tables import LEARNED_RULE, OTHERS, Seeds, write_tables
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
@@ -45,9 +45,6 @@ from mlm.report import read_evaluation
 from mlm.run import Run, open_run, say
 from mlm.stage_meta import identity, tuned_rule
 from mlm.text import open_corpus
-
-OTHERS = {"through": "through: ", "ngrams": "through with n-grams: "}
-"""Options that name other language models, and how the names of their rules' columns begin."""
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,13 @@ Seeds = dict[str, list[str]]
 FORM = "rms, "
 """Beginning of the names of the forms of RMS dynamic evaluation."""
 RIVAL, LEARNED_RULE, THREE, TWO = "rms", "four_levels", "three_levels", "two_levels"
+OTHERS = {"through": "through: ", "ngrams": "through with n-grams: "}
+"""Options that name other language models, and how the names of their rules' columns begin."""
 CLAIMED = {
     LEARNED_RULE: ("4 levels", "1.25"),
     THREE: ("3 levels", "1.25"),
-    f"through: {LEARNED_RULE}": ("4 levels, LM trained through", "1.5"),
-    f"through with n-grams: {LEARNED_RULE}": ("4 levels, LM trained through with n-grams", "1.5"),
+    OTHERS["through"] + LEARNED_RULE: ("4 levels, LM trained through", "1.5"),
+    OTHERS["ngrams"] + LEARNED_RULE: ("4 levels, LM trained through with n-grams", "1.5"),
 }
 """Learned rules: how they are called, and how many times the rival's gain is asked of them."""
 LONG = 10_000

@@ -29,7 +29,7 @@ from mlm.checkpoint import (
 from mlm.config import Config, LMTrainingConfig
 from mlm.errors import UserError, uninterrupted
 from mlm.lm import BaseModel, Dropout, LMShape, State, Weights, token_nll
-from mlm.ngrams import NAMES
+from mlm.ngrams import ngrams_of
 from mlm.snail import snail_like
 from mlm.streams import LaneStream, Segment
 
@@ -221,7 +221,7 @@ class LMTrainer:
         """
         path = run.checkpoint("lm")
         weights, shape, _ = load_lm(path, vocabulary_hash)
-        if NAMES[0] in weights:
+        if ngrams_of(weights) is not None:
             raise UserError(
                 f"--lm.init {run.path}: its model has n-gram embeddings (--lm.ngrams), without "
                 "which it is another; go on from one that has none"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -200,20 +199,7 @@ def test_the_rows_are_part_of_the_model() -> None:
 
 def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     check_resumed(_with_ngrams, tmp_path)
-
-
-def test_resumed_rows_are_the_same(tmp_path: Path) -> None:
-    whole, half, rest = (_with_ngrams() for _ in range(3))
-    for trainer, number in ((whole, 8), (half, 4)):
-        for _ in range(number):
-            trainer.train_step()
-    half.save(RunFolder(tmp_path), "words")
-    rest.load(RunFolder(tmp_path), "words")
-    for _ in range(4):
-        rest.train_step()
-    mine, its = whole.more_tensors(), rest.more_tensors()
-    for name in (*NAMES, "phrases.visits"):
-        assert torch.equal(mine[name], its[name]), name
+    assert {*NAMES, "phrases.visits"} <= {*_with_ngrams().more_tensors()}, "compared there"
 
 
 # ---------------------------------------------------------------- the command
@@ -249,7 +235,6 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     done = command("train", *flags)
     assert done.code != 0
     assert "its model has n-gram embeddings" in done.err
-    shutil.rmtree(own)
 
 
 def test_they_are_learned_through_a_learned_rule_only(command: Command, tmp_path: Path) -> None:

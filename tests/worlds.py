@@ -121,3 +121,6 @@ def check_resumed(make: Callable[[], ThroughTrainer], folder: Path) -> None:
         assert torch.equal(rest.weights[name], value), name
     for name, value in whole.reader.weights.items():
         assert torch.equal(rest.reader.weights[name], value), name
+    more = rest.more_tensors()
+    for name, value in whole.more_tensors().items():
+        assert name.startswith("reader/") or torch.equal(more[name], value), name
