@@ -2,16 +2,17 @@
 
     python -m benchmarks.claim runs/ordinary --through runs/through --split test
 
-Language models of the same text and number of tokens: one trained as usual, others trained
-through the adaptation (`--lm.through`), without and with n-gram embeddings. On the first, the
-meta-learner is trained with several seeds and judged on the first validation words; of the others
-each run is a seed, read with the rule it was trained through, if that was a learned one. RMS
-dynamic evaluation is tuned on those words in several forms (`--forms`), its published setting among
-the candidates of each, with more evaluations for each form and protocol than a meta-learner has in
-all; the best form in each protocol is the rival. It is tuned and read on the first seed of the
-other models, too. Every reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and
-`evaluate` of `train.py`; what is there with the same settings is not made again, so processes
-started with `--only` can share the work.
+Language models of the same text and number of tokens: one trained as usual, others trained through
+the adaptation (`--lm.through`), without and with n-gram embeddings, and, as a control, one that
+learned n-gram embeddings as usual. On the first, the meta-learner is trained with several seeds and
+judged on the first validation words; of the others each run is a seed, read with the rule it was
+trained through, if that was a learned one, or with one trained for it. RMS dynamic evaluation is
+tuned on those words in several forms (`--forms`), its published setting among the candidates of
+each, with more evaluations for each form and protocol than a meta-learner has in all; the best form
+in each protocol is the rival. It is tuned and read on the first seed of the other models, too.
+Every reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and `evaluate` of
+`train.py`; what is there with the same settings is not made again, so processes started with
+`--only` can share the work.
 
 The losses of all readings are put side by side, word by word: gains are nats per word over the
 *ordinary* static model, intervals paired bootstrap over articles, the gain of a learned rule is the
@@ -32,7 +33,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.claim_tables import LEARNED_RULE, OTHERS, Seeds, write_tables
+from benchmarks.claim_tables import CLAIMED, LEARNED_RULE, OTHERS, Seeds, write_tables
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
@@ -57,6 +58,8 @@ class Options:
     """Run folders of the same language model trained through the adaptation: its seeds."""
     ngrams: tuple[Path, ...] = ()
     """The same of one that learned n-gram embeddings, too (`--lm.ngrams`)."""
+    ngrams_as_usual: tuple[Path, ...] = ()
+    """Of one that learned n-gram embeddings without adaptation: what they are worth alone."""
     split: Literal["valid", "test"] = "valid"
     """What is read. `test` is for the end."""
     away: tuple[str, ...] = ()
@@ -259,9 +262,9 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {rule: f"{title}{rule}, seed {seed}" for rule in rules}
             if title and not seed:
                 columns = {"static": f"{title}static", **columns}
-            found.append(
-                Reading(where, f"{model}/seed {seed}", columns, same, seed=seed, travels=not seed)
-            )
+            travels = not seed and bool(CLAIMED[title + LEARNED_RULE][1])  # controls stay at home
+            name = f"{model}/seed {seed}"
+            found.append(Reading(where, name, columns, same, seed=seed, travels=travels))
     return found
 
 

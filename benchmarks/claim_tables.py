@@ -31,13 +31,18 @@ Seeds = dict[str, list[str]]
 FORM = "rms, "
 """Beginning of the names of the forms of RMS dynamic evaluation."""
 RIVAL, LEARNED_RULE, THREE, TWO = "rms", "four_levels", "three_levels", "two_levels"
-OTHERS = {"through": "through: ", "ngrams": "through with n-grams: "}
+OTHERS = {
+    "through": "through: ",
+    "ngrams": "through with n-grams: ",
+    "ngrams_as_usual": "with n-grams: ",
+}
 """Options that name other language models, and how the names of their rules' columns begin."""
 CLAIMED = {
     LEARNED_RULE: ("4 levels", "1.25"),
     THREE: ("3 levels", "1.25"),
     OTHERS["through"] + LEARNED_RULE: ("4 levels, LM trained through", "1.5"),
     OTHERS["ngrams"] + LEARNED_RULE: ("4 levels, LM trained through with n-grams", "1.5"),
+    OTHERS["ngrams_as_usual"] + LEARNED_RULE: ("4 levels, LM trained with n-grams", ""),
 }
 """Learned rules: how they are called, and how many times the rival's gain is asked of them."""
 LONG = 10_000
@@ -156,7 +161,7 @@ def claims(
                 times = gains.ratio(rule, RIVAL) | _by_seed(gains.ratio, each, RIVAL)
                 add(f"{title}: times the gain of {rival}", protocol, asked, times)
                 same = rule.replace(LEARNED_RULE, RIVAL)
-                if rule != LEARNED_RULE and same in table.rules(protocol):
+                if same not in (rule, RIVAL) and same in table.rules(protocol):
                     times = gains.ratio(rule, same) | _by_seed(gains.ratio, each, same)
                     add(f"{title}: times the gain of {rival} on that LM", protocol, "", times)
                 for form in forms:

@@ -109,6 +109,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
         "through with n-grams: four_levels": "4 levels, LM trained through with n-grams",
+        "with n-grams: four_levels": "4 levels, LM trained with n-grams",
     },
     "kinds": {
         "protocol": "protocol",
@@ -120,6 +121,7 @@ ENGINE: dict[str, dict[str, str]] = {
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
         "through with n-grams: four_levels": "4 levels, LM trained through with n-grams",
+        "with n-grams: four_levels": "4 levels, LM trained with n-grams",
     },
     "halves": {
         "article": "article",

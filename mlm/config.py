@@ -118,9 +118,10 @@ class LMTrainingConfig:
     through_decay: float = 0.01
     """Decay of Krause's rule towards the trained weights."""
     ngrams: int = 0
-    """Contexts of one to four tokens, the training text's most frequent, behind which training
-    through a learned rule learns what follows: rows as wide as the embedding, added to what the
-    softmax sees; where the rule remembers phrases (--adapt.phrases), theirs begin there."""
+    """Contexts of one to four tokens, the training text's most frequent, behind which training,
+    from --lm.init on, as usual or through a learned rule, learns what follows: rows as wide as the
+    embedding, added to what the softmax sees; where a rule remembers phrases (--adapt.phrases),
+    theirs begin there."""
 
 
 @dataclass(frozen=True)
@@ -402,10 +403,11 @@ def _problems(c: Config) -> list[str]:
 
     alone = c.meta.learn == ("rule",)
     need(
-        not c.lm.ngrams or (c.lm.through == "learned" and c.lm.init is not None),
+        not c.lm.ngrams or (c.lm.through != "rms" and c.lm.init is not None),
         "--lm.ngrams",
         c.lm.ngrams,
-        "they are learned with --lm.through learned, from a language model that --lm.init names",
+        "they are learned by a language model that goes on from another one (--lm.init), as usual "
+        "or with --lm.through learned",
     )
     for flag, value in {
         "--adapt.related": c.adapt.related,

@@ -1,4 +1,4 @@
-"""Long-term phrases: n-gram embeddings that stage 1 learns through the adaptation.
+"""Long-term phrases: n-gram embeddings that stage 1 learns.
 
 What an article taught behind a context is held in rows that are zero when it begins
 (`mlm.phrases`). Here is their theta_0: each of the N contexts c of one to four tokens that are the
@@ -9,7 +9,7 @@ predicted with
 
 M starts at zero and learns as m does, from the gradient g_s of a token's loss under all that its
 lane has learned by then: it comes to hold what articles have in common, and not what each of them
-teaches anyway.
+teaches anyway. (Without adaptation lanes have learned nothing; M then holds all of it.)
 
     M[c] -= min(eta / (n_0 + n(c))^a, d / r(c)) g_s / w,
 
@@ -54,6 +54,29 @@ def fingerprint(tokens: Sequence[Tokens]) -> Tokens:
     return found
 
 
+class Trail(NamedTuple):
+    """What lanes read last, as far back as contexts reach."""
+
+    tokens: Tensor
+    """(B, 3) int64."""
+    inside: Tensor
+    """(B, 3): which of them belong to the lane's article."""
+
+    @classmethod
+    def begin(cls, lanes: int, device: torch.device | str = "cpu") -> Trail:
+        """Lanes that have read nothing."""
+        tokens = torch.zeros(lanes, LONGEST - 1, dtype=torch.int64, device=device)
+        return cls(tokens, torch.zeros_like(tokens, dtype=torch.bool))
+
+    def select(self, lanes: Tensor) -> Trail:
+        """Some of the lanes (their indices)."""
+        return Trail(self.tokens[lanes], self.inside[lanes])
+
+    def opened(self, new_B: Tensor) -> Trail:
+        """Nothing was read in these lanes."""
+        return Trail(self.tokens, self.inside & ~new_B.unsqueeze(1))
+
+
 class NGrams(NamedTuple):
     """The contexts of the corpus, and what it taught behind them."""
 
@@ -83,6 +106,13 @@ class NGrams(NamedTuple):
             known = (self.contexts[row_BT] == key_BT) & inside_BC[:, starts[0] :][:, :tokens]
             found.append(row_BT.masked_fill(~known, none))
         return torch.stack(found, -1)
+
+    def follow(self, trail: Trail, inputs_BT: Tensor) -> tuple[Tensor, Trail]:
+        """Which rows a segment's contexts have, see `find`, and the trail behind it."""
+        line = torch.cat([trail.tokens, inputs_BT], 1)
+        inside = F.pad(trail.inside, (0, inputs_BT.shape[1]), value=True)
+        after = Trail(*(t[:, 1 - LONGEST :] for t in (line, inside)))
+        return self.find(line, inside, inputs_BT.shape[1]), after
 
     def said(self, rows_BTK: Tensor) -> Tensor:
         """(B, T, E): the sum of these rows."""

@@ -175,12 +175,6 @@ class Phrases(NamedTuple):
         return ngrams.find(*history.line(inputs_BT, LONGEST - 1), inputs_BT.shape[1])
 
     @torch.no_grad()
-    def passed(self, history: History, inputs_BT: Tensor, recalled: Recalled) -> History:
-        """The history with a segment more, which taught nothing."""
-        heard = Heard(recalled.rates, torch.zeros_like(recalled.rows))
-        return self.learned(history, inputs_BT, heard, torch.ones_like(inputs_BT))
-
-    @torch.no_grad()
     def learned(
         self, history: History, inputs_BT: Tensor, heard: Heard, taught_BT: Tensor
     ) -> History:

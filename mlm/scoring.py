@@ -20,6 +20,7 @@ from mlm.errors import UserError
 from mlm.learner import Bound
 from mlm.lm import Weights
 from mlm.memory import LongTerm
+from mlm.ngrams import Trail
 from mlm.phrases import SAID
 from mlm.rollout import begin, learning_at_once, step
 from mlm.streams import LaneStream, Segment
@@ -62,13 +63,13 @@ class _Static:
         some = memory.weights[memory.dynamic[0]]
         self.memory = memory
         self.state = memory.shape.initial_state(lanes, some.device, some.dtype)
-        self.phrases = memory.phrases and memory.phrases.of_corpus()
-        self.history = self.phrases and self.phrases.begin(lanes)
+        self.ngrams = memory.phrases and memory.phrases.ngrams
+        self.trail = Trail.begin(lanes, some.device)
 
     def select(self, lanes: Tensor) -> None:
         """Go on with some of the lanes (their indices)."""
         self.state = self.state.select(lanes)
-        self.history = self.history and self.history.select(lanes)
+        self.trail = self.trail.select(lanes)
 
     @torch.no_grad()
     def read(self, segment: Segment) -> _Heard:
@@ -81,12 +82,10 @@ class _Static:
 
     def _recall(self, segment: Segment) -> Weights:
         """What n-grams say, if the model has any."""
-        if self.phrases is None or self.history is None:
+        if self.ngrams is None:
             return {}
-        history = self.history.opened(segment.new)
-        recalled = self.phrases.recall(history, segment.inputs)
-        self.history = self.phrases.passed(history, segment.inputs, recalled)
-        return {SAID: recalled.rows}
+        rows, self.trail = self.ngrams.follow(self.trail.opened(segment.new), segment.inputs)
+        return {SAID: self.ngrams.said(rows)}
 
 
 class _Adapting:

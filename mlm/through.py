@@ -26,7 +26,6 @@ from mlm.lm import BaseModel, Weights
 from mlm.lowrank import base_of
 from mlm.memory import BASIS, LOW, RELATED, LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import shrunk
-from mlm.ngrams import Learning, most_frequent
 from mlm.phrases import phrases
 from mlm.related import untangled
 from mlm.rollout import Reader, Scored, Step, begin, learning_at_once, step
@@ -132,11 +131,12 @@ class ThroughTrainer(LMTrainer):
         return scores.total / valid.tokens
 
     def more_tensors(self) -> dict[str, Tensor]:
-        """The lanes' weights and state."""
-        return {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+        """And the lanes' weights and state."""
+        return super().more_tensors() | {f"reader/{n}": t for n, t in self.reader.tensors().items()}
 
     def load_more(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `more_tensors`."""
+        super().load_more(tensors)
         prefix = "reader/"
         found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self.reader = self.reader.of(found)
@@ -223,12 +223,9 @@ class ThroughLearned(ThroughTrainer):
         held = learning_at_once(held, rule)
         own = {n: w.clone() for n, w in held.weights.items()}
         told = held.phrases and held.phrases._replace(scale=held.phrases.scale.clone())
-        self._ngrams: Learning | None = None
-        if number := config.lm.ngrams:
-            contexts = most_frequent(text.articles, text.eos, number)
+        if self.ngrams is not None:
             told = told or phrases(own["embedding"], 0)
-            self._ngrams = Learning.begin(contexts, told.scale)
-            told = told._replace(ngrams=self._ngrams.ngrams)
+            told = told._replace(ngrams=self.ngrams.ngrams)
             told = told if held.phrases else told.of_corpus()
         self._memory = dataclasses.replace(held, weights=own, phrases=told)
         """Its weights are this trainer's own, and written in place."""
@@ -244,27 +241,11 @@ class ThroughLearned(ThroughTrainer):
     def hear(self, now: Step, segment: Segment) -> None:
         """N-grams learn as phrases do."""
         told, heard = self._memory.phrases, now.scored.heard
-        if self._ngrams is None or told is None or heard is None or now.before.history is None:
+        if self.ngrams is None or told is None or heard is None or now.before.history is None:
             return
-        rows = told.known(self._ngrams.ngrams, now.before.history, segment.inputs)
-        rows = rows.masked_fill(~now.taught.unsqueeze(-1), len(self._ngrams.ngrams.contexts))
-        self._ngrams.learn(rows, heard.gradient * segment.inputs.shape[1], told.scale)
-
-    def model(self) -> Weights:
-        """With its n-grams."""
-        known = {} if self._ngrams is None else self._ngrams.ngrams.tensors()
-        return super().model() | known
-
-    def more_tensors(self) -> dict[str, Tensor]:
-        """And the n-grams."""
-        known = {} if self._ngrams is None else self._ngrams.tensors()
-        return super().more_tensors() | known
-
-    def load_more(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `more_tensors`."""
-        super().load_more(tensors)
-        if self._ngrams is not None:
-            self._ngrams.load(tensors)
+        rows = told.known(self.ngrams.ngrams, now.before.history, segment.inputs)
+        rows = rows.masked_fill(~now.taught.unsqueeze(-1), len(self.ngrams.ngrams.contexts))
+        self.ngrams.learn(rows, heard.gradient * segment.inputs.shape[1], told.scale)
 
     def _straight(self, name: str, x: Tensor) -> Tensor:
         """T^-1 x."""

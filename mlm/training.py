@@ -29,7 +29,8 @@ from mlm.checkpoint import (
 from mlm.config import Config, LMTrainingConfig
 from mlm.errors import UserError, uninterrupted
 from mlm.lm import BaseModel, Dropout, LMShape, State, Weights, token_nll
-from mlm.ngrams import ngrams_of
+from mlm.ngrams import Learning, Trail, most_frequent, ngrams_of
+from mlm.phrases import SAID, phrases
 from mlm.snail import snail_like
 from mlm.streams import LaneStream, Segment
 
@@ -112,14 +113,21 @@ def static_loss(
     segment: int,
     precision: torch.dtype = torch.float32,
 ) -> float:
-    """Mean loss in nats per token of `text` under fixed weights, state reset at borders."""
+    """Mean loss in nats per token of `text` under fixed weights, state reset at borders.
+
+    N-grams among the weights are read with.
+    """
     device = weights["embedding"].device
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
     state = shape.initial_state(stream.lanes, device)
+    ngrams, trail = ngrams_of(weights), Trail.begin(stream.lanes, device)
     total, tokens = 0.0, 0
     for raw in stream:
         piece = raw.to(device)
         state = state.keep(~piece.new)
+        if ngrams is not None:
+            rows, trail = ngrams.follow(trail.opened(piece.new), piece.inputs)
+            weights = {**weights, SAID: ngrams.said(rows)}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             now = shape.read(weights, piece.inputs, piece.targets, state)
         state = now.state
@@ -149,6 +157,12 @@ class LMTrainer:
         self.stream = LaneStream(text.articles, lanes, config.lm.segment, text.eos, config.seed)
         self.dropout_generator = torch.Generator(device).manual_seed(config.seed + 1)
         self.state: State = shape.initial_state(lanes, device)
+        self.ngrams: Learning | None = None
+        """N-gram embeddings, if they are learned."""
+        if config.lm.ngrams:
+            contexts = most_frequent(text.articles, text.eos, config.lm.ngrams)
+            self.ngrams = Learning.begin(contexts, self.weights["embedding"][0].detach())
+        self.trail = Trail.begin(lanes, device)
         self.steps = max(1, math.ceil(config.lm.epochs * text.tokens / (lanes * config.lm.segment)))
         self.step = 0
         self.validated = 0
@@ -161,14 +175,19 @@ class LMTrainer:
             s.dropout_embedding, s.dropout_input, s.dropout_hidden, s.dropout_output, s.weight_drop
         )
 
-    def loss(self, segment: Segment) -> tuple[Tensor, Tensor, State]:
-        """(objective, nats per token, state): cross-entropy plus AR and TAR."""
+    def loss(self, segment: Segment, said: Tensor | None = None) -> tuple[Tensor, Tensor, State]:
+        """(objective, nats per token, state): cross-entropy plus AR and TAR.
+
+        Args:
+            said: (B, T, E), what n-grams add to what the softmax sees.
+        """
         use = self.precision == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
             hidden = self.shape.run(
                 self.weights, segment.inputs, self.state, self.dropout, self.dropout_generator
             )
-            nll = token_nll(self.weights, self.shape, hidden.output, segment.targets)
+            output = hidden.output if said is None else hidden.output + said
+            nll = token_nll(self.weights, self.shape, output, segment.targets)
         count = segment.mask.sum()
         loss = (nll.float() * segment.mask).sum() / count
         objective = loss
@@ -191,7 +210,8 @@ class LMTrainer:
         """
         segment = next(self.stream).to(self.device)
         self.state = self.state.keep(~segment.new)
-        objective, loss, state = self.loss(segment)
+        known = self._recall(segment)
+        objective, loss, state = self.loss(segment, known and known[1])
         value = float(loss)
         if not math.isfinite(value):
             raise UserError(
@@ -201,10 +221,30 @@ class LMTrainer:
             )
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        count = int(segment.mask.sum())
+        if known is not None:
+            self._remember(*known, count)
         self._descend()
         self.state = state
         self.step += 1
-        return value, int(segment.mask.sum())
+        return value, count
+
+    def _recall(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
+        """Which n-grams are read (B, T, K), those of padding none, and what they say (B, T, E), a
+        leaf."""
+        if self.ngrams is None:
+            return None
+        ngrams = self.ngrams.ngrams
+        rows, self.trail = ngrams.follow(self.trail.opened(segment.new), segment.inputs)
+        rows = rows.masked_fill(~segment.mask.unsqueeze(2), len(ngrams.contexts))
+        return rows, ngrams.said(rows).requires_grad_()
+
+    def _remember(self, rows: Tensor, said: Tensor, count: int) -> None:
+        """N-grams learn from what `_recall` gave, the loss of `count` tokens differentiated."""
+        assert self.ngrams is not None
+        assert said.grad is not None
+        scale = phrases(self.weights["embedding"], 0).scale
+        self.ngrams.learn(rows, said.grad * count, scale)
 
     def _descend(self) -> None:
         """One step of Adam along the gradients that the weights hold."""
@@ -236,21 +276,29 @@ class LMTrainer:
 
     def validation_loss(self, valid: Text) -> float:
         """Mean loss on validation, nats per token: what chooses the best weights."""
-        weights, s = {n: w.detach() for n, w in self.weights.items()}, self.settings
-        return static_loss(weights, self.shape, valid, s.lanes, s.segment, self.precision)
+        s = self.settings
+        return static_loss(self.model(), self.shape, valid, s.lanes, s.segment, self.precision)
 
     # -- checkpoints ------------------------------------------------------------------------
 
     def model(self) -> Weights:
-        """The language model, as its checkpoint holds it."""
-        return {n: w.detach() for n, w in self.weights.items()}
+        """The language model, as its checkpoint holds it, with its n-grams."""
+        known = {} if self.ngrams is None else self.ngrams.ngrams.tensors()
+        return {n: w.detach() for n, w in self.weights.items()} | known
 
     def more_tensors(self) -> dict[str, Tensor]:
-        """What a kind of training carries on beside weights, Adam and state."""
-        return {}
+        """What a kind of training carries on beside weights, Adam and state: n-grams, if any."""
+        if self.ngrams is None:
+            return {}
+        trail = {f"trail/{name}": t for name, t in self.trail._asdict().items()}
+        return {**self.ngrams.tensors(), **trail}
 
     def load_more(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `more_tensors`."""
+        if self.ngrams is None:
+            return
+        self.ngrams.load(tensors)
+        self.trail = Trail(*(tensors[f"trail/{name}"].to(self.device) for name in Trail._fields))
 
     def save(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Write everything that the next step depends on."""

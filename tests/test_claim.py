@@ -84,7 +84,7 @@ def test_ratios_of_gains_and_their_seeds() -> None:
     found = {r["what"]: r["found"] for r in rows if r["protocol"] == "stream"}
     assert found["4 levels: times the gain of RMS (same)"] == pytest.approx(3.0)
     assert found["4 levels: times the gain of RMS (all)"] == pytest.approx(1.5)
-    assert not [what for what in found if "all+cache" in what]
+    assert not [what for what in found if "all+cache" in what or "on that LM" in what]
     more = next(r for r in rows if r["what"] == "4 levels + cache: more than RMS (all) + cache")
     assert more["found"] == pytest.approx(0.1)
 
@@ -172,13 +172,19 @@ def test_readings_of_other_text_are_refused(tmp_path: Path) -> None:
 
 def test_seeds_are_seeds_and_their_mean_is_shown(tmp_path: Path) -> None:
     other, more = (tmp_path / "other",), (tmp_path / "a", tmp_path / "b")
-    options = Options(tmp_path, through=other, ngrams=more, seeds=2)
+    control = (tmp_path / "control",)
+    options = Options(
+        tmp_path, through=other, ngrams=more, ngrams_as_usual=control, seeds=2, away=("there",)
+    )
     every = readings(options, CHOSEN)
     assert [r.seed for r in every if r.name.startswith("ordinary/seed")] == [0, 1]
     assert [r.name for r in every if r.name.startswith("through/seed")] == ["through/seed 0"]
     two = [r for r in every if r.name.startswith("ngrams/seed")]
     assert [(r.where, r.seed) for r in two] == [(more[0], 0), (more[1], 1)]
     assert [r.where for r in every if r.name == "ngrams/all"] == [more[0]], "the rival reads one"
+    away = {r.name for r in every if r.travels}
+    assert {"through/seed 0", "ngrams/seed 0"} <= away
+    assert not [name for name in away if "as_usual" in name or "seed 1" in name]
     made = [(r, _table([10], dict.fromkeys(r.columns, 0.1 + r.seed))) for r in every]
     table, seeds = merge(made, CHOSEN)
     assert seeds["four_levels"] == ["four_levels, seed 0", "four_levels, seed 1"]

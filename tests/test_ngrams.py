@@ -1,16 +1,18 @@
-"""N-gram embeddings: where the rows of phrases begin, learned by stage 1 through the adaptation."""
+"""N-gram embeddings: where the rows of phrases begin, learned by stage 1."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from through_world import flags_through, through
+from through_world import as_usual, flags_through, through
+from tiny import as_flags
 from worlds import EOS, check_resumed, tiny_memory
 
 from mlm.checkpoint import RunFolder, load_lm, load_tensors
@@ -34,8 +36,8 @@ from mlm.rollout import begin, step
 from mlm.scoring import score_articles
 from mlm.stage_meta import seen_by
 from mlm.streams import LaneStream
-from mlm.through import ThroughLearned
-from mlm.training import Text
+from mlm.through import ThroughTrainer
+from mlm.training import LMTrainer, Text, static_loss
 
 Context = tuple[int, ...]
 
@@ -104,6 +106,10 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
     memory = dataclasses.replace(memory, phrases=own)
     scores = score_articles(memory, still, articles, EOS, 2)
     static = score_articles(memory, None, articles, EOS, 2)
+    model = {n: w.float() for n, w in memory.weights.items()}
+    model |= ngrams.to("cpu", torch.float32).tensors()
+    loss = static_loss(model, memory.shape, Text(articles, 85, EOS), 2, segment)
+    assert loss == pytest.approx(static.total / 85, rel=1e-5)
     head, bias = memory.weights["embedding"], memory.weights["softmax.bias"]
     none = torch.zeros(memory.shape.embedding).double()
     for article, found, alone in zip(articles, scores.nll, static.nll, strict=True):
@@ -176,17 +182,61 @@ def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
     assert bool(learning.ngrams.rows[:20].any(1).sum() > 5)
 
 
-def _with_ngrams() -> ThroughLearned:
-    """Embeddings as long as a trained model's are."""
-    trainer = through(ngrams=40, init=Path("some"))
+def test_without_adaptation_they_learn_from_the_model_and_themselves() -> None:
+    """Against the gradients of a softmax layer that is written down here; over borders, too."""
+    lines = [a - 1 for a in _articles((33, 2, 41, 17, 58, 26))]  # `EOS` ends lines and articles
+    trainer = as_usual(Text(lines, 177, EOS), ngrams=40, init=Path("some"))
     trainer.weights["embedding"].data *= 8
-    trainer.follow()
+    assert trainer.ngrams is not None
+    ngrams = trainer.ngrams.ngrams
+    visits, rows = collections.Counter(), torch.zeros_like(ngrams.rows)
+    keys = {key: at for at, key in enumerate(ngrams.contexts.tolist())}
+    stream = LaneStream(trainer.text.articles, 4, 10, EOS, trainer.stream.seed)
+    before: list[list[int]] = [[], [], [], []]
+    state = trainer.state
+    for segment, _ in zip(stream, range(20), strict=False):
+        state = state.keep(~segment.new)
+        model = {n: w.detach().clone() for n, w in trainer.weights.items()}
+        hidden = trainer.shape.run(model, segment.inputs, state)
+        state, output = hidden.state, hidden.output.clone()
+        read = []
+        for b, t in np.ndindex(4, 10):
+            line = before[b] = [] if segment.new[b] and not t else before[b]
+            line.append(int(segment.inputs[b, t]))
+            mine = [_prints([tuple(line[-k:])]).item() for k in ORDERS if len(line) >= k]
+            read.append([keys[key] for key in mine if key in keys] if segment.mask[b, t] else [])
+            for at in read[-1]:
+                output[b, t] += rows[at]
+        output.requires_grad_()
+        logits = output @ model["embedding"].t() + model["softmax.bias"]
+        nll = -logits.log_softmax(-1).gather(2, segment.targets.unsqueeze(2)).squeeze(2)
+        (gradient,) = torch.autograd.grad((nll * segment.mask).sum(), [output])
+        now = collections.Counter(at for each in read for at in each)
+        visits += now
+        w = model["embedding"].square().sum(1).mean()
+        for (b, t), each in zip(np.ndindex(4, 10), read, strict=True):
+            for at in each:
+                eta = min(STEP / (AFTER + visits[at]) ** POWER, MOST / now[at])
+                rows[at] -= eta * gradient[b, t] / w
+        trainer.train_step()
+        torch.testing.assert_close(ngrams.rows, rows, rtol=1e-4, atol=1e-6)
+    assert trainer.ngrams.visits.tolist() == [visits[at] for at in range(41)]
+    assert bool(rows.any(1).sum() > 20)
+
+
+def _with_ngrams(make: Callable[..., LMTrainer]) -> LMTrainer:
+    """Embeddings as long as a trained model's are."""
+    trainer = make(ngrams=40, init=Path("some"))
+    trainer.weights["embedding"].data *= 8
+    if isinstance(trainer, ThroughTrainer):
+        trainer.follow()
     return trainer
 
 
-def test_the_rows_are_part_of_the_model() -> None:
+@pytest.mark.parametrize("make", [through, as_usual])
+def test_the_rows_are_part_of_the_model(make: Callable[..., LMTrainer]) -> None:
     """What training makes is a worse model without them."""
-    trainer = _with_ngrams()
+    trainer = _with_ngrams(make)
     while trainer.step < trainer.steps:
         trainer.train_step()
     ngrams = ngrams_of(trainer.model())
@@ -197,9 +247,10 @@ def test_the_rows_are_part_of_the_model() -> None:
     assert mine < trainer.validation_loss(trainer.text) - 0.02
 
 
-def test_training_resumes_bit_for_bit(tmp_path: Path) -> None:
-    check_resumed(_with_ngrams, tmp_path)
-    assert {*NAMES, "phrases.visits"} <= {*_with_ngrams().more_tensors()}, "compared there"
+@pytest.mark.parametrize("make", [through, as_usual])
+def test_training_resumes_bit_for_bit(make: Callable[..., LMTrainer], tmp_path: Path) -> None:
+    check_resumed(lambda: _with_ngrams(make), tmp_path)
+    assert {*NAMES, "phrases.visits"} <= {*_with_ngrams(make).more_tensors()}, "compared there"
 
 
 # ---------------------------------------------------------------- the command
@@ -237,7 +288,23 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     assert "its model has n-gram embeddings" in done.err
 
 
-def test_they_are_learned_through_a_learned_rule_only(command: Command, tmp_path: Path) -> None:
-    done = command("train", "--out", tmp_path / "run", "--lm.ngrams", 50)
+@pytest.mark.parametrize("flags", [[], ["--lm.init", "runs/some", "--lm.through", "rms"]])
+def test_they_need_a_trained_model_and_no_hand_made_rule(
+    flags: list[str], command: Command, tmp_path: Path
+) -> None:
+    done = command("train", "--out", tmp_path / "run", "--lm.ngrams", 50, *flags)
     assert done.code != 0
-    assert "--lm.ngrams is 50; they are learned with --lm.through learned" in done.err
+    assert "--lm.ngrams is 50; they are learned by a language model that goes on" in done.err
+
+
+def test_the_command_as_usual(finished: Finished, tmp_path: Path, command: Command) -> None:
+    """Learned without adaptation; static, the model reads as its validation did."""
+    lm = dataclasses.replace(finished.config.lm, init=finished.folder, ngrams=50)
+    config = dataclasses.replace(finished.config, out=tmp_path / "new", stages=("lm",), lm=lm)
+    done = command("train", *as_flags(config))
+    assert done.code == 0, done.err
+    new = RunFolder(tmp_path / "new")
+    tensors, _ = load_tensors(new.checkpoint("lm"), "")
+    ngrams = ngrams_of(tensors)
+    assert ngrams is not None
+    assert bool(ngrams.rows.any(1).sum() > 20)

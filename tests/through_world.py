@@ -44,10 +44,15 @@ def through_config(**changes) -> Config:
     return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
 
 
+def as_usual(text: Text | None = None, **changes) -> LMTrainer:
+    """Stage 1 without adaptation."""
+    read = text or text_of_articles()
+    return LMTrainer(through_config(**changes), SHAPE, read, torch.device("cpu"))
+
+
 def learned_rule_of(at_once: bool = True) -> Learned:
     """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
-    plain = LMTrainer(through_config(), SHAPE, text_of_articles(), torch.device("cpu"))
-    weights = {n: w.detach() for n, w in plain.weights.items()}
+    weights = as_usual().model()
     weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, text_of_articles(), 1000)
     random = torch.Generator().manual_seed(0)
     weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
