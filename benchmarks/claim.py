@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import tyro
 
-from benchmarks.claim_tables import CLAIMED, LEARNED_RULE, OTHERS, Seeds, write_tables
+from benchmarks.claim_tables import CONTROLS, LEARNED_RULE, OTHERS, Seeds, write_tables
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
@@ -262,7 +262,7 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {rule: f"{title}{rule}, seed {seed}" for rule in rules}
             if title and not seed:
                 columns = {"static": f"{title}static", **columns}
-            travels = not seed and bool(CLAIMED[title + LEARNED_RULE][1])  # controls stay at home
+            travels = not seed and title + LEARNED_RULE not in CONTROLS
             name = f"{model}/seed {seed}"
             found.append(Reading(where, name, columns, same, seed=seed, travels=travels))
     return found

@@ -101,7 +101,7 @@ def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> lis
     protocols = table.compared_protocols()
     rows: list[dict[str, Any]] = []
     with project_style():
-        figure = new_figure(1.0 + 4.2 * len(protocols), 3.6)
+        figure = new_figure(2.6 + 4.0 * len(protocols), 3.6)
         panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
         for panel, protocol in zip(panels, protocols, strict=True):
             rules = [rule for rule in table.rules(protocol) if rule != STATIC]
@@ -118,7 +118,7 @@ def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> lis
             _position_axis(panel, position_gains(table, STATIC, protocol))
             panel.set_title(f"protocol “{protocol}”")
         panels[0].set_ylabel("nats per word gained over static")
-        panels[0].legend(loc="upper left", fontsize=8)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         return save_figure(figure, folder / f"gain_by_position{suffix}", rows)
 
 

@@ -89,6 +89,20 @@ def test_ratios_of_gains_and_their_seeds() -> None:
     assert more["found"] == pytest.approx(0.1)
 
 
+def test_the_rival_on_another_model_beside_its_first_seed() -> None:
+    """Over the ordinary static loss, and over that of the other model."""
+    means = {"through: static": 0.1, "through: rms": 0.3, "through: four_levels": 0.6}
+    every = {"through: four_levels, seed 0": 0.5, "through: four_levels, seed 1": 0.7}
+    seeds = SEEDS | {"through: four_levels": [*every]}
+    rows = claims(_table([300, 500], _rules(**means, **every)), seeds, CHOSEN, 9)
+    found = {r["what"]: r["found"] for r in rows if r["protocol"] == "article"}
+    title = "4 levels, LM trained through"
+    assert found[f"{title}: times the gain of RMS (all)"] == pytest.approx(3)
+    there = f"{title}, seed 0: times the gain of RMS (all) on that LM"
+    assert found[there] == pytest.approx(5 / 3)
+    assert found[f"{there}, over its own static loss"] == pytest.approx(2)
+
+
 def test_a_rival_that_loses_has_no_ratio() -> None:
     rows = claims(_table([300, 500], _rules(rms=-0.2)), SEEDS, CHOSEN, 9)
     assert not [r for r in rows if "times" in r["what"]]
