@@ -155,11 +155,13 @@ def build_memory(run: Run) -> LongTerm:
         return run.memory
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
+    adapt, text = run.config.adapt, run.training_text(1)
     if run.config.lm.through == "learned":
         memory = followed(_memory_of_through_run(run), weights)
+        if adapt.borders:  # they are known by the hidden state, which is another one now
+            memory = dataclasses.replace(memory, borders=learn_borders(shape, weights, text))
         save_memory(path, memory, run.data.vocabulary.hash, mark)
         return run.ready(memory)
-    adapt, text = run.config.adapt, run.training_text(1)
     corpus = run.training_text(0) if adapt.related else None
     memory = new_memory(weights, shape, adapt, text, run.quiet, corpus)
     if adapt.borders:

@@ -15,7 +15,8 @@ from through_world import as_usual, flags_through, through
 from tiny import as_flags
 from worlds import EOS, check_resumed, tiny_memory
 
-from mlm.checkpoint import RunFolder, load_lm, load_tensors
+from mlm.borders import learn_borders
+from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
 from mlm.learner import RMS
 from mlm.meta import estimate_fisher
 from mlm.ngrams import (
@@ -33,6 +34,7 @@ from mlm.ngrams import (
 )
 from mlm.phrases import phrases
 from mlm.rollout import begin, step
+from mlm.run import open_run
 from mlm.scoring import score_articles
 from mlm.stage_meta import seen_by
 from mlm.streams import LaneStream
@@ -257,13 +259,15 @@ def test_training_resumes_bit_for_bit(make: Callable[..., LMTrainer], tmp_path: 
 
 
 def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> None:
-    """Trained, kept beside the language model, read with; and refused where they do not fit."""
+    """Trained, kept beside the language model, read with, by hidden states of which borders are
+    known anew; and refused where they do not fit."""
     own = finished.copy(tmp_path / "own")
     rule = finished.config.meta.rules[0]
     flags = flags_through(finished, tmp_path / "new")
     at = flags.index("--lm.through-run") + 1
     steps = "--stages", "meta", "--meta.steps", 1, "--meta.rules", rule
-    done = command("train", "--out", own, *steps, "--adapt.phrases", 300)
+    adapt = "--adapt.phrases", 300, "--adapt.borders"
+    done = command("train", "--out", own, *steps, *adapt)
     assert done.code == 0, done.err
     flags[at] = str(own)
     done = command("train", *flags, "--lm.ngrams", 50)
@@ -276,8 +280,12 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     assert ngrams.rows.shape == (51, shape.embedding)
     evaluate = "--evaluation.rules", "static", rule, "--meta.rules", rule
     words = "--out", new.path, "--stages", "meta", "evaluate", "--meta.steps", 0, *evaluate
-    done = command("train", *words, "--adapt.phrases", 300)
+    done = command("train", *words, *adapt)
     assert done.code == 0, done.err
+    text = open_run(new.load_config()).training_text(1)
+    borders = load_memory(new.checkpoint("memory"), hash_).borders
+    assert borders is not None
+    torch.testing.assert_close(borders.weights, learn_borders(shape, weights, text).weights)
     kept = load_tensors(new.checkpoint("memory"), "")[0]
     for name, mine in zip(NAMES, ngrams, strict=True):
         assert torch.equal(kept[f"theta_0/{name}"], mine)
