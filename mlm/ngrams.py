@@ -72,10 +72,6 @@ class Trail(NamedTuple):
         """Some of the lanes (their indices)."""
         return Trail(self.tokens[lanes], self.inside[lanes])
 
-    def opened(self, new_B: Tensor) -> Trail:
-        """Nothing was read in these lanes."""
-        return Trail(self.tokens, self.inside & ~new_B.unsqueeze(1))
-
 
 class NGrams(NamedTuple):
     """The contexts of the corpus, and what it taught behind them."""
@@ -107,10 +103,15 @@ class NGrams(NamedTuple):
             found.append(row_BT.masked_fill(~known, none))
         return torch.stack(found, -1)
 
-    def follow(self, trail: Trail, inputs_BT: Tensor) -> tuple[Tensor, Trail]:
-        """Which rows a segment's contexts have, see `find`, and the trail behind it."""
+    def follow(self, trail: Trail, inputs_BT: Tensor, new_B: Tensor) -> tuple[Tensor, Trail]:
+        """Which rows a segment's contexts have, see `find`, and the trail behind it.
+
+        Args:
+            new_B: lanes in which it opens an article.
+        """
         line = torch.cat([trail.tokens, inputs_BT], 1)
-        inside = F.pad(trail.inside, (0, inputs_BT.shape[1]), value=True)
+        mine = trail.inside & ~new_B.unsqueeze(1)
+        inside = F.pad(mine, (0, inputs_BT.shape[1]), value=True)
         after = Trail(*(t[:, 1 - LONGEST :] for t in (line, inside)))
         return self.find(line, inside, inputs_BT.shape[1]), after
 

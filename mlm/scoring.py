@@ -84,7 +84,7 @@ class _Static:
         """What n-grams say, if the model has any."""
         if self.ngrams is None:
             return {}
-        rows, self.trail = self.ngrams.follow(self.trail.opened(segment.new), segment.inputs)
+        rows, self.trail = self.ngrams.follow(self.trail, segment.inputs, segment.new)
         return {SAID: self.ngrams.said(rows)}
 
 

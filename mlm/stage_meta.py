@@ -156,18 +156,15 @@ def build_memory(run: Run) -> LongTerm:
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
     adapt, text = run.config.adapt, run.training_text(1)
-    if run.config.lm.through == "learned":
+    through = run.config.lm.through == "learned"
+    if through:
         memory = followed(_memory_of_through_run(run), weights)
-        if adapt.borders:  # they are known by the hidden state, which is another one now
-            memory = dataclasses.replace(memory, borders=learn_borders(shape, weights, text))
-        save_memory(path, memory, run.data.vocabulary.hash, mark)
-        return run.ready(memory)
-    corpus = run.training_text(0) if adapt.related else None
-    memory = new_memory(weights, shape, adapt, text, run.quiet, corpus)
-    if adapt.borders:
-        borders = learn_borders(shape, weights, text)
-        memory = dataclasses.replace(memory, borders=borders)
-    if adapt.basis_words:
+    else:
+        corpus = run.training_text(0) if adapt.related else None
+        memory = new_memory(weights, shape, adapt, text, run.quiet, corpus)
+    if adapt.borders:  # by the hidden states of this very model
+        memory = dataclasses.replace(memory, borders=learn_borders(shape, weights, text))
+    if adapt.basis_words and not through:
         memory = dataclasses.replace(turned(memory), at_once=adapt.at_once)
         memory = learn_bases(memory, text, adapt.basis_words, run.quiet)
     save_memory(path, memory, run.data.vocabulary.hash, mark)

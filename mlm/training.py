@@ -126,7 +126,7 @@ def static_loss(
         piece = raw.to(device)
         state = state.keep(~piece.new)
         if ngrams is not None:
-            rows, trail = ngrams.follow(trail.opened(piece.new), piece.inputs)
+            rows, trail = ngrams.follow(trail, piece.inputs, piece.new)
             weights = {**weights, SAID: ngrams.said(rows)}
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             now = shape.read(weights, piece.inputs, piece.targets, state)
@@ -235,7 +235,7 @@ class LMTrainer:
         if self.ngrams is None:
             return None
         ngrams = self.ngrams.ngrams
-        rows, self.trail = ngrams.follow(self.trail.opened(segment.new), segment.inputs)
+        rows, self.trail = ngrams.follow(self.trail, segment.inputs, segment.new)
         rows = rows.masked_fill(~segment.mask.unsqueeze(2), len(ngrams.contexts))
         return rows, ngrams.said(rows).requires_grad_()
 
