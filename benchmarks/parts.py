@@ -84,6 +84,8 @@ def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongT
     yield "4 levels", learned, ready.memory, ready.bound
     yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
     for part, without in LEFT_OUT.items():
+        if part == "borders" and protocol == "article":  # they are marked
+            continue
         memory = dataclasses.replace(ready.memory, **without)
         yield f"4 levels, without {part}", learned, memory, ready.bound
 

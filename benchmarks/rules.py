@@ -39,7 +39,7 @@ from mlm.pipeline import run_stages
 from mlm.report import bootstrap_interval, mean_gain, read_evaluation
 from mlm.rollout import Reader, begin, score_static, step
 from mlm.run import Run, open_run, say
-from mlm.scoring import score_articles
+from mlm.scoring import score_protocol
 from mlm.stage_meta import Ready, load_learned, meta_text, ready_rule
 from mlm.streams import LaneStream
 
@@ -271,7 +271,9 @@ def scoring(run: Run, ready: Ready, tokens: int) -> Work:
     eos = run.tune_text.eos
 
     def work() -> int:
-        score_articles(ready.memory, ready.bound, text, eos, len(text), None, ready.cache)
+        score_protocol(
+            ready.memory, ready.bound, text, eos, "article", len(text), None, ready.cache
+        )
         return sum(len(article) for article in text)
 
     return work

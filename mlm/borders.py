@@ -11,7 +11,7 @@ medium-term memory for theta_0: FLUSH with z = 1 for all weights (eq. 6 of Wolf 
 gates that see the hidden state, as those of Behrouz et al. 2025 do). What follows the line end is
 predicted with theta_0, and the update after the segment learns from the article's first line on
 (`mlm.rollout.Beginning`). Where articles begin with nothing to be known by, p stays small and
-nothing happens.
+nothing happens. Articles read one by one have their borders marked: there nobody looks for them.
 
 Letters: B lanes, M tokens per segment, E width of what the softmax sees, N line ends.
 """

@@ -144,7 +144,7 @@ class AdaptConfig:
     related, are learned while reading, with the same static model; 0 = principal directions."""
     borders: bool = False
     """A lane whose hidden state says that another article has begun drops what it learned from the
-    last: FLUSH in texts whose borders nobody marks, such as protocol `stream`."""
+    last: FLUSH in texts whose borders nobody marks: protocol `stream`, not `article`."""
     at_once: bool = False
     """Between two updates the output layer already predicts with what the words so far teach it:
     learned rules gain, most with long segments. It needs `softmax.low` at full rank."""

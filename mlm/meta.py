@@ -36,7 +36,7 @@ from mlm.rollout import (
     remembered,
     score_segment,
 )
-from mlm.scoring import score_articles
+from mlm.scoring import read_in, score_articles
 from mlm.second_order import second_order
 from mlm.streams import LaneStream, Segment
 from mlm.training import Text, cosine
@@ -166,7 +166,8 @@ def validation_gain(
     gains = []
     for protocol, base in static.items():
         articles = _judged(text, protocol)
-        nll = score_articles(memory, bound, articles, text.eos, text.lanes).total
+        own = read_in(memory, protocol)
+        nll = score_articles(own, bound, articles, text.eos, text.lanes).total
         gains.append((base - nll) / tokens)
     return float(np.mean(gains))
 

@@ -5,6 +5,7 @@ Letters: B lanes, A articles, M tokens per segment, E width of what the softmax 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -212,6 +213,12 @@ def score_stream(
     return _scores(columns, both, both - whole.seconds, flushes)
 
 
+def read_in(memory: LongTerm, protocol: str) -> LongTerm:
+    """The long-term memory as a protocol reads with it: in `article` borders are marked, and nobody
+    looks for them."""
+    return dataclasses.replace(memory, borders=None) if protocol == "article" else memory
+
+
 def score_protocol(
     memory: LongTerm,
     rule: Bound | None,
@@ -222,7 +229,8 @@ def score_protocol(
     title: str | None = None,
     cache: Sequence[CacheSetting] = (),
 ) -> Scores:
-    """`score_articles` or `score_stream` by the protocol's name."""
+    """`score_articles` or `score_stream` by the protocol's name; see `read_in`."""
+    memory = read_in(memory, protocol)
     if protocol == "stream":
         return score_stream(memory, rule, articles, eos, title, cache)
     return score_articles(memory, rule, articles, eos, lanes, title, cache)

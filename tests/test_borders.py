@@ -14,17 +14,20 @@ from worlds import EOS, made_up_rms, tiny_memory
 
 from mlm.borders import learn_borders
 from mlm.checkpoint import load_memory, load_tensors, save_memory
+from mlm.config import PROTOCOLS
 from mlm.gates import LinearGates
 from mlm.learner import RMS, Parameters, Signal
 from mlm.lm import LMShape, initial_weights
 from mlm.memory import Borders, LongTerm
+from mlm.meta import validation_gain
 from mlm.rollout import Reader, Step, begin, meta_gradient, score_segment, step
 from mlm.rules import start_at
-from mlm.scoring import score_articles, score_stream
+from mlm.scoring import score_articles, score_protocol, score_stream
 from mlm.second_order import second_order
 from mlm.stage_meta import seen_by
 from mlm.streams import LaneStream, Segment
 from mlm.training import Text
+from mlm.tuning import TuneText
 
 SETTING = {"rate": torch.tensor(0.004).double(), "decay": torch.tensor(0.02).double()}
 HEADING = [8, 7, EOS]
@@ -119,6 +122,28 @@ def test_a_stream_is_read_like_articles_but_for_the_hidden_state(memory: LongTer
     plain = dataclasses.replace(memory, borders=None)
     kept, dropped = (score_stream(m, bound, articles, EOS).total for m in (plain, memory))
     assert kept != dropped
+
+
+def test_nobody_looks_for_borders_that_are_marked(memory: LongTerm) -> None:
+    """Two articles in one are one to protocol `article`, which has no static pass beside it."""
+    articles = [np.concatenate(_articles(2, seed=s)) for s in (5, 6)]
+    bound = RMS().bind(SETTING, memory)
+    plain = dataclasses.replace(memory, borders=None)
+    for protocol in PROTOCOLS:
+        aware, unaware = (
+            score_protocol(m, bound, articles, EOS, protocol, 2).total for m in (memory, plain)
+        )
+        assert (aware == unaware) == (protocol == "article")
+    rule = LinearGates("three_levels")
+    phi = start_at(rule, RMS(), SETTING, memory)
+    text = TuneText(articles, EOS, 2)
+    gains = {
+        (protocol, m is memory): validation_gain(m, rule, phi, text, {protocol: 0.0})
+        for protocol in PROTOCOLS
+        for m in (memory, plain)
+    }
+    assert gains["article", True] == gains["article", False]
+    assert gains["stream", True] != gains["stream", False]
 
 
 def test_what_a_lane_has_learned_hides_no_border(memory: LongTerm) -> None:
