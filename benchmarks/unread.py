@@ -1,10 +1,12 @@
 """Articles that a language model's training never reached, as a corpus of their own.
 
     python -m benchmarks.unread data/wikipedia data/long --skip 20000000 --longer 12000
+    python -m benchmarks.unread data/wikipedia data/fresh --skip 25000000 --articles 60
 
 `--text.train-words N` reads whole articles from the start of the training split until the next one
 would pass N words; what stands behind them was read by no stage. The long ones among them tell
-whether a gain still grows where the test split has too few articles. Writes OUT/test.txt.
+whether a gain still grows where the test split has too few articles; any tell what a test split no
+longer can that was read again and again. Writes OUT/test.txt.
 """
 
 from __future__ import annotations

@@ -257,7 +257,8 @@ def test_every_reading_is_a_run_made_once(
 
     assert command("benchmarks.parts", folder, "--out", tmp_path / "out").code == 0
     parts = json.loads((tmp_path / "out" / "parts.json").read_text(encoding="utf-8"))["rows"]
-    found = {r["rule"]: tuple(r[p] for p in PROTOCOLS) for r in parts}
+    assert [r.keys() - {"rule"} for r in parts if "borders" in r["rule"]] == [{"stream"}]
+    found = {r["rule"]: tuple(r.get(p) for p in PROTOCOLS) for r in parts}
     for rule in ("RMS (all)", "4 levels"):
         other = [f for r, f in found.items() if r.startswith(rule + ",") and "borders" not in r]
         assert len(other) in (2, 4)
