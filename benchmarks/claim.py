@@ -105,6 +105,8 @@ class Options:
     """Meta-updates."""
     through_steps: int = 0
     """Those on a language model trained through a learned rule, which starts at that rule."""
+    read_out_words: int = BEST.meta.read_out_words
+    """Words that it then reads to learn how phrases are read out; 0 = as they are."""
     lanes: int = BEST.meta.lanes
     """Articles that meta-training reads side by side."""
     budget: int = 8
@@ -165,6 +167,7 @@ class Reading:
         trained = tuple(rule for rule in rules if rule in LEARNED)
         if not trained:  # hand-made rules read in no bases of another run
             lm = dataclasses.replace(lm, through="none", through_run=None, ngrams=0)
+        read_out_words = options.read_out_words if trained and adapt.get("phrases") else 0
         evaluation = dataclasses.replace(
             base.evaluation,
             rules=rules,
@@ -185,7 +188,11 @@ class Reading:
                 lm=lm,
                 adapt=dataclasses.replace(base.adapt, **adapt),
                 meta=dataclasses.replace(
-                    base.meta, rules=trained, steps=steps, lanes=options.lanes
+                    base.meta,
+                    rules=trained,
+                    steps=steps,
+                    lanes=options.lanes,
+                    read_out_words=read_out_words,
                 ),
                 evaluation=evaluation,
             )

@@ -28,6 +28,7 @@ from mlm.half import half
 from mlm.learner import Bound
 from mlm.memory import LongTerm
 from mlm.phrases import phrases
+from mlm.read_out import read_out_of, with_read_out
 from mlm.run import Run, open_run, use_threads
 from mlm.scoring import score_protocol
 from mlm.stage_meta import ready_rule
@@ -83,6 +84,8 @@ def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongT
     ready = ready_rule(learned, LEARNED_RULE, protocol)
     yield "4 levels", learned, ready.memory, ready.bound
     yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
+    if read_out_of(ready.memory) is not None:
+        yield "4 levels, without read-out", learned, with_read_out(ready.memory, None), ready.bound
     for part, without in LEFT_OUT.items():
         if part == "borders" and protocol == "article":  # they are marked
             continue

@@ -237,6 +237,10 @@ class MetaConfig:
     """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
     clip: float = 1.0
     """Largest meta-gradient norm."""
+    read_out_words: int = 0
+    """Words of --meta.text that a trained rule then reads to learn how what it recalls of phrases
+    enters the softmax, kept where it gains on validation; 0 = as it is. They need
+    --adapt.phrases."""
 
 
 @dataclass(frozen=True)
@@ -454,6 +458,7 @@ def _problems(c: Config) -> list[str]:
         "--lm.validation-words": c.lm.validation_words,
         "--lm.ngrams": c.lm.ngrams,
         "--meta.steps": c.meta.steps,
+        "--meta.read-out-words": c.meta.read_out_words,
         "--evaluation.max-articles": c.evaluation.max_articles,
     }.items():
         need(value >= 0, flag, value, "it must not be negative")
@@ -496,6 +501,12 @@ def _problems(c: Config) -> list[str]:
         "it must be in [0, 1]",
     )
     found += _meta_problems(c.meta)
+    need(
+        c.adapt.phrases > 0 or not c.meta.read_out_words,
+        "--meta.read-out-words",
+        c.meta.read_out_words,
+        "it reads phrases out, and none are remembered: set --adapt.phrases, or use 0",
+    )
     need(0 <= c.adapt.guard < math.inf, "--adapt.guard", c.adapt.guard, "it must be 0 or more")
     unknown = [r for r in c.evaluation.rules if r.removesuffix(CACHE) not in RULES]
     need(

@@ -105,13 +105,19 @@ class LongTerm:
         """theta_0 of the dynamic tensors."""
         return {name: self.weights[name] for name in self.dynamic}
 
+    def slope(self) -> Tensor | None:
+        """(2,): 1 - s and s / L of `mlm.surprise`; None = s is 0."""
+        if not self.surprise:
+            return None
+        some = self.weights[self.dynamic[0]]
+        return some.new_tensor([1 - self.surprise, self.surprise / self.loss])
+
     def teaching(self, plain: bool = False) -> Weights:
         """What tells `LanguageModel.read` how tokens teach; `plain`: the gradient asked for is
         that of their losses all the same."""
-        if not self.surprise:
+        slope = self.slope()
+        if slope is None:
             return {}
-        some = self.weights[self.dynamic[0]]
-        slope = some.new_tensor([1 - self.surprise, self.surprise / self.loss])
         return {ONCE_SURPRISE: slope} if plain else {ONCE_SURPRISE: slope, SURPRISE: slope}
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> LongTerm:

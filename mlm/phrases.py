@@ -113,12 +113,14 @@ class Recalled(NamedTuple):
     """What a segment's contexts recall."""
 
     rows: Tensor
-    """(B, T, E): sum_k m_k[c_k(t)], and those of the corpus (`mlm.ngrams`)."""
+    """(B, T, E): (I + D) sum_k m_k[c_k(t)], and the rows of the corpus (`mlm.ngrams`)."""
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
     within: Tensor
     """(B, T, T): sum_k eta_k / (1 + n_k(s)) over the orders in which a context t of the segment was
     that of s < t, else 0."""
+    own: Tensor
+    """(B, T, E): sum_k m_k[c_k(t)] alone, before D."""
 
 
 class Heard(NamedTuple):
@@ -126,6 +128,8 @@ class Heard(NamedTuple):
 
     rates: Tensor
     """(B, T, K): 1 / (1 + n)."""
+    own: Tensor
+    """(B, T, E): what its contexts recalled, `Recalled.own`."""
     gradient: Tensor
     """(B, T, E): of sum(nll) / T by what the softmax saw."""
 
@@ -141,15 +145,20 @@ class Phrases(NamedTuple):
     """(K,): eta."""
     ngrams: NGrams | None = None
     """Where the rows begin: what stage 1 has learned of phrases; None = at zero."""
+    read_out: Tensor | None = None
+    """(E, E): D, see `mlm.read_out`; None = zero."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Phrases:
         """The same on `device`, optionally in another dtype."""
         scale, steps = (t.to(device, dtype) for t in (self.scale, self.steps))
-        return Phrases(self.tokens, scale, steps, self.ngrams and self.ngrams.to(device, dtype))
+        ngrams = self.ngrams and self.ngrams.to(device, dtype)
+        read_out = None if self.read_out is None else self.read_out.to(device, dtype)
+        return Phrases(self.tokens, scale, steps, ngrams, read_out)
 
     def of_corpus(self) -> Phrases | None:
         """What the corpus has taught, and nothing else."""
-        return self.ngrams and self._replace(tokens=0, steps=torch.zeros_like(self.steps))
+        none = torch.zeros_like(self.steps)
+        return self.ngrams and self._replace(tokens=0, steps=none, read_out=None)
 
     def begin(self, lanes: int) -> History:
         """Lanes that have read nothing."""
@@ -164,10 +173,11 @@ class Phrases(NamedTuple):
         """What lanes recall at each of these tokens from before the segment."""
         first = max(0, history.size - self.tokens)
         found = _recall_fused if kernels.usable(self.scale) else _recall
-        recalled = found(history, first, inputs_BT, self.steps)
+        own, rates, within = found(history, first, inputs_BT, self.steps)
+        rows = own.detach() if self.read_out is None else own + own @ self.read_out.t()
         if self.ngrams is not None:
-            recalled.rows.add_(self.ngrams.said(self.known(self.ngrams, history, inputs_BT)))
-        return recalled
+            rows = rows + self.ngrams.said(self.known(self.ngrams, history, inputs_BT))
+        return Recalled(rows, rates, within, own)
 
     @staticmethod
     def known(ngrams: NGrams, history: History, inputs_BT: Tensor) -> Tensor:
@@ -225,8 +235,10 @@ def _with_room(history: History, length: int, tokens: int) -> History:
     return History(_Book(inputs, values, rates, kept), kept, since)
 
 
-def _recall(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) -> Recalled:
-    """`Phrases.recall` by plain operations."""
+def _recall(
+    history: History, first: int, inputs_BT: Tensor, steps_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`Recalled`'s `own`, `rates` and `within`, by plain operations."""
     book, size = history.book, history.size
     line = torch.cat([book.inputs[:, first:size], inputs_BT], 1)  # (B, C + T)
     old, length = size - first, inputs_BT.shape[1]
@@ -247,10 +259,12 @@ def _recall(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) ->
     every = torch.cat([book.rates[:, first:size], rates], 1)  # (B, C + T, K)
     weights = (match * (every * steps_K)[:, None]).sum(-1)
     rows = weights[:, :, :old] @ book.values[:, first:size]
-    return Recalled(rows, rates, weights[:, :, old:])
+    return rows, rates, weights[:, :, old:]
 
 
-def _recall_fused(history: History, first: int, inputs_BT: Tensor, steps_K: Tensor) -> Recalled:
+def _recall_fused(
+    history: History, first: int, inputs_BT: Tensor, steps_K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     book, (lanes, length) = history.book, inputs_BT.shape
     rows = book.values.new_zeros(lanes, length, book.values.shape[2])
     rates = book.rates.new_empty(lanes, length, len(steps_K))
@@ -269,4 +283,4 @@ def _recall_fused(history: History, first: int, inputs_BT: Tensor, steps_K: Tens
         rates,
         within,
     )
-    return Recalled(rows, rates, within)
+    return rows, rates, within

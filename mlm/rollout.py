@@ -199,7 +199,7 @@ def score_segment(
         )
     nll = now.nll.detach() * segment.mask
     loss = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
-    heard = recalled and Heard(recalled.rates, found[-1])
+    heard = recalled and Heard(recalled.rates, recalled.own, found[-1])
     gradients = dict(zip([*theta, *fixed], found, strict=False))
     shared = {name: gradients.pop(name) for name in fixed}
     state, output = now.state.detach(), now.output.detach()

@@ -146,7 +146,7 @@ def _inner(memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor) -
         materialize_grads=True,
     )
     gradients = dict(zip(theta, found, strict=False))
-    heard = recalled and Heard(recalled.rates, found[-1].detach())
+    heard = recalled and Heard(recalled.rates, recalled.own, found[-1].detach())
     return _Inner(now.nll * segment.mask, gradients, now.state, heard)
 
 

@@ -36,6 +36,8 @@ from mlm.lm import BaseModel, Weights
 from mlm.lowrank import add_low_rank, plain, turned
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
+from mlm.read_out import NAME as READ_OUT
+from mlm.read_out import learn_read_out, read_out_of, with_read_out
 from mlm.related import relate, related_words
 from mlm.rules import (
     HAND_MADE_RULES,
@@ -69,6 +71,8 @@ def identity(run: Run, learned: bool = True) -> str:
         keys["evaluation"].pop(name)
     for part, name in (("adapt", "threads"), ("adapt", "kernels")):
         keys[part].pop(name)  # how it is computed; results agree to rounding
+    if not keys["meta"]["read_out_words"]:
+        keys["meta"].pop("read_out_words")
     if keys["meta"]["gradient"] in FIRST_ORDER:
         keys["meta"].pop("gradient")
     if not learned:
@@ -355,7 +359,7 @@ def stage_meta(run: Run) -> None:
             surprise=memory.surprise,
             phrases=memory.phrases,
         )
-        own = seen_by(rule, own)
+        own = with_read_out(seen_by(rule, own), read_out_of(start.memory))
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(
             trainer,
@@ -374,10 +378,37 @@ def stage_meta(run: Run) -> None:
             "gain": gain,
             "identity": mark,
         }
+        read_out = read_out_of(own)
+        if meta.read_out_words:
+            found, gained = _read_out(run, trainer, best, text, static)
+            if gained > gain:
+                read_out, gain = found, gained
+                about["gain"] = gain
+        if read_out is not None:
+            best = {**best, READ_OUT: read_out}
         save_tensors(run.folder.checkpoint(name), best, about)
         say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:
             say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
+
+
+def _read_out(
+    run: Run, trainer: MetaTrainer, best: Parameters, text: Text, static: dict[str, float]
+) -> tuple[Tensor, float]:
+    """What the best rule learns of how to read phrases out, and its gain on validation with it."""
+    own = {n.removeprefix(WEIGHTS): t for n, t in best.items() if n.startswith(WEIGHTS)}
+    memory = dataclasses.replace(trainer.memory, weights={**trainer.memory.weights, **own})
+    rule, meta = trainer.rule, run.config.meta
+    parameters = {n: t for n, t in best.items() if not n.startswith(WEIGHTS)}
+    bound = rule.bind(parameters, memory)
+    seed = run.config.seed + 4
+    found = learn_read_out(memory, bound, text, meta.read_out_words, seed, run.quiet)
+    able = with_read_out(memory, found)
+    gained = validation_gain(able, rule, parameters, run.tune_text, static)
+    run.folder.log(
+        stage="meta", rule=rule.name, read_out_gain_per_word=gained * text.tokens_per_word
+    )
+    return found, gained
 
 
 def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
@@ -399,13 +430,14 @@ def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
             f"{path}: {', '.join(broken)} of rule {name} are not finite; run `--stages meta` again"
         )
     tensors = {n: t.to(run.device) for n, t in tensors.items()}
+    read_out = tensors.pop(READ_OUT, None)
     own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
     parameters: dict[str, Tensor] = {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}
     if own:
         memory = plain(memory)
         memory = dataclasses.replace(memory, weights={**memory.weights, **own})
     rule = rule_of(name, about["rule"])
-    return Learned(rule, parameters, seen_by(rule, memory))
+    return Learned(rule, parameters, with_read_out(seen_by(rule, memory), read_out))
 
 
 def check_learned(run: Run) -> None:

@@ -32,7 +32,7 @@ from mlm.report import read_evaluation
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
        "--segment", 5, "--rank", 99, "--related", 2, "--basis-words", 300, "--lanes", 2,
-       "--rival-segment", 5, "--rival-budget", 2)  # fmt: skip
+       "--rival-segment", 5, "--rival-budget", 2, "--read-out-words", 40)  # fmt: skip
 
 NAMES = ("all", "published", "same", "seed_0", "principal")
 
@@ -247,6 +247,8 @@ def test_every_reading_is_a_run_made_once(
     assert related == {"all": 0, "published": 0, "same": 2, "seed_0": 2, "principal": 2}
     assert {n for n, a in adapt.items() if a.basis_words} == {"seed_0"}
     assert {n for n, a in adapt.items() if a.borders} == {"same", "seed_0", "principal"}
+    meta = {n: RunFolder(folder / "claim" / n).load_config().meta for n in NAMES}
+    assert {n for n, m in meta.items() if m.read_out_words} == {"seed_0", "principal"}
 
     done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
                    "--out", tmp_path / "out")  # fmt: skip

@@ -139,7 +139,7 @@ def test_the_kernel_recalls_what_plain_operations_do() -> None:
         assert bool(recalled.within.tril(-1).any())
         assert not bool(recalled.within.triu().any())
         assert k < 3 or float(recalled.rows.abs().sum()) > 0
-        heard = Heard(recalled.rates, torch.randn(3, 7, 16, generator=generator))
+        heard = Heard(recalled.rates, recalled.own, torch.randn(3, 7, 16, generator=generator))
         taught = torch.ones(3, 7, dtype=torch.bool)
         if k == 8:
             taught[1, :4] = False
