@@ -47,6 +47,8 @@ STEPS = (0.5, 1.0, 1.0, 1.0)
 SAID, AGAIN = "softmax.said", "softmax.once.again"
 """Names under which `LanguageModel.read` is given what is added to the hidden state, and where a
 context was in the segment before (`Recalled`)."""
+GATED, GATE = "softmax.said.gated", "softmax.said.gate"
+"""Where what is recalled has a gate, what else is added, times the gate: `Recalled.said` and w."""
 
 
 @dataclass
@@ -113,14 +115,16 @@ class Recalled(NamedTuple):
     """What a segment's contexts recall."""
 
     rows: Tensor
-    """(B, T, E): (I + D) sum_k m_k[c_k(t)], and the rows of the corpus (`mlm.ngrams`)."""
+    """(B, T, E): (I + D) m_t, and the rows of the corpus (`mlm.ngrams`)."""
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
     within: Tensor
     """(B, T, T): sum_k eta_k / (1 + n_k(s)) over the orders in which a context t of the segment was
     that of s < t, else 0."""
     own: Tensor
-    """(B, T, E): sum_k m_k[c_k(t)] alone, before D."""
+    """(B, T, E): m_t = sum_k m_k[c_k(t)] alone, before D."""
+    said: Tensor
+    """(B, T, E): (I + D) m_t."""
 
 
 class Heard(NamedTuple):
@@ -134,6 +138,15 @@ class Heard(NamedTuple):
     """(B, T, E): of sum(nll) / T by what the softmax saw."""
 
 
+class ReadOut(NamedTuple):
+    """How what is recalled enters the softmax (`mlm.read_out`)."""
+
+    map: Tensor
+    """(E, E): D."""
+    gate: Tensor
+    """(E,): w."""
+
+
 class Phrases(NamedTuple):
     """How phrases are remembered."""
 
@@ -145,14 +158,14 @@ class Phrases(NamedTuple):
     """(K,): eta."""
     ngrams: NGrams | None = None
     """Where the rows begin: what stage 1 has learned of phrases; None = at zero."""
-    read_out: Tensor | None = None
-    """(E, E): D, see `mlm.read_out`; None = zero."""
+    read_out: ReadOut | None = None
+    """How rows are read that articles wrote; None = as they are."""
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Phrases:
         """The same on `device`, optionally in another dtype."""
         scale, steps = (t.to(device, dtype) for t in (self.scale, self.steps))
         ngrams = self.ngrams and self.ngrams.to(device, dtype)
-        read_out = None if self.read_out is None else self.read_out.to(device, dtype)
+        read_out = self.read_out and ReadOut(*(t.to(device, dtype) for t in self.read_out))
         return Phrases(self.tokens, scale, steps, ngrams, read_out)
 
     def of_corpus(self) -> Phrases | None:
@@ -174,10 +187,11 @@ class Phrases(NamedTuple):
         first = max(0, history.size - self.tokens)
         found = _recall_fused if kernels.usable(self.scale) else _recall
         own, rates, within = found(history, first, inputs_BT, self.steps)
-        rows = own.detach() if self.read_out is None else own + own @ self.read_out.t()
+        said = own if self.read_out is None else own + own @ self.read_out.map.t()
+        rows = said.detach()
         if self.ngrams is not None:
             rows = rows + self.ngrams.said(self.known(self.ngrams, history, inputs_BT))
-        return Recalled(rows, rates, within, own)
+        return Recalled(rows, rates, within, own, said)
 
     @staticmethod
     def known(ngrams: NGrams, history: History, inputs_BT: Tensor) -> Tensor:

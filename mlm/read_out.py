@@ -1,18 +1,19 @@
 """The read-out of phrases: how what is recalled enters the softmax is learned.
 
-What a lane's contexts recall (`mlm.phrases`) is read through a map that all lanes share,
+What a lane's contexts recall (`mlm.phrases`), m_t = sum_k m_k[c_k(t)], is read through a map and a
+gate that all lanes share,
 
-    logits_t = softmax layer(h_t + (I + D) sum_k m_k[c_k(t)]),
+    logits_t = softmax layer(h_t + (1 + w . h_t) (I + D) m_t),
 
-D = 0 as long as nothing is learned. A trained rule reads articles, and D (E, E) descends the loss
-l_t of their tokens, of which it sees only what it does at once, not what other weights then learn
-of it: with g_t the gradient by what the softmax saw,
+D = 0 and w = 0 as long as nothing is learned. A trained rule reads articles, and D (E, E) and w (E)
+descend the loss of their tokens, of which they see only what they do at once, not what other
+weights then learn of it: with g_t the gradient by what the softmax saw,
 
-    dD = mean_t g_t (sum_k m_k[c_k(t)])^T,
+    dD = mean_t g_t (1 + w . h_t) m_t^T,        dw = mean_t (g_t . (I + D) m_t) h_t,
 
 by Adam. What is written stays -g / w: D tells how far, and along which directions, what followed a
-context in this article says what follows it now. It belongs to the rule, and is kept beside its
-parameters.
+context in this article says what follows it now, w in which states it is worth listening to. They
+belong to the rule, and are kept beside its parameters.
 
 Letters: B lanes, T tokens, E width of what the softmax sees.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,15 +32,15 @@ from mlm import buffers
 from mlm.errors import UserError
 from mlm.learner import Bound
 from mlm.memory import LongTerm
-from mlm.phrases import Phrases
+from mlm.phrases import ReadOut
 from mlm.rollout import begin, learning_at_once, step
 from mlm.scoring import read_in
 from mlm.streams import LaneStream, Segment
 from mlm.surprise import taught_by
 from mlm.training import Text, cosine
 
-NAME = "read_out"
-"""Of D beside a rule's parameters."""
+NAMES = "read_out.map", "read_out.gate"
+"""Of D and w beside a rule's parameters."""
 LANES = 8
 TOKENS = 64
 """Of every lane, between two steps: so many, or one segment."""
@@ -46,24 +48,36 @@ PEAK = 3e-3
 """Of Adam's rate; cosine to zero."""
 
 
-def with_read_out(memory: LongTerm, read_out: Tensor | None) -> LongTerm:
-    """The long-term memory, its phrases read through D; of one without phrases, itself."""
+def with_read_out(memory: LongTerm, read_out: ReadOut | None) -> LongTerm:
+    """The long-term memory, its phrases read so; of one without phrases, itself."""
     told = memory.phrases
     if told is None:
         return memory
     return dataclasses.replace(memory, phrases=told._replace(read_out=read_out))
 
 
-def read_out_of(memory: LongTerm) -> Tensor | None:
-    """D; None = zero, or no phrases."""
+def read_out_of(memory: LongTerm) -> ReadOut | None:
+    """How its phrases are read; None = as they are, or no phrases."""
     return None if memory.phrases is None else memory.phrases.read_out
 
 
-class ReadOut:
-    """D while it is learned, and the lanes that read, each article from theta_0."""
+def as_tensors(read_out: ReadOut | None) -> dict[str, Tensor]:
+    """For files, beside a rule's parameters."""
+    return {} if read_out is None else dict(zip(NAMES, read_out, strict=True))
+
+
+def taken(tensors: Mapping[str, Tensor]) -> tuple[ReadOut | None, dict[str, Tensor]]:
+    """The inverse of `as_tensors`, and the other tensors of the file."""
+    others = {n: t for n, t in tensors.items() if n not in NAMES}
+    found = None if len(others) == len(tensors) else ReadOut(*(tensors[n] for n in NAMES))
+    return found, others
+
+
+class Learner:
+    """D and w while they are learned, and the lanes that read, each article from theta_0."""
 
     def __init__(self, memory: LongTerm, rule: Bound, lanes: int) -> None:
-        """Goes on from the memory's D.
+        """Goes on from the memory's read-out.
 
         Raises:
             ValueError: it remembers no phrases.
@@ -71,21 +85,16 @@ class ReadOut:
         told = memory.phrases
         if told is None:
             raise ValueError("a read-out is of phrases, and none are remembered")
-        self.read_out = self._start(told)
-        self.optimizer = torch.optim.Adam([self.read_out], betas=(0.9, 0.99))
+        width = len(told.scale)
+        none = ReadOut(told.scale.new_zeros(width, width), told.scale.new_zeros(width))
+        self.read_out = ReadOut(*(t.clone() for t in told.read_out or none))
+        self.optimizer = torch.optim.Adam(list(self.read_out), betas=(0.9, 0.99))
         memory = with_read_out(read_in(memory, "article"), self.read_out)
         self.memory, self.rule = learning_at_once(memory, rule), rule
         self.reader = begin(memory, lanes, rule)
 
-    @staticmethod
-    def _start(told: Phrases) -> Tensor:
-        width = len(told.scale)
-        return (
-            told.scale.new_zeros(width, width) if told.read_out is None else told.read_out.clone()
-        )
-
-    def gradient(self, segment: Segment) -> tuple[Tensor, float]:
-        """Read a segment: the gradient of the sum of its losses by D, and that sum in nats."""
+    def gradient(self, segment: Segment) -> tuple[ReadOut, float]:
+        """Read a segment: the gradient of its summed losses by D and w, and their sum in nats."""
         now = step(self.memory, self.rule, self.reader, segment)
         heard = now.scored.heard
         assert heard is not None
@@ -94,14 +103,21 @@ class ReadOut:
         share = torch.full_like(now.scored.nll, 1 / segment.inputs.shape[1])
         weighs = taught_by(now.scored.nll, share, self.memory.slope())
         taught = (now.taught / weighs).unsqueeze(-1)  # where surprise counts, it is F(l)'s gradient
-        found = (heard.gradient * taught).flatten(0, 1).t() @ heard.own.flatten(0, 1)
-        return found, float(now.scored.nll.sum())
+        g_NE, own_NE, h_NE = (
+            t.flatten(0, 1) for t in (heard.gradient * taught, heard.own, now.scored.output)
+        )
+        said_NE = own_NE + own_NE @ self.read_out.map.t()
+        gate_N1 = 1 + (h_NE @ self.read_out.gate).unsqueeze(1)
+        of_map = g_NE.t() @ (gate_N1 * own_NE)
+        of_gate = (g_NE * said_NE).sum(1) @ h_NE
+        return ReadOut(of_map, of_gate), float(now.scored.nll.sum())
 
     def learn(self, segments: list[Segment], rate: float) -> float:
         """Read on, then one step of Adam; returns the nats of the segments."""
         found = [self.gradient(segment) for segment in segments]
-        tokens = sum(int(segment.mask.sum()) for segment in segments)
-        self.read_out.grad = torch.stack([g for g, _ in found]).sum(0) / max(1, tokens)
+        tokens = max(1, sum(int(segment.mask.sum()) for segment in segments))
+        for learned, *parts in zip(self.read_out, *(g for g, _ in found), strict=True):
+            learned.grad = torch.stack(parts).sum(0) / tokens
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -111,26 +127,27 @@ class ReadOut:
 @torch.no_grad()
 def learn_read_out(
     memory: LongTerm, rule: Bound, text: Text, words: int, seed: int, quiet: bool = True
-) -> Tensor:
-    """D (E, E), learned from `words` words of `text`, which are read again where it has fewer.
+) -> ReadOut:
+    """A read-out learned from `words` words of `text`, which are read again where it has fewer.
 
     Args:
-        memory: that the rule reads with, phrases and all; D is learned on from its own.
+        memory: that the rule reads with, phrases and all; what it has learned is gone on from.
         seed: of the articles' order.
 
     Raises:
         UserError: a loss is not finite.
     """
     lanes = LaneStream(text.articles, LANES, memory.segment, text.eos, seed)
-    learner, tokens = ReadOut(memory, rule, LANES), 0
+    learner, tokens = Learner(memory, rule, LANES), 0
     wanted = int(words * text.tokens_per_word)
-    device = learner.read_out.device
+    device = learner.read_out.map.device
     with tqdm(total=wanted, desc="read-out", unit="tok", unit_scale=True, disable=quiet) as bar:
         while tokens < wanted:
             number = max(1, TOKENS // memory.segment)
             pieces = [next(lanes).to(device) for _ in range(number)]
             nats = learner.learn(pieces, PEAK * cosine(tokens, wanted))
-            if not (math.isfinite(nats) and bool(learner.read_out.isfinite().all())):
+            finite = all(bool(t.isfinite().all()) for t in learner.read_out)
+            if not (math.isfinite(nats) and finite):
                 raise UserError(
                     f"--meta.read-out-words: after {tokens:,} tokens the loss is {nats} nats; the "
                     "rule's weights diverged, train it again with a smaller --meta.learning-rate"

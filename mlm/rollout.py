@@ -20,7 +20,7 @@ from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
 from mlm.memory import COLUMNS, LOW, RELATED, ROWS, TWICE, LongTerm, lanes_of, reset_lanes
-from mlm.phrases import AGAIN, SAID, Heard, History, Recalled
+from mlm.phrases import AGAIN, GATE, GATED, SAID, Heard, History, Recalled
 from mlm.streams import Segment
 
 SETTLED = 20
@@ -289,7 +289,10 @@ def recall(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Recalled
     if memory.phrases is None or reader.history is None:
         return None, {}
     recalled = memory.phrases.recall(reader.history, segment.inputs)
-    return recalled, {SAID: recalled.rows.requires_grad_(), AGAIN: recalled.within}
+    told = {SAID: recalled.rows.requires_grad_(), AGAIN: recalled.within}
+    if memory.phrases.read_out is not None:
+        told |= {GATED: recalled.said, GATE: memory.phrases.read_out.gate}
+    return recalled, told
 
 
 def remembered(

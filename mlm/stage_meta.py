@@ -36,8 +36,8 @@ from mlm.lm import BaseModel, Weights
 from mlm.lowrank import add_low_rank, plain, turned
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
 from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
-from mlm.read_out import NAME as READ_OUT
-from mlm.read_out import learn_read_out, read_out_of, with_read_out
+from mlm.phrases import ReadOut
+from mlm.read_out import as_tensors, learn_read_out, read_out_of, taken, with_read_out
 from mlm.related import relate, related_words
 from mlm.rules import (
     HAND_MADE_RULES,
@@ -384,9 +384,7 @@ def stage_meta(run: Run) -> None:
             if gained > gain:
                 read_out, gain = found, gained
                 about["gain"] = gain
-        if read_out is not None:
-            best = {**best, READ_OUT: read_out}
-        save_tensors(run.folder.checkpoint(name), best, about)
+        save_tensors(run.folder.checkpoint(name), {**best, **as_tensors(read_out)}, about)
         say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:
             say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
@@ -394,7 +392,7 @@ def stage_meta(run: Run) -> None:
 
 def _read_out(
     run: Run, trainer: MetaTrainer, best: Parameters, text: Text, static: dict[str, float]
-) -> tuple[Tensor, float]:
+) -> tuple[ReadOut, float]:
     """What the best rule learns of how to read phrases out, and its gain on validation with it."""
     own = {n.removeprefix(WEIGHTS): t for n, t in best.items() if n.startswith(WEIGHTS)}
     memory = dataclasses.replace(trainer.memory, weights={**trainer.memory.weights, **own})
@@ -430,7 +428,7 @@ def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
             f"{path}: {', '.join(broken)} of rule {name} are not finite; run `--stages meta` again"
         )
     tensors = {n: t.to(run.device) for n, t in tensors.items()}
-    read_out = tensors.pop(READ_OUT, None)
+    read_out, tensors = taken(tensors)
     own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
     parameters: dict[str, Tensor] = {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}
     if own:
