@@ -42,7 +42,7 @@ from mlm.training import Text, cosine
 NAMES = "read_out.map", "read_out.gate"
 """Of D and w beside a rule's parameters."""
 LANES = 8
-TOKENS = 64
+TOKENS = 512
 """Of every lane, between two steps: so many, or one segment."""
 PEAK = 3e-3
 """Of Adam's rate; cosine to zero."""
