@@ -238,9 +238,9 @@ class MetaConfig:
     clip: float = 1.0
     """Largest meta-gradient norm."""
     read_out_words: int = 0
-    """Words of --meta.text that a trained rule then reads to learn how what it recalls of phrases
-    enters the softmax, kept where it gains on validation; 0 = as it is. They need
-    --adapt.phrases."""
+    """Words of --meta.text, at most all of it, that a trained rule then reads to learn how what it
+    recalls of phrases enters the softmax, kept where it gains on validation; 0 = as it is. They
+    need --adapt.phrases."""
 
 
 @dataclass(frozen=True)

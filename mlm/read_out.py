@@ -128,7 +128,7 @@ class Learner:
 def learn_read_out(
     memory: LongTerm, rule: Bound, text: Text, words: int, seed: int, quiet: bool = True
 ) -> ReadOut:
-    """A read-out learned from `words` words of `text`, which are read again where it has fewer.
+    """A read-out learned from `words` words of `text`, or all it has.
 
     Args:
         memory: that the rule reads with, phrases and all; what it has learned is gone on from.
@@ -139,7 +139,7 @@ def learn_read_out(
     """
     lanes = LaneStream(text.articles, LANES, memory.segment, text.eos, seed)
     learner, tokens = Learner(memory, rule, LANES), 0
-    wanted = int(words * text.tokens_per_word)
+    wanted = min(text.tokens, int(words * text.tokens_per_word))
     device = learner.read_out.map.device
     with tqdm(total=wanted, desc="read-out", unit="tok", unit_scale=True, disable=quiet) as bar:
         while tokens < wanted:

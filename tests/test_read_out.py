@@ -146,7 +146,7 @@ def test_it_learns_what_phrases_are_worth(engine: str, monkeypatch: pytest.Monke
     monkeypatch.setattr("mlm.read_out.TOKENS", 60)
     memory = _world()
     bound = RMS().bind(SETTING, memory)
-    texts, held = _articles(12, 9), _text(20, 2)
+    texts, held = _articles(12, 9), _text(500, 2)
     found = learn_read_out(memory, bound, held, 60_000, seed=0)
     some, same, other = (learn_read_out(memory, bound, held, 3000, seed) for seed in (0, 0, 1))
     assert _equal(some, same)
