@@ -42,6 +42,9 @@ from mlm.streams import LaneStream, Segment
 from mlm.training import Text, cosine
 from mlm.tuning import TuneText
 
+READ_OUT_GAIN = "read_out_gain_per_word"
+"""In metrics.jsonl: nats per word gained on validation with what `mlm.read_out` learned."""
+
 
 def shrunk(fisher: Tensor, prior: float) -> Tensor:
     """The Fisher of a tensor, a share `prior` of every entry replaced by the tensor's mean.
@@ -451,7 +454,7 @@ def _ahead(row: dict[str, Any], trainer: MetaTrainer) -> bool:
     if (row.get("stage"), row.get("rule")) != ("meta", trainer.rule.name):
         return False
     reached = trainer.judged if "gain" in row else trainer.step
-    return trainer.judged < 0 or row["step"] > reached
+    return trainer.judged < 0 or row["step"] > reached or READ_OUT_GAIN in row
 
 
 def _judge(

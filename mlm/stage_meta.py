@@ -35,7 +35,14 @@ from mlm.learner import Bound, Parameters, UpdateRule, as_parameters
 from mlm.lm import BaseModel, Weights
 from mlm.lowrank import add_low_rank, plain, turned
 from mlm.memory import LongTerm, choose_dynamic, has_low_rank
-from mlm.meta import MetaTrainer, estimate_fisher, static_of, train_meta, validation_gain
+from mlm.meta import (
+    READ_OUT_GAIN,
+    MetaTrainer,
+    estimate_fisher,
+    static_of,
+    train_meta,
+    validation_gain,
+)
 from mlm.phrases import ReadOut
 from mlm.read_out import as_tensors, learn_read_out, read_out_of, taken, with_read_out
 from mlm.related import relate, related_words
@@ -403,9 +410,8 @@ def _read_out(
     found = learn_read_out(memory, bound, text, meta.read_out_words, seed, run.quiet)
     able = with_read_out(memory, found)
     gained = validation_gain(able, rule, parameters, run.tune_text, static)
-    run.folder.log(
-        stage="meta", rule=rule.name, read_out_gain_per_word=gained * text.tokens_per_word
-    )
+    row = {READ_OUT_GAIN: gained * text.tokens_per_word}
+    run.folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
     return found, gained
 
 

@@ -220,6 +220,12 @@ def test_a_run_learns_it_and_keeps_it_where_it_gains(
     mine = read_out_of(learned.memory)
     assert mine is not None
     assert _equal(mine, kept)
+    again = "500", "--meta.read-out-words", "3000", "--stages", "meta", "--resume"
+    assert command("train", *words, *again).code == 0
+    rows = RunFolder(folder).rows()
+    assert [r["read_out_gain_per_word"] for r in rows if "read_out_gain_per_word" in r] == gains
+    once_more, _ = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
+    assert all(torch.equal(t, tensors[n]) for n, t in once_more.items())
     error = command("train", *words, "0", "--meta.read-out-words", "10").error
     assert "--meta.read-out-words is 10; it reads phrases out, and none are remembered" in error
 
