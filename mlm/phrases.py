@@ -21,7 +21,7 @@ weights (Schmidhuber 1992) rather than a cache. Unlike a cache it changes what a
 learn: a phrase that is remembered leaves them no error. Where the output layer learns at once
 (`mlm.at_once`), phrases do, too: a context that comes again within the segment moves the logits by
 -eta_k / (1 + n_k(s)) e_s, what its row would say were words' embeddings orthogonal. Learned rules
-read so.
+read so, and may learn how what is recalled enters the softmax (`mlm.read_out`).
 
 Letters: B lanes, T tokens, C tokens stored, E width of what the softmax sees, K orders, V
 vocabulary.
