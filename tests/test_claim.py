@@ -24,10 +24,11 @@ from benchmarks.claim_tables import (
     positions,
     read_before,
 )
-from mlm.checkpoint import RunFolder
+from mlm.checkpoint import RunFolder, load_tensors
 from mlm.config import PROTOCOLS
 from mlm.errors import UserError
 from mlm.losses import LossTable, column_name
+from mlm.read_out import taken
 from mlm.report import read_evaluation
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
@@ -261,9 +262,12 @@ def test_every_reading_is_a_run_made_once(
     parts = json.loads((tmp_path / "out" / "parts.json").read_text(encoding="utf-8"))["rows"]
     assert [r.keys() - {"rule"} for r in parts if "borders" in r["rule"]] == [{"stream"}]
     found = {r["rule"]: tuple(r.get(p) for p in PROTOCOLS) for r in parts}
-    for rule in ("RMS (all)", "4 levels"):
+    tensors, _ = load_tensors(RunFolder(folder / "claim" / "seed_0").checkpoint("four_levels"), "")
+    kept = taken(tensors)[0] is not None
+    assert kept == ("4 levels, without read-out" in found)
+    for rule, number in (("RMS (all)", 2), ("4 levels", 4 + kept)):
         other = [f for r, f in found.items() if r.startswith(rule + ",") and "borders" not in r]
-        assert len(other) in (2, 4)
+        assert len(other) == number
         assert found[rule] not in other, "a part that changes nothing"
 
     def again(*_: object, **__: object) -> None:
