@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -397,14 +397,19 @@ def stage_meta(run: Run) -> None:
             say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
 
 
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A rule's parameters, and the language model's weights beside them, by their own names."""
+    own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
+    return {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}, own
+
+
 def _read_out(
     run: Run, trainer: MetaTrainer, best: Parameters, text: Text, static: dict[str, float]
 ) -> tuple[ReadOut, float]:
     """What the best rule learns of how to read phrases out, and its gain on validation with it."""
-    own = {n.removeprefix(WEIGHTS): t for n, t in best.items() if n.startswith(WEIGHTS)}
+    parameters, own = _parted(best)
     memory = dataclasses.replace(trainer.memory, weights={**trainer.memory.weights, **own})
     rule, meta = trainer.rule, run.config.meta
-    parameters = {n: t for n, t in best.items() if not n.startswith(WEIGHTS)}
     bound = rule.bind(parameters, memory)
     seed = run.config.seed + 4
     found = learn_read_out(memory, bound, text, meta.read_out_words, seed, run.quiet)
@@ -435,8 +440,7 @@ def load_learned(run: Run, name: str, memory: LongTerm) -> Learned:
         )
     tensors = {n: t.to(run.device) for n, t in tensors.items()}
     read_out, tensors = taken(tensors)
-    own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
-    parameters: dict[str, Tensor] = {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}
+    parameters, own = _parted(tensors)
     if own:
         memory = plain(memory)
         memory = dataclasses.replace(memory, weights={**memory.weights, **own})

@@ -1,4 +1,4 @@
-"""The read-out of phrases: the map through which what is recalled enters the softmax."""
+"""The read-out of phrases: map and gate through which what is recalled enters the softmax."""
 
 from __future__ import annotations
 
@@ -177,8 +177,8 @@ def test_only_where_phrases_are_remembered() -> None:
     assert read_out_of(seen_by(RMS(), able)) is None
 
 
-def test_it_is_read_at_once_with(engine: str) -> None:
-    """Where the output layer learns within the segment, too, it reads as it learned."""
+def test_it_learns_in_place_and_only_from_what_is_recalled(engine: str) -> None:
+    """The lanes read with the very tensors that move."""
     memory = _world()
     bound = RMS().bind(SETTING, memory)
     learner = Learner(memory, bound, 1)
