@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import at_once, softmax
-from mlm.phrases import AGAIN, GATE, GATED, SAID
+from mlm.phrases import AGAIN, GATE, GATED, HELD, SAID
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 from mlm.surprise import inner_total
@@ -211,8 +211,10 @@ class BaseModel(ABC):
         output, said, gated = hidden.output, weights.get(SAID), weights.get(GATED)
         if said is not None:
             output = output + said
-        if gated is not None:  # nothing learns through the gate but itself (`mlm.read_out`)
-            output = output + (hidden.output.detach() @ weights[GATE]).unsqueeze(-1) * gated
+        if gated is not None:  # nothing learns through these but themselves (`mlm.read_out`)
+            state_BTE = hidden.output.detach()
+            gate_BT1 = (state_BTE @ weights[GATE]).unsqueeze(-1)
+            output = output + gate_BT1 * gated + weights[HELD] * state_BTE
         if share_BT is None:
             nll = token_nll(weights, self, output, targets_BT)
             return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)

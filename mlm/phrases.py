@@ -47,8 +47,9 @@ STEPS = (0.5, 1.0, 1.0, 1.0)
 SAID, AGAIN = "softmax.said", "softmax.once.again"
 """Names under which `LanguageModel.read` is given what is added to the hidden state, and where a
 context was in the segment before (`Recalled`)."""
-GATED, GATE = "softmax.said.gated", "softmax.said.gate"
-"""Where what is recalled has a gate, what else is added, times the gate: `Recalled.said` and w."""
+GATED, GATE, HELD = "softmax.said.gated", "softmax.said.gate", "softmax.said.held"
+"""Where what is recalled is read through a `ReadOut`, what else is added: `Recalled.said` times the
+gate w, and the hidden state times `Recalled.held`."""
 
 
 @dataclass
@@ -115,7 +116,7 @@ class Recalled(NamedTuple):
     """What a segment's contexts recall."""
 
     rows: Tensor
-    """(B, T, E): (I + D) m_t, and the rows of the corpus (`mlm.ngrams`)."""
+    """(B, T, E): (I + D) m_t + B n_t, and the rows of the corpus (`mlm.ngrams`)."""
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
     within: Tensor
@@ -125,6 +126,8 @@ class Recalled(NamedTuple):
     """(B, T, E): m_t = sum_k m_k[c_k(t)] alone, before D."""
     said: Tensor
     """(B, T, E): (I + D) m_t."""
+    held: Tensor | None
+    """(B, T, E): C n_t; None where no read-out is learned."""
 
 
 class Heard(NamedTuple):
@@ -145,6 +148,10 @@ class ReadOut(NamedTuple):
     """(E, E): D."""
     gate: Tensor
     """(E,): w."""
+    known: Tensor
+    """(E, K): B."""
+    hold: Tensor
+    """(E, K): C."""
 
 
 class Phrases(NamedTuple):
@@ -187,11 +194,18 @@ class Phrases(NamedTuple):
         first = max(0, history.size - self.tokens)
         found = _recall_fused if kernels.usable(self.scale) else _recall
         own, rates, within = found(history, first, inputs_BT, self.steps)
-        said = own if self.read_out is None else own + own @ self.read_out.map.t()
-        rows = said.detach()
+        if self.read_out is None:
+            rows = said = own
+            held = None
+        else:
+            visited = 1 - rates
+            said = own + own @ self.read_out.map.t()
+            rows = said + visited @ self.read_out.known.t()
+            held = visited @ self.read_out.hold.t()
+        rows = rows.detach()
         if self.ngrams is not None:
             rows = rows + self.ngrams.said(self.known(self.ngrams, history, inputs_BT))
-        return Recalled(rows, rates, within, own, said)
+        return Recalled(rows, rates, within, own, said, held)
 
     @staticmethod
     def known(ngrams: NGrams, history: History, inputs_BT: Tensor) -> Tensor:

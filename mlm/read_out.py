@@ -1,21 +1,25 @@
 """The read-out of phrases: how what is recalled enters the softmax is learned.
 
-What a lane's contexts recall (`mlm.phrases`), m_t = sum_k m_k[c_k(t)], is read through a map and a
-gate that all lanes share,
+What a lane's contexts recall (`mlm.phrases`), m_t = sum_k m_k[c_k(t)], is read through a map, a
+gate and two tables that all lanes share,
 
-    logits_t = softmax layer(h_t + (1 + w . h_t) (I + D) m_t),
+    logits_t = softmax layer(h_t + (1 + w . h_t) (I + D) m_t + B n_t + (C n_t) * h_t),
 
-D = 0 and w = 0 as long as nothing is learned. A trained rule reads articles, and D (E, E) and w (E)
-descend the loss of their tokens, of which they see only what they do at once, not what other
-weights then learn of it: with g_t the gradient by what the softmax saw,
+n_t the contexts' visits n / (1 + n), one number for every order k and zero where the context is
+new, so that nothing is added where nothing is recalled; D, w, B and C are zero as long as nothing
+is learned. A trained rule reads articles, and D (E, E), w (E), B (E, K) and C (E, K) descend the
+loss of their tokens, of which they see only what they do at once, not what other weights then learn
+of it: with g_t the gradient by what the softmax saw,
 
     dD = mean_t g_t (1 + w . h_t) m_t^T,        dw = mean_t (g_t . (I + D) m_t) h_t,
+    dB = mean_t g_t n_t^T,                      dC = mean_t (g_t * h_t) n_t^T,
 
 by Adam. What is written stays -g / w: D tells how far, and along which directions, what followed a
-context in this article says what follows it now, w in which states it is worth listening to. They
-belong to the rule, and are kept beside its parameters.
+context in this article says what follows it now, w in which states it is worth listening to; B what
+follows contexts that come again, whatever the article, and C how much the hidden state is worth
+there. They belong to the rule, and are kept beside its parameters.
 
-Letters: B lanes, T tokens, E width of what the softmax sees.
+Letters: B lanes, T tokens, E width of what the softmax sees, K orders.
 """
 
 from __future__ import annotations
@@ -32,20 +36,29 @@ from mlm import buffers
 from mlm.errors import UserError
 from mlm.learner import Bound
 from mlm.memory import LongTerm
-from mlm.phrases import ReadOut
+from mlm.phrases import Phrases, ReadOut
 from mlm.rollout import begin, learning_at_once, step
 from mlm.scoring import read_in
 from mlm.streams import LaneStream, Segment
 from mlm.surprise import taught_by
 from mlm.training import Text, cosine
 
-NAMES = "read_out.map", "read_out.gate"
-"""Of D and w beside a rule's parameters."""
+NAMES = tuple(f"read_out.{name}" for name in ReadOut._fields)
+"""Of D, w, B and C beside a rule's parameters."""
 LANES = 8
 TOKENS = 512
 """Of every lane, between two steps: so many, or one segment."""
 PEAK = 3e-3
-"""Of Adam's rate; cosine to zero."""
+"""Of Adam's rate for D; cosine to zero."""
+OTHERS = 0.3
+"""The rates of w, B and C over that of D, which has many more numbers to learn."""
+
+
+def nothing_learned(phrases: Phrases) -> ReadOut:
+    """The read-out that adds nothing to what is recalled."""
+    width, orders = len(phrases.scale), len(phrases.steps)
+    sizes = (width, width), (width,), (width, orders), (width, orders)
+    return ReadOut(*(phrases.scale.new_zeros(size) for size in sizes))
 
 
 def with_read_out(memory: LongTerm, read_out: ReadOut | None) -> LongTerm:
@@ -74,7 +87,7 @@ def taken(tensors: Mapping[str, Tensor]) -> tuple[ReadOut | None, dict[str, Tens
 
 
 class Learner:
-    """D and w while they are learned, and the lanes that read, each article from theta_0."""
+    """A read-out while it is learned, and the lanes that read, each article from theta_0."""
 
     def __init__(self, memory: LongTerm, rule: Bound, lanes: int) -> None:
         """Goes on from the memory's read-out.
@@ -85,16 +98,16 @@ class Learner:
         told = memory.phrases
         if told is None:
             raise ValueError("a read-out is of phrases, and none are remembered")
-        width = len(told.scale)
-        none = ReadOut(told.scale.new_zeros(width, width), told.scale.new_zeros(width))
-        self.read_out = ReadOut(*(t.clone() for t in told.read_out or none))
-        self.optimizer = torch.optim.Adam(list(self.read_out), betas=(0.9, 0.99))
+        self.read_out = ReadOut(*(t.clone() for t in told.read_out or nothing_learned(told)))
+        shares = zip(self.read_out, (1.0, OTHERS, OTHERS, OTHERS), strict=True)
+        groups = [{"params": [learned], "share": share} for learned, share in shares]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         memory = with_read_out(read_in(memory, "article"), self.read_out)
         self.memory, self.rule = learning_at_once(memory, rule), rule
         self.reader = begin(memory, lanes, rule)
 
     def gradient(self, segment: Segment) -> tuple[ReadOut, float]:
-        """Read a segment: the gradient of its summed losses by D and w, and their sum in nats."""
+        """Read a segment: the gradient of its summed losses, and their sum in nats."""
         now = step(self.memory, self.rule, self.reader, segment)
         heard = now.scored.heard
         assert heard is not None
@@ -103,14 +116,14 @@ class Learner:
         share = torch.full_like(now.scored.nll, 1 / segment.inputs.shape[1])
         weighs = taught_by(now.scored.nll, share, self.memory.slope())
         taught = (now.taught / weighs).unsqueeze(-1)  # where surprise counts, it is F(l)'s gradient
-        g_NE, own_NE, h_NE = (
-            t.flatten(0, 1) for t in (heard.gradient * taught, heard.own, now.scored.output)
-        )
+        read = heard.gradient * taught, heard.own, now.scored.output, 1 - heard.rates
+        g_NE, own_NE, h_NE, visited_NK = (t.flatten(0, 1) for t in read)
         said_NE = own_NE + own_NE @ self.read_out.map.t()
         gate_N1 = 1 + (h_NE @ self.read_out.gate).unsqueeze(1)
         of_map = g_NE.t() @ (gate_N1 * own_NE)
         of_gate = (g_NE * said_NE).sum(1) @ h_NE
-        return ReadOut(of_map, of_gate), float(now.scored.nll.sum())
+        of_known, of_hold = (g.t() @ visited_NK for g in (g_NE, g_NE * h_NE))
+        return ReadOut(of_map, of_gate, of_known, of_hold), float(now.scored.nll.sum())
 
     def learn(self, segments: list[Segment], rate: float) -> float:
         """Read on, then one step of Adam; returns the nats of the segments."""
@@ -119,7 +132,7 @@ class Learner:
         for learned, *parts in zip(self.read_out, *(g for g, _ in found), strict=True):
             learned.grad = torch.stack(parts).sum(0) / tokens
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         self.optimizer.step()
         return sum(nats for _, nats in found)
 

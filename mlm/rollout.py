@@ -20,7 +20,7 @@ from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
 from mlm.memory import COLUMNS, LOW, RELATED, ROWS, TWICE, LongTerm, lanes_of, reset_lanes
-from mlm.phrases import AGAIN, GATE, GATED, SAID, Heard, History, Recalled
+from mlm.phrases import AGAIN, GATE, GATED, HELD, SAID, Heard, History, Recalled
 from mlm.streams import Segment
 
 SETTLED = 20
@@ -290,8 +290,8 @@ def recall(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Recalled
         return None, {}
     recalled = memory.phrases.recall(reader.history, segment.inputs)
     told = {SAID: recalled.rows.requires_grad_(), AGAIN: recalled.within}
-    if memory.phrases.read_out is not None:
-        told |= {GATED: recalled.said, GATE: memory.phrases.read_out.gate}
+    if memory.phrases.read_out is not None and recalled.held is not None:
+        told |= {GATED: recalled.said, GATE: memory.phrases.read_out.gate, HELD: recalled.held}
     return recalled, told
 
 

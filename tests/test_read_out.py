@@ -1,4 +1,4 @@
-"""The read-out of phrases: map and gate through which what is recalled enters the softmax."""
+"""The read-out of phrases: through what what is recalled enters the softmax."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlm.checkpoint import RunFolder, load_tensors
 from mlm.errors import UserError
 from mlm.gates import LinearGates
 from mlm.learner import RMS
-from mlm.phrases import AGAIN, SAID, ReadOut, phrases
+from mlm.phrases import AGAIN, SAID, STEPS, ReadOut, phrases
 from mlm.pipeline import run_stages
 from mlm.read_out import NAMES, Learner, learn_read_out, read_out_of, taken, with_read_out
 from mlm.rollout import learning_at_once, recall, score_segment
@@ -27,6 +27,7 @@ from mlm.stage_meta import identity, load_learned, seen_by
 from mlm.streams import LaneStream
 from mlm.training import Text
 
+ORDERS = len(STEPS)
 SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
 
 
@@ -56,8 +57,9 @@ def _text(number: int, seed: int) -> Text:
 
 def _some(width: int, seed: int = 3) -> ReadOut:
     generator = torch.Generator().manual_seed(seed)
-    both = torch.randn(width + 1, width, generator=generator, dtype=torch.float64) / 4
-    return ReadOut(both[1:], both[0])
+    sizes = (width, width), (width,), (width, ORDERS), (width, ORDERS)
+    drawn = (torch.randn(size, generator=generator, dtype=torch.float64) / 4 for size in sizes)
+    return ReadOut(*drawn)
 
 
 def _moved(start: ReadOut, way: ReadOut, factor: float) -> ReadOut:
@@ -91,7 +93,12 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     assert torch.equal(plain.own, plain.rows)
     assert torch.equal(found.own, plain.own)
     assert float(found.own.abs().max()) > 1e-3
-    torch.testing.assert_close(found.rows, plain.own + plain.own @ read_out.map.t())
+    visited = 1 - found.rates
+    new = (found.own.abs().sum(2) == 0) & (found.within.sum(2) == 0)
+    assert bool(new.any())
+    assert not bool(visited[new].any()), "nothing is added where all contexts are new"
+    through = plain.own + plain.own @ read_out.map.t()
+    torch.testing.assert_close(found.rows, through + visited @ read_out.known.t())
     assert torch.equal(found.within, plain.within)
     piece = next(stream)
     recalled, told = recall(able, learner.reader, piece)
@@ -99,7 +106,13 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     weights = {**memory.weights, **learner.reader.weights}
     now = able.shape.read(weights, piece.inputs, piece.targets, learner.reader.state)
     gate = 1 + (now.output @ read_out.gate).unsqueeze(-1)
-    by_hand = {SAID: gate * (recalled.own + recalled.own @ read_out.map.t()), AGAIN: told[AGAIN]}
+    visited = 1 - recalled.rates
+    by_hand = {
+        SAID: gate * (recalled.own + recalled.own @ read_out.map.t())
+        + visited @ read_out.known.t()
+        + now.output * (visited @ read_out.hold.t()),
+        AGAIN: told[AGAIN],
+    }
     losses, gradients = [], []
     for rows in (told, by_hand):
         theta = {n: w.clone().requires_grad_() for n, w in learner.reader.weights.items()}
@@ -110,7 +123,7 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     torch.testing.assert_close(*losses)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
-    assert float((gate - 1).abs().min()) > 1e-3
+    assert float((gate - 1).abs().median()) > 1e-2
     assert read_out_of(dataclasses.replace(memory, phrases=None)) is None
     assert with_read_out(tiny_memory(), read_out).phrases is None
 
