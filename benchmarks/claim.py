@@ -162,12 +162,14 @@ class Reading:
         adapt |= self.adapt
         if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them
             adapt |= {"related": 0, "basis_words": 0, "at_once": False}
-        steps = options.through_steps if lm.through == "learned" else options.steps
+        follows = lm.through == "learned"
+        steps = options.through_steps if follows else options.steps
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
         if not trained:  # hand-made rules read in no bases of another run
             lm = dataclasses.replace(lm, through="none", through_run=None, ngrams=0)
-        read_out_words = options.read_out_words if trained and adapt.get("phrases") else 0
+        learns = trained and adapt.get("phrases") and not follows  # which keep their rule's
+        read_out_words = options.read_out_words if learns else 0
         evaluation = dataclasses.replace(
             base.evaluation,
             rules=rules,

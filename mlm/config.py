@@ -336,7 +336,9 @@ BEST = dataclasses.replace(
         segment=64,
         precision="bfloat16",
     ),
-    meta=dataclasses.replace(SMALL.meta, rules=("four_levels",), lanes=8, steps=32),
+    meta=dataclasses.replace(
+        SMALL.meta, rules=("four_levels",), lanes=8, steps=32, read_out_words=2_000_000
+    ),
     evaluation=dataclasses.replace(SMALL.evaluation, rules=("static", "rms", "four_levels")),
 )
 """The rule that gains most (results, `claim`)."""

@@ -598,12 +598,21 @@ def tiles(size: int) -> int:
 
 
 @jit
+def _squared_distance(x, y):
+    total = x.dtype.type(0)
+    for k in range(x.shape[0]):
+        d = x[k] - y[k]
+        total += d * d
+    return total
+
+
+@jit
 def recall_phrases(
-    lo, hi, inputs, values, rates, size, first, since, new_BT, steps, rows_BTE, new_rates_BTK,
-    within_BTT,
+    lo, hi, inputs, keys, values, rates, size, first, since, new_BT, new_keys_BTE, steps, apart,
+    rows_BTE, new_rates_BTK, within_BTT,
 ):  # fmt: skip
     """Lanes lo..hi of `mlm.phrases.Phrases.recall`; `rows_BTE` are added to, and hold 0, as
-    `within_BTT` do."""
+    `within_BTT` do. `apart` (1,): kappa is the exponential of so much times a squared distance."""
     length, orders = new_BT.shape[1], steps.shape[0]
     one = steps.dtype.type(1)
     for lane in range(lo, hi):
@@ -616,20 +625,21 @@ def recall_phrases(
             here = old + t
             visits = np.zeros(orders, np.int64)
             row = rows_BTE[lane, t]
-            for s in range(1, here):
-                if line[s] != line[here] or line[s - 1] != line[here - 1]:
+            for s in range(here):
+                if line[s] != line[here]:
                     continue
-                k = 0
-                scale = steps.dtype.type(0)
-                while True:
+                if s < old:
+                    key, rate = keys[lane, begin + s], rates[lane, begin + s]
+                else:
+                    key, rate = new_keys_BTE[lane, s - old], new_rates_BTK[lane, s - old]
+                alike = fast_exp(apart[0] * _squared_distance(key, new_keys_BTE[lane, t]))
+                scale = steps[0] * rate[0] * alike
+                visits[0] += 1
+                k = 1
+                while k < orders and s >= k and line[s - k] == line[here - k]:
                     visits[k] += 1
-                    if s < old:
-                        scale += steps[k] * rates[lane, begin + s, k]
-                    else:
-                        scale += steps[k] * new_rates_BTK[lane, s - old, k]
+                    scale += steps[k] * rate[k]
                     k += 1
-                    if k == orders or s <= k or line[s - k - 1] != line[here - k - 1]:
-                        break
                 if s < old:
                     value = values[lane, begin + s]
                     for e in range(row.shape[0]):

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import at_once, softmax
-from mlm.phrases import AGAIN, GATE, GATED, HELD, SAID
+from mlm.phrases import AGAIN, SAID
 from mlm.qrnn import lane_qrnn
 from mlm.recurrence import is_plain, lane_linear, lane_lstm
 from mlm.surprise import inner_total
@@ -71,6 +71,11 @@ class Read(NamedTuple):
     """Short-term memory after the segment."""
 
 
+Recall = Callable[[Tensor], Weights]
+"""From the hidden states of a segment (B, T, E), which are not written, to weights for its softmax
+layer, such as what phrases say (`mlm.phrases`)."""
+
+
 class LanguageModel(Protocol):
     """A model of text as a function of its weights and of a state that it carries."""
 
@@ -87,6 +92,7 @@ class LanguageModel(Protocol):
         targets_BT: Tensor,
         state: Any,
         share_BT: Tensor | None = None,
+        recall: Recall | None = None,
     ) -> Read:
         """Predict a segment.
 
@@ -95,6 +101,8 @@ class LanguageModel(Protocol):
             tokens_BT, targets_BT: what is read, and the next tokens, to be predicted.
             state: `initial_state`, or what the segment before left (`Read.state`).
             share_BT: of every token's loss in `Read.total`; None = no total is needed.
+            recall: what is recalled in these hidden states; models without a run of layers below
+                their softmax recall nothing (`mlm.rollout.begin` refuses).
         """
         ...
 
@@ -205,16 +213,15 @@ class BaseModel(ABC):
         targets_BT: Tensor,
         state: Any,
         share_BT: Tensor | None = None,
+        recall: Recall | None = None,
     ) -> Read:
         """See `LanguageModel.read`."""
         hidden = self.run(weights, tokens_BT, state)
-        output, said, gated = hidden.output, weights.get(SAID), weights.get(GATED)
+        if recall is not None:
+            weights = {**weights, **recall(hidden.output.detach())}
+        output, said = hidden.output, weights.get(SAID)
         if said is not None:
             output = output + said
-        if gated is not None:  # nothing learns through these but themselves (`mlm.read_out`)
-            state_BTE = hidden.output.detach()
-            gate_BT1 = (state_BTE @ weights[GATE]).unsqueeze(-1)
-            output = output + gate_BT1 * gated + weights[HELD] * state_BTE
         if share_BT is None:
             nll = token_nll(weights, self, output, targets_BT)
             return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)

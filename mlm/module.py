@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlm.errors import UserError
-from mlm.lm import Read, Weights
+from mlm.lm import Read, Recall, Weights
 from mlm.memory import BASIS, DIRECTIONS, LOW, ONCE_SURPRISE, SURPRISE
 from mlm.surprise import inner_total
 
@@ -116,6 +116,7 @@ class ModuleModel:
         targets_BT: Tensor,
         state: ModuleState,
         share_BT: Tensor | None = None,
+        recall: Recall | None = None,
     ) -> Read:
         """See `LanguageModel.read`; `Read.output` is (B, T, 0) where the module gives none."""
         slope = weights.get(SURPRISE)

@@ -2,7 +2,7 @@
 
 The weights that every lane rewrites hold little of a phrase seen once. Beside them a lane keeps a
 table of n-gram embeddings, zero in theta_0, one row m_k[c] (E) for every context c of k tokens,
-k = 2 .. 5, which the output layer reads together with the hidden state,
+k = 1 .. 9, which the output layer reads together with the hidden state,
 
     logits_t = softmax layer(h_t + sum_k m_k[c_k(t)]),        c_k(t): the last k tokens read,
 
@@ -15,13 +15,18 @@ n_k(s) being how often the context had been there (a step that falls with the vi
 Monro 1951) and w the mean square length of the static output embedding's rows, so that a token
 raises its own logit by about eta_k times its error. Rows are kept in dual form: a lane's last
 tokens, their g / w and 1 / (1 + n) are stored, and a row is their sum over earlier places where the
-context matches, exactly and without hashing. The keys are those of n-gram models and of hashed
-n-gram embeddings (Svenstrup et al. 2017); that errors are stored, not words, makes the table fast
-weights (Schmidhuber 1992) rather than a cache. Unlike a cache it changes what all other weights
-learn: a phrase that is remembered leaves them no error. Where the output layer learns at once
-(`mlm.at_once`), phrases do, too: a context that comes again within the segment moves the logits by
--eta_k / (1 + n_k(s)) e_s, what its row would say were words' embeddings orthogonal. Learned rules
-read so, and may learn how what is recalled enters the softmax (`mlm.read_out`).
+context matches, exactly and without hashing. What was learned behind the last token alone (k = 1)
+counts the more, the more alike the hidden states were,
+
+    kappa(s, t) = exp(-ALIKE / 2 |h_s - h_t|^2).
+
+The keys are those of n-gram models and of hashed n-gram embeddings (Svenstrup et al. 2017); that
+errors are stored, not words, makes the table fast weights (Schmidhuber 1992) rather than a cache.
+Unlike a cache it changes what all other weights learn: a phrase that is remembered leaves them no
+error. Where the output layer learns at once (`mlm.at_once`), phrases do, too: a context that comes
+again within the segment moves the logits by -eta_k / (1 + n_k(s)) e_s, what its row would say were
+words' embeddings orthogonal. Learned rules read so, and may learn how what is recalled enters the
+softmax (`mlm.read_out`).
 
 Letters: B lanes, T tokens, C tokens stored, E width of what the softmax sees, K orders, V
 vocabulary.
@@ -40,16 +45,15 @@ from torch import Tensor
 from mlm import kernels
 from mlm.ngrams import LONGEST, NGrams, ngrams_of
 
-ORDERS = (2, 3, 4, 5)
+ORDERS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 """k: tokens of context."""
-STEPS = (0.5, 1.0, 1.0, 1.0)
-"""eta_k: the best on the tuning words of the benchmark `claim`."""
+STEPS = (1.3, 0.9, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
+"""eta_k: the best on the tuning words of the benchmark `claim`, as is the next."""
+ALIKE = 0.35
+"""Of kappa, in units of the hidden state."""
 SAID, AGAIN = "softmax.said", "softmax.once.again"
 """Names under which `LanguageModel.read` is given what is added to the hidden state, and where a
 context was in the segment before (`Recalled`)."""
-GATED, GATE, HELD = "softmax.said.gated", "softmax.said.gate", "softmax.said.held"
-"""Where what is recalled is read through a `ReadOut`, what else is added: `Recalled.said` times the
-gate w, and the hidden state times `Recalled.held`."""
 
 
 @dataclass
@@ -58,6 +62,8 @@ class _Book:
 
     inputs: Tensor
     """(B, C)."""
+    keys: Tensor
+    """(B, C, E): hidden states h."""
     values: Tensor
     """(B, C, E): -g / w."""
     rates: Tensor
@@ -65,7 +71,7 @@ class _Book:
     filled: int
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.inputs, self.values, self.rates
+        return self.inputs, self.keys, self.values, self.rates
 
 
 class History(NamedTuple):
@@ -83,8 +89,8 @@ class History(NamedTuple):
 
     def select(self, lanes: Tensor) -> History:
         """Some of the lanes (their indices)."""
-        inputs, values, rates = (t[lanes] for t in self.book.tensors())
-        book = _Book(inputs, values, rates, self.size)
+        inputs, keys, values, rates = (t[lanes] for t in self.book.tensors())
+        book = _Book(inputs, keys, values, rates, self.size)
         return History(book, self.size, self.since[lanes])
 
     def opened(self, new_B: Tensor) -> History:
@@ -107,27 +113,30 @@ class History(NamedTuple):
 
     def of(self, tensors: list[Tensor]) -> History:
         """The history made of such `tensors`."""
-        since, inputs, values, rates = tensors
+        since, inputs, keys, values, rates = tensors
         size = inputs.shape[1]
-        return History(_Book(inputs, values, rates, size), size, since)
+        return History(_Book(inputs, keys, values, rates, size), size, since)
 
 
 class Recalled(NamedTuple):
     """What a segment's contexts recall."""
 
     rows: Tensor
-    """(B, T, E): (I + D) m_t + B n_t, and the rows of the corpus (`mlm.ngrams`)."""
+    """(B, T, E): what the softmax sees beside h_t: m_t, read out, and the rows of the corpus
+    (`mlm.ngrams`)."""
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
     within: Tensor
     """(B, T, T): sum_k eta_k / (1 + n_k(s)) over the orders in which a context t of the segment was
     that of s < t, else 0."""
     own: Tensor
-    """(B, T, E): m_t = sum_k m_k[c_k(t)] alone, before D."""
-    said: Tensor
-    """(B, T, E): (I + D) m_t."""
-    held: Tensor | None
-    """(B, T, E): C n_t; None where no read-out is learned."""
+    """(B, T, E): m_t = sum_k m_k[c_k(t)] alone."""
+    keys: Tensor
+    """(B, T, E): the hidden states h_t that recalled it."""
+
+    def heard(self, gradient_BTE: Tensor) -> Heard:
+        """What is learned from the segment, `Heard.gradient` being known."""
+        return Heard(self.rates, self.own, self.keys, gradient_BTE)
 
 
 class Heard(NamedTuple):
@@ -137,6 +146,8 @@ class Heard(NamedTuple):
     """(B, T, K): 1 / (1 + n)."""
     own: Tensor
     """(B, T, E): what its contexts recalled, `Recalled.own`."""
+    keys: Tensor
+    """(B, T, E): h."""
     gradient: Tensor
     """(B, T, E): of sum(nll) / T by what the softmax saw."""
 
@@ -152,6 +163,20 @@ class ReadOut(NamedTuple):
     """(E, K): B."""
     hold: Tensor
     """(E, K): C."""
+    inner: Tensor
+    """(U, 2 E + K): V."""
+    outer: Tensor
+    """(E, U): A."""
+
+    def said(self, own_E: Tensor, visited_K: Tensor, state_E: Tensor) -> Tensor:
+        """What the softmax sees beside h: m_t, n_t and h_t as `mlm.read_out` puts them together;
+        all of them with the same dimensions before the last."""
+        linear = F.linear
+        gate = 1 + (state_E @ self.gate).unsqueeze(-1)
+        units = linear(torch.cat([state_E, own_E, visited_K], -1), self.inner).relu()
+        known = linear(visited_K, self.known) + linear(visited_K, self.hold) * state_E
+        more = linear(units, self.outer) * visited_K.amax(-1, keepdim=True)
+        return gate * (own_E + linear(own_E, self.map)) + known + more
 
 
 class Phrases(NamedTuple):
@@ -184,28 +209,25 @@ class Phrases(NamedTuple):
         """Lanes that have read nothing."""
         some, width = self.scale, len(self.scale)
         inputs = torch.zeros(lanes, 0, dtype=torch.int64, device=some.device)
-        values, rates = (some.new_zeros(lanes, 0, n) for n in (width, len(self.steps)))
+        sizes = width, width, len(self.steps)
+        keys, values, rates = (some.new_zeros(lanes, 0, n) for n in sizes)
         since = torch.zeros(lanes, dtype=torch.int64, device=some.device)
-        return History(_Book(inputs, values, rates, 0), 0, since)
+        return History(_Book(inputs, keys, values, rates, 0), 0, since)
 
     @torch.no_grad()
-    def recall(self, history: History, inputs_BT: Tensor) -> Recalled:
-        """What lanes recall at each of these tokens from before the segment."""
+    def recall(self, history: History, inputs_BT: Tensor, keys_BTE: Tensor) -> Recalled:
+        """What lanes recall at each of these tokens from before the segment.
+
+        Args:
+            keys_BTE: the hidden states h of the segment.
+        """
         first = max(0, history.size - self.tokens)
         found = _recall_fused if kernels.usable(self.scale) else _recall
-        own, rates, within = found(history, first, inputs_BT, self.steps)
-        if self.read_out is None:
-            rows = said = own
-            held = None
-        else:
-            visited = 1 - rates
-            said = own + own @ self.read_out.map.t()
-            rows = said + visited @ self.read_out.known.t()
-            held = visited @ self.read_out.hold.t()
-        rows = rows.detach()
+        own, rates, within = found(history, first, inputs_BT, keys_BTE, self.steps)
+        rows = own if self.read_out is None else self.read_out.said(own, 1 - rates, keys_BTE)
         if self.ngrams is not None:
             rows = rows + self.ngrams.said(self.known(self.ngrams, history, inputs_BT))
-        return Recalled(rows, rates, within, own, said, held)
+        return Recalled(rows.detach(), rates, within, own, keys_BTE)
 
     @staticmethod
     def known(ngrams: NGrams, history: History, inputs_BT: Tensor) -> Tensor:
@@ -225,7 +247,8 @@ class Phrases(NamedTuple):
         values_BTE = heard.gradient * (-length * self.scale)
         history = _with_room(history, length, self.tokens)
         book, lo = history.book, history.size
-        for kept, new in zip(book.tensors(), (inputs_BT, values_BTE, heard.rates), strict=True):
+        more = inputs_BT, heard.keys, values_BTE, heard.rates
+        for kept, new in zip(book.tensors(), more, strict=True):
             kept[:, lo : lo + length] = new
         book.filled = lo + length
         first_B = taught_BT.int().argmax(1)
@@ -258,13 +281,13 @@ def _with_room(history: History, length: int, tokens: int) -> History:
         new = tensor.new_empty(len(tensor), room, *tensor.shape[2:])
         new[:, :kept] = tensor[:, first:size]
         more.append(new)
-    inputs, values, rates = more
+    inputs, keys, values, rates = more
     since = (history.since - first).clamp(min=0)
-    return History(_Book(inputs, values, rates, kept), kept, since)
+    return History(_Book(inputs, keys, values, rates, kept), kept, since)
 
 
 def _recall(
-    history: History, first: int, inputs_BT: Tensor, steps_K: Tensor
+    history: History, first: int, inputs_BT: Tensor, keys_BTE: Tensor, steps_K: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`Recalled`'s `own`, `rates` and `within`, by plain operations."""
     book, size = history.book, history.size
@@ -275,7 +298,7 @@ def _recall(
     same = (line[:, None] == line[:, old:, None]) & inside[:, None]  # (B, T, C + T)
     same = same & (at < at[old:, None])
     run = same
-    found = []
+    found = [same]
     for k in range(1, ORDERS[-1]):
         # the token k places before both is the same, and of the same article
         here, there = line.roll(k, 1)[:, old:], line.roll(k, 1)
@@ -285,13 +308,17 @@ def _recall(
     match = torch.stack(found, -1)  # (B, T, C + T, K)
     rates = 1 / (1 + match.sum(2).to(steps_K.dtype))
     every = torch.cat([book.rates[:, first:size], rates], 1)  # (B, C + T, K)
-    weights = (match * (every * steps_K)[:, None]).sum(-1)
+    keys = torch.cat([book.keys[:, first:size], keys_BTE], 1)  # (B, C + T, E)
+    apart = (keys_BTE.unsqueeze(2) - keys.unsqueeze(1)).square().sum(-1)
+    weights = match * (every * steps_K)[:, None]
+    weights[..., 0] *= (apart * (-ALIKE / 2)).exp()
+    weights = weights.sum(-1)
     rows = weights[:, :, :old] @ book.values[:, first:size]
     return rows, rates, weights[:, :, old:]
 
 
 def _recall_fused(
-    history: History, first: int, inputs_BT: Tensor, steps_K: Tensor
+    history: History, first: int, inputs_BT: Tensor, keys_BTE: Tensor, steps_K: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     book, (lanes, length) = history.book, inputs_BT.shape
     rows = book.values.new_zeros(lanes, length, book.values.shape[2])
@@ -306,7 +333,9 @@ def _recall_fused(
         first,
         history.since,
         inputs_BT.contiguous(),
+        keys_BTE.contiguous(),
         steps_K,
+        steps_K.new_tensor([-ALIKE / 2]),
         rows,
         rates,
         within,

@@ -1,25 +1,22 @@
 """The read-out of phrases: how what is recalled enters the softmax is learned.
 
 What a lane's contexts recall (`mlm.phrases`), m_t = sum_k m_k[c_k(t)], is read through a map, a
-gate and two tables that all lanes share,
+gate, two tables and a layer of units that all lanes share,
 
-    logits_t = softmax layer(h_t + (1 + w . h_t) (I + D) m_t + B n_t + (C n_t) * h_t),
+    logits_t = softmax layer(h_t + (1 + w . h_t) (I + D) m_t + B n_t + (C n_t) * h_t
+                             + max(n_t) A relu(V [h_t, m_t, n_t])),
 
 n_t the contexts' visits n / (1 + n), one number for every order k and zero where the context is
-new, so that nothing is added where nothing is recalled; D, w, B and C are zero as long as nothing
-is learned. A trained rule reads articles, and D (E, E), w (E), B (E, K) and C (E, K) descend the
-loss of their tokens, of which they see only what they do at once, not what other weights then learn
-of it: with g_t the gradient by what the softmax saw,
+new, so that nothing is added where nothing is recalled; D, w, B, C and A are zero as long as
+nothing is learned. A trained rule reads articles, and all six descend the loss of their tokens by
+Adam, of which they see only what they do at once, not what other weights then learn of it. What is
+written stays -g / w: D tells how far, and along which directions, what followed a context in this
+article says what follows it now, w in which states it is worth listening to; B what follows
+contexts that come again, whatever the article, C how much the hidden state is worth there, and the
+units whatever else can be told from all of these. They belong to the rule, and are kept beside its
+parameters.
 
-    dD = mean_t g_t (1 + w . h_t) m_t^T,        dw = mean_t (g_t . (I + D) m_t) h_t,
-    dB = mean_t g_t n_t^T,                      dC = mean_t (g_t * h_t) n_t^T,
-
-by Adam. What is written stays -g / w: D tells how far, and along which directions, what followed a
-context in this article says what follows it now, w in which states it is worth listening to; B what
-follows contexts that come again, whatever the article, and C how much the hidden state is worth
-there. They belong to the rule, and are kept beside its parameters.
-
-Letters: B lanes, T tokens, E width of what the softmax sees, K orders.
+Letters: B lanes, T tokens, E width of what the softmax sees, K orders, U units.
 """
 
 from __future__ import annotations
@@ -44,21 +41,26 @@ from mlm.surprise import taught_by
 from mlm.training import Text, cosine
 
 NAMES = tuple(f"read_out.{name}" for name in ReadOut._fields)
-"""Of D, w, B and C beside a rule's parameters."""
+"""Of D, w, B, C, V and A beside a rule's parameters."""
+UNITS = 128
+"""U."""
 LANES = 8
 TOKENS = 512
 """Of every lane, between two steps: so many, or one segment."""
 PEAK = 3e-3
 """Of Adam's rate for D; cosine to zero."""
 OTHERS = 0.3
-"""The rates of w, B and C over that of D, which has many more numbers to learn."""
+"""The rates of all others over that of D."""
 
 
-def nothing_learned(phrases: Phrases) -> ReadOut:
-    """The read-out that adds nothing to what is recalled."""
+def nothing_learned(phrases: Phrases, seed: int = 0) -> ReadOut:
+    """The read-out that adds nothing to what is recalled; `seed` draws V."""
     width, orders = len(phrases.scale), len(phrases.steps)
-    sizes = (width, width), (width,), (width, orders), (width, orders)
-    return ReadOut(*(phrases.scale.new_zeros(size) for size in sizes))
+    sees = 2 * width + orders
+    drawn = torch.randn(UNITS, sees, generator=torch.Generator().manual_seed(seed)) / sees**0.5
+    sizes = (width, width), (width,), (width, orders), (width, orders), (width, UNITS)
+    of_map, gate, known, hold, outer = (phrases.scale.new_zeros(size) for size in sizes)
+    return ReadOut(of_map, gate, known, hold, drawn.to(phrases.scale), outer)
 
 
 def with_read_out(memory: LongTerm, read_out: ReadOut | None) -> LongTerm:
@@ -89,8 +91,8 @@ def taken(tensors: Mapping[str, Tensor]) -> tuple[ReadOut | None, dict[str, Tens
 class Learner:
     """A read-out while it is learned, and the lanes that read, each article from theta_0."""
 
-    def __init__(self, memory: LongTerm, rule: Bound, lanes: int) -> None:
-        """Goes on from the memory's read-out.
+    def __init__(self, memory: LongTerm, rule: Bound, lanes: int, seed: int = 0) -> None:
+        """Goes on from the memory's read-out, or from `nothing_learned`.
 
         Raises:
             ValueError: it remembers no phrases.
@@ -98,9 +100,10 @@ class Learner:
         told = memory.phrases
         if told is None:
             raise ValueError("a read-out is of phrases, and none are remembered")
-        self.read_out = ReadOut(*(t.clone() for t in told.read_out or nothing_learned(told)))
-        shares = zip(self.read_out, (1.0, OTHERS, OTHERS, OTHERS), strict=True)
-        groups = [{"params": [learned], "share": share} for learned, share in shares]
+        start = told.read_out or nothing_learned(told, seed)
+        self.read_out = ReadOut(*(t.clone() for t in start))
+        first, *others = self.read_out
+        groups = [{"params": [first], "share": 1.0}, {"params": others, "share": OTHERS}]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         memory = with_read_out(read_in(memory, "article"), self.read_out)
         self.memory, self.rule = learning_at_once(memory, rule), rule
@@ -116,14 +119,11 @@ class Learner:
         share = torch.full_like(now.scored.nll, 1 / segment.inputs.shape[1])
         weighs = taught_by(now.scored.nll, share, self.memory.slope())
         taught = (now.taught / weighs).unsqueeze(-1)  # where surprise counts, it is F(l)'s gradient
-        read = heard.gradient * taught, heard.own, now.scored.output, 1 - heard.rates
-        g_NE, own_NE, h_NE, visited_NK = (t.flatten(0, 1) for t in read)
-        said_NE = own_NE + own_NE @ self.read_out.map.t()
-        gate_N1 = 1 + (h_NE @ self.read_out.gate).unsqueeze(1)
-        of_map = g_NE.t() @ (gate_N1 * own_NE)
-        of_gate = (g_NE * said_NE).sum(1) @ h_NE
-        of_known, of_hold = (g.t() @ visited_NK for g in (g_NE, g_NE * h_NE))
-        return ReadOut(of_map, of_gate, of_known, of_hold), float(now.scored.nll.sum())
+        with torch.enable_grad():
+            learned = ReadOut(*(t.detach().requires_grad_() for t in self.read_out))
+            said = learned.said(heard.own, 1 - heard.rates, heard.keys)
+            found = torch.autograd.grad(said, list(learned), heard.gradient * taught)
+        return ReadOut(*found), float(now.scored.nll.sum())
 
     def learn(self, segments: list[Segment], rate: float) -> float:
         """Read on, then one step of Adam; returns the nats of the segments."""
@@ -145,13 +145,13 @@ def learn_read_out(
 
     Args:
         memory: that the rule reads with, phrases and all; what it has learned is gone on from.
-        seed: of the articles' order.
+        seed: of the articles' order, and of V.
 
     Raises:
         UserError: a loss is not finite.
     """
     lanes = LaneStream(text.articles, LANES, memory.segment, text.eos, seed)
-    learner, tokens = Learner(memory, rule, LANES), 0
+    learner, tokens = Learner(memory, rule, LANES, seed), 0
     wanted = min(text.tokens, int(words * text.tokens_per_word))
     device = learner.read_out.map.device
     with tqdm(total=wanted, desc="read-out", unit="tok", unit_scale=True, disable=quiet) as bar:

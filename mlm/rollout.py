@@ -20,7 +20,7 @@ from mlm.forward import forget_lanes
 from mlm.learner import Bound, Parameters, Signal
 from mlm.lm import State, Weights
 from mlm.memory import COLUMNS, LOW, RELATED, ROWS, TWICE, LongTerm, lanes_of, reset_lanes
-from mlm.phrases import AGAIN, GATE, GATED, HELD, SAID, Heard, History, Recalled
+from mlm.phrases import AGAIN, SAID, Heard, History, Phrases, Recalled
 from mlm.streams import Segment
 
 SETTLED = 20
@@ -186,20 +186,19 @@ def score_segment(
         theta = {n: reader.weights[n].detach().requires_grad_() for n in memory.dynamic}
         fixed = {n: memory.weights[n].detach().requires_grad_() for n in learn if n not in theta}
         full = {**memory.weights, **memory.teaching(plain), **fixed, **theta}
-        recalled, rows = recall(memory, reader, segment)
-        full |= rows
+        recall = recollection(memory, reader, segment)
         share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
-        now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
+        now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share, recall)
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
             now.total,
-            [*theta.values(), *fixed.values(), *([recalled.rows] if recalled else [])],
+            [*theta.values(), *fixed.values(), *([recall.recalled.rows] if recall else [])],
             allow_unused=True,
             materialize_grads=True,
         )
     nll = now.nll.detach() * segment.mask
     loss = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
-    heard = recalled and Heard(recalled.rates, recalled.own, found[-1])
+    heard = recall and recall.recalled.heard(found[-1])
     gradients = dict(zip([*theta, *fixed], found, strict=False))
     shared = {name: gradients.pop(name) for name in fixed}
     state, output = now.state.detach(), now.output.detach()
@@ -284,15 +283,26 @@ def step(
     return Step(reader, new, taught, scored, signal, after, broken | exploded)
 
 
-def recall(memory: LongTerm, reader: Reader, segment: Segment) -> tuple[Recalled | None, Weights]:
-    """What phrases bring to a segment, and how `LanguageModel.read` is told; SAID is a leaf."""
+class Recollection:
+    """What phrases bring to a segment once its hidden states are known: `mlm.lm.Recall`."""
+
+    recalled: Recalled
+    """Once the segment was read; its rows are a leaf of the loss's graph."""
+
+    def __init__(self, phrases: Phrases, history: History, inputs_BT: Tensor) -> None:
+        self.phrases, self.history, self.inputs = phrases, history, inputs_BT
+
+    def __call__(self, output_BTE: Tensor) -> Weights:
+        """How the softmax layer is told."""
+        self.recalled = self.phrases.recall(self.history, self.inputs, output_BTE)
+        return {SAID: self.recalled.rows.requires_grad_(), AGAIN: self.recalled.within}
+
+
+def recollection(memory: LongTerm, reader: Reader, segment: Segment) -> Recollection | None:
+    """For `LanguageModel.read`; None = no phrases are remembered."""
     if memory.phrases is None or reader.history is None:
-        return None, {}
-    recalled = memory.phrases.recall(reader.history, segment.inputs)
-    told = {SAID: recalled.rows.requires_grad_(), AGAIN: recalled.within}
-    if memory.phrases.read_out is not None and recalled.held is not None:
-        told |= {GATED: recalled.said, GATE: memory.phrases.read_out.gate, HELD: recalled.held}
-    return recalled, told
+        return None
+    return Recollection(memory.phrases, reader.history, segment.inputs)
 
 
 def remembered(

@@ -23,7 +23,7 @@ from mlm.rollout import (
     Reader,
     beginning,
     open_articles,
-    recall,
+    recollection,
     remembered,
 )
 from mlm.streams import Segment
@@ -136,17 +136,16 @@ def _inner(memory: LongTerm, reader: Reader, segment: Segment, taught: Tensor) -
     theta = {n: reader.weights[n] for n in memory.dynamic}
     share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
     full = {**memory.weights, **memory.teaching(), **theta}
-    recalled, rows = recall(memory, reader, segment)
-    full |= rows
-    now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share)
+    recall = recollection(memory, reader, segment)
+    now = memory.shape.read(full, segment.inputs, segment.targets, reader.state, share, recall)
     found = torch.autograd.grad(
         now.total,
-        [*theta.values(), *([recalled.rows] if recalled else [])],
+        [*theta.values(), *([recall.recalled.rows] if recall else [])],
         create_graph=True,
         materialize_grads=True,
     )
     gradients = dict(zip(theta, found, strict=False))
-    heard = recalled and Heard(recalled.rates, recalled.own, found[-1].detach())
+    heard = recall and recall.recalled.heard(found[-1].detach())
     return _Inner(now.nll * segment.mask, gradients, now.state, heard)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mlm import kernels
 from mlm.gates import LinearGates
 from mlm.learner import RMS
 from mlm.memory import Borders
-from mlm.phrases import ORDERS, Heard, Phrases, phrases
+from mlm.phrases import ALIKE, ORDERS, Phrases, phrases
 from mlm.rollout import begin, meta_gradient, read, step
 from mlm.rules import start_at
 from mlm.scoring import score_articles, score_stream
@@ -48,8 +49,9 @@ def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
     state = memory.shape.initial_state(1, dtype=torch.float64)
     tokens = [EOS, *map(int, article)]
     w = float(memory.weights["embedding"].square().sum(1).mean())
-    visits: list[tuple[int, tuple[int, ...], float]] = []
+    visits: list[tuple[int, ...]] = []
     table: dict[tuple[int, ...], torch.Tensor] = {}
+    alone: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # of k = 1: token, h, what it taught
     losses: list[float] = []
     for lo in range(0, len(article), memory.segment):
         end = min(lo + memory.segment, len(article))
@@ -58,12 +60,19 @@ def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
             for t in range(lo, end)
         ]
         none = torch.zeros(memory.shape.embedding).double()
-        rows = torch.stack([sum((table.get(k, none) for k in own if k), none) for own in keys])
-        rows = rows.unsqueeze(0).requires_grad_()
         leaves = {n: x.clone().requires_grad_() for n, x in theta.items()}
         inputs, targets = (torch.tensor([tokens[lo + d : end + d]]) for d in (0, 1))
         full = {**memory.weights, **leaves}
         now = memory.shape.run(full, inputs, state)
+        states = now.output[0].detach()
+        said = [sum((table.get(k, none) for k in own[1:] if k), none) for own in keys]
+        for t, h in enumerate(states):
+            for token, other, value in alone:
+                if token == int(inputs[0, t]):
+                    said[t] = said[t] + value * math.exp(
+                        -ALIKE / 2 * float((h - other).norm()) ** 2
+                    )
+        rows = torch.stack(said).unsqueeze(0).requires_grad_()
         head, bias = full["embedding"], full["softmax.bias"]
         logits = (now.output + rows) @ head.transpose(-1, -2) + bias.unsqueeze(-2)
         nll = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="none")
@@ -72,10 +81,13 @@ def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
         for t, own in enumerate(keys):
             for order, key in enumerate(own):
                 if key:
-                    n = sum(1 for seen in visits if seen[1] == key)
-                    eta = float(memory.phrases.steps[order]) / (1 + n)
-                    table[key] = table.get(key, none) - eta / w * found[-1][0, t]
-                    visits.append((lo + t, key, eta))
+                    eta = float(memory.phrases.steps[order]) / (1 + visits.count(key))
+                    value = -eta / w * found[-1][0, t]
+                    if order:
+                        table[key] = table.get(key, none) + value
+                    else:
+                        alone.append((key[0], states[t], value))
+                    visits.append(key)
         gradients = {n: g / memory.segment for n, g in zip(leaves, found, strict=False)}
         signal: Any = type("Signal", (), {"loss": nll.detach().mean()[None], "age": None})
         theta = bound.update(theta, gradients, signal)
@@ -130,16 +142,17 @@ def test_the_kernel_recalls_what_plain_operations_do() -> None:
     history = own.begin(3)
     for k in range(20):
         inputs = torch.randint(0, 3, (3, 7), generator=generator)
-        recalled = own.recall(history, inputs)
+        keys = torch.randn(3, 7, 16, generator=generator) / 4
+        recalled = own.recall(history, inputs, keys)
         with kernels.eager():
-            plain = own.recall(history, inputs)
+            plain = own.recall(history, inputs, keys)
         torch.testing.assert_close(recalled.rows, plain.rows, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(recalled.rates, plain.rates)
         torch.testing.assert_close(recalled.within, plain.within)
         assert bool(recalled.within.tril(-1).any())
         assert not bool(recalled.within.triu().any())
         assert k < 3 or float(recalled.rows.abs().sum()) > 0
-        heard = Heard(recalled.rates, recalled.own, torch.randn(3, 7, 16, generator=generator))
+        heard = recalled.heard(torch.randn(3, 7, 16, generator=generator))
         taught = torch.ones(3, 7, dtype=torch.bool)
         if k == 8:
             taught[1, :4] = False

@@ -17,10 +17,20 @@ from mlm.checkpoint import RunFolder, load_tensors
 from mlm.errors import UserError
 from mlm.gates import LinearGates
 from mlm.learner import RMS
+from mlm.lm import Weights
 from mlm.phrases import AGAIN, SAID, STEPS, ReadOut, phrases
 from mlm.pipeline import run_stages
-from mlm.read_out import NAMES, Learner, learn_read_out, read_out_of, taken, with_read_out
-from mlm.rollout import learning_at_once, recall, score_segment
+from mlm.read_out import (
+    NAMES,
+    UNITS,
+    Learner,
+    learn_read_out,
+    nothing_learned,
+    read_out_of,
+    taken,
+    with_read_out,
+)
+from mlm.rollout import learning_at_once, recollection, score_segment
 from mlm.run import open_run
 from mlm.scoring import score_articles
 from mlm.stage_meta import identity, load_learned, seen_by
@@ -58,6 +68,7 @@ def _text(number: int, seed: int) -> Text:
 def _some(width: int, seed: int = 3) -> ReadOut:
     generator = torch.Generator().manual_seed(seed)
     sizes = (width, width), (width,), (width, ORDERS), (width, ORDERS)
+    sizes += (UNITS, 2 * width + ORDERS), (width, UNITS)
     drawn = (torch.randn(size, generator=generator, dtype=torch.float64) / 4 for size in sizes)
     return ReadOut(*drawn)
 
@@ -87,43 +98,53 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     stream = LaneStream(_articles(2, 0), 2, memory.segment, EOS)
     for _ in range(6):
         learner.gradient(next(stream))
-    history, inputs = learner.reader.history, next(stream).inputs
-    assert history is not None
-    plain, found = (m.phrases.recall(history, inputs) for m in (memory, able) if m.phrases)
+    reader, piece = learner.reader, next(stream)
+    assert reader.history is not None
+    weights: Weights = {**memory.weights, **reader.weights}
+    plainly = memory.shape.read(weights, piece.inputs, piece.targets, reader.state)
+    state = plainly.output.detach()
+    plain, found = (
+        m.phrases.recall(reader.history, piece.inputs, state) for m in (memory, able) if m.phrases
+    )
     assert torch.equal(plain.own, plain.rows)
     assert torch.equal(found.own, plain.own)
+    assert torch.equal(found.within, plain.within)
     assert float(found.own.abs().max()) > 1e-3
     visited = 1 - found.rates
-    new = (found.own.abs().sum(2) == 0) & (found.within.sum(2) == 0)
-    assert bool(new.any())
-    assert not bool(visited[new].any()), "nothing is added where all contexts are new"
-    through = plain.own + plain.own @ read_out.map.t()
-    torch.testing.assert_close(found.rows, through + visited @ read_out.known.t())
-    assert torch.equal(found.within, plain.within)
-    piece = next(stream)
-    recalled, told = recall(able, learner.reader, piece)
-    assert recalled is not None
-    weights = {**memory.weights, **learner.reader.weights}
-    now = able.shape.read(weights, piece.inputs, piece.targets, learner.reader.state)
-    gate = 1 + (now.output @ read_out.gate).unsqueeze(-1)
-    visited = 1 - recalled.rates
-    by_hand = {
-        SAID: gate * (recalled.own + recalled.own @ read_out.map.t())
+    gate = 1 + (state * read_out.gate).sum(2, keepdim=True)
+    assert float((gate - 1).abs().median()) > 1e-2
+    seen = torch.cat([state, plain.own, visited], 2)
+    by_hand = (
+        gate * (plain.own + plain.own @ read_out.map.t())
         + visited @ read_out.known.t()
-        + now.output * (visited @ read_out.hold.t()),
-        AGAIN: told[AGAIN],
-    }
+        + state * (visited @ read_out.hold.t())
+        + visited.max(2, keepdim=True).values
+        * ((seen @ read_out.inner.t()).clamp(min=0) @ read_out.outer.t())
+    )
+    torch.testing.assert_close(found.rows, by_hand)
+    first = next(LaneStream(_articles(1, 5), 1, memory.segment, EOS))
+    start = learner.memory.phrases and learner.memory.phrases.begin(1)
+    assert start is not None
+    new = able.phrases.recall(start, first.inputs, state[:1])
+    new_T = (new.rates == 1).all(2)
+    assert bool(new_T.any())
+    assert not bool(new.rows[new_T].any()), "nothing is added where all contexts are new"
+    idle = nothing_learned(able.phrases)
+    assert bool(idle.inner.any())
+    torch.testing.assert_close(idle.said(plain.own, visited, state), plain.own)
     losses, gradients = [], []
-    for rows in (told, by_hand):
-        theta = {n: w.clone().requires_grad_() for n, w in learner.reader.weights.items()}
-        full = {**memory.weights, **theta, **{n: t.detach() for n, t in rows.items()}}
-        nll = able.shape.read(full, piece.inputs, piece.targets, learner.reader.state).nll
-        losses.append(nll.detach())
-        gradients.append(torch.autograd.grad(nll.sum(), list(theta.values())))
+    for hand in (False, True):
+        theta = {n: w.clone().requires_grad_() for n, w in reader.weights.items()}
+        full = {**memory.weights, **theta}
+        told = recollection(able, reader, piece)
+        if hand:
+            full, told = {**full, SAID: by_hand, AGAIN: found.within}, None
+        now = able.shape.read(full, piece.inputs, piece.targets, reader.state, recall=told)
+        losses.append(now.nll.detach())
+        gradients.append(torch.autograd.grad(now.nll.sum(), list(theta.values())))
     torch.testing.assert_close(*losses)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
-    assert float((gate - 1).abs().median()) > 1e-2
     assert read_out_of(dataclasses.replace(memory, phrases=None)) is None
     assert with_read_out(tiny_memory(), read_out).phrases is None
 
@@ -142,7 +163,7 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     assert not bool(piece.mask.all()), "an article ends"
     assert not bool(piece.new.any())
     found, total = learner.gradient(piece)
-    way, small = _some(memory.shape.embedding, 7), 1e-5
+    way, small = _some(memory.shape.embedding, 8), 1e-5
     losses = []
     for factor in (-small, 0.0, small):
         moved = with_read_out(learner.memory, _moved(start, way, factor))
@@ -199,7 +220,8 @@ def test_it_learns_in_place_and_only_from_what_is_recalled(engine: str) -> None:
     assert learner.memory.phrases.read_out is learner.read_out
     assert learning_at_once(memory, bound) is memory
     before = ReadOut(*(t.clone() for t in learner.read_out))
-    learner.learn([next(LaneStream(_articles(1, 0), 1, 5, EOS)) for _ in range(3)], 1e-3)
+    article = np.array([1, 2, 3, 4, 5, 6])
+    learner.learn([next(LaneStream([article], 1, 5, EOS)) for _ in range(3)], 1e-3)
     assert _equal(before, learner.read_out), "nothing is recalled in an article's beginning"
 
 

@@ -12,6 +12,7 @@ from worlds import check_resumed, gradients_of_a_step
 
 from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
 from mlm.lm import token_nll
+from mlm.phrases import AGAIN, SAID
 from mlm.training import LMTrainer, static_loss
 
 
@@ -57,9 +58,12 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
     own = {n: s + (reader.weights[n] - memory.weights[n]) for n, s in start.items()}
     assert memory.phrases is not None
     assert reader.history is not None
-    said = memory.phrases.recall(reader.history, segment.inputs).rows
+    hidden = trainer.shape.run({**memory.weights, **reader.weights}, segment.inputs, reader.state)
+    keys = hidden.output.detach()
+    recalled = memory.phrases.recall(reader.history, segment.inputs, keys)
+    said = recalled.rows
     assert bool(said.any())
-    every = {**memory.weights, **leaves, **own, "softmax.said": said}
+    every = {**memory.weights, **leaves, **own, SAID: said, AGAIN: recalled.within}
     share = segment.mask / segment.mask.sum()  # every lane reads a whole segment
     count = segment.inputs.shape[1]
     now = trainer.shape.read(

@@ -59,7 +59,7 @@ def learned_rule_of(at_once: bool = True) -> Learned:
     rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
     memory = turned(LongTerm(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
     own = phrases(weights["embedding"], 50)
-    own = own._replace(steps=own.steps / 10)
+    own = own._replace(steps=own.steps / 20)  # which are made for wide embeddings
     memory = dataclasses.replace(memory, at_once=at_once, surprise=0.25, phrases=own)
     start = as_parameters({"rate": 0.01, "decay": 0.01}, memory)
     rule = LinearGates(per_unit=True, slow=True)
