@@ -22,7 +22,7 @@ from mlm.learner import RMS, SGD, Bound
 from mlm.lowrank import add_low_rank, turned
 from mlm.memory import COLUMNS, ROWS, LongTerm
 from mlm.meta import MetaTrainer
-from mlm.phrases import ORDERS, phrases
+from mlm.phrases import ALIKE, ORDERS, phrases
 from mlm.related import relate
 from mlm.rollout import Step, begin, learning_at_once, meta_gradient, step
 from mlm.rules import open_slow, start_at
@@ -235,8 +235,10 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
         for t in range(7):
             for s in range(t):
                 if contexts[s] == contexts[t]:
-                    again[t, s] += eta / (1 + contexts[:s].count(contexts[s]))
-    assert int(again.count_nonzero()) == 2  # 1 2, 1 2 3 and 2 3 come again
+                    apart = (now.scored.output[0, s] - now.scored.output[0, t]).square().sum()
+                    alike_st = float((-ALIKE / 2 * apart).exp()) if order == 1 else 1.0
+                    again[t, s] += alike_st * eta / (1 + contexts[:s].count(contexts[s]))
+    assert int(again.count_nonzero()) == 3  # 1, 1 2, 1 2 3 and what they end with come again
     keys = now.scored.output[0] @ able.weights["softmax.basis"].t()
     logits = spread(keys @ able.weights["softmax.low"].t(), able.weights["softmax.related"])
     logits = logits + able.weights["softmax.bias"]
