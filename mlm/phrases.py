@@ -127,8 +127,8 @@ class Recalled(NamedTuple):
     rates: Tensor
     """(B, T, K): 1 / (1 + n_k(t))."""
     within: Tensor
-    """(B, T, T): sum_k eta_k / (1 + n_k(s)) over the orders in which a context t of the segment was
-    that of s < t, else 0."""
+    """(B, T, T): sum_k eta_k / (1 + n_k(s)), that of k = 1 times kappa, over the orders in which a
+    context t of the segment was that of s < t, else 0."""
     own: Tensor
     """(B, T, E): m_t = sum_k m_k[c_k(t)] alone."""
     keys: Tensor
@@ -171,12 +171,11 @@ class ReadOut(NamedTuple):
     def said(self, own_E: Tensor, visited_K: Tensor, state_E: Tensor) -> Tensor:
         """What the softmax sees beside h: m_t, n_t and h_t as `mlm.read_out` puts them together;
         all of them with the same dimensions before the last."""
-        linear = F.linear
         gate = 1 + (state_E @ self.gate).unsqueeze(-1)
-        units = linear(torch.cat([state_E, own_E, visited_K], -1), self.inner).relu()
-        known = linear(visited_K, self.known) + linear(visited_K, self.hold) * state_E
-        more = linear(units, self.outer) * visited_K.amax(-1, keepdim=True)
-        return gate * (own_E + linear(own_E, self.map)) + known + more
+        mapped = gate * (own_E + F.linear(own_E, self.map))
+        known = F.linear(visited_K, self.known) + F.linear(visited_K, self.hold) * state_E
+        units = F.linear(torch.cat([state_E, own_E, visited_K], -1), self.inner).relu()
+        return mapped + known + F.linear(units, self.outer) * visited_K.amax(-1, keepdim=True)
 
 
 class Phrases(NamedTuple):
@@ -309,7 +308,7 @@ def _recall(
     rates = 1 / (1 + match.sum(2).to(steps_K.dtype))
     every = torch.cat([book.rates[:, first:size], rates], 1)  # (B, C + T, K)
     keys = torch.cat([book.keys[:, first:size], keys_BTE], 1)  # (B, C + T, E)
-    apart = (keys_BTE.unsqueeze(2) - keys.unsqueeze(1)).square().sum(-1)
+    apart = torch.cdist(keys_BTE, keys).square()
     weights = match * (every * steps_K)[:, None]
     weights[..., 0] *= (apart * (-ALIKE / 2)).exp()
     weights = weights.sum(-1)
