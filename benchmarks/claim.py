@@ -17,7 +17,8 @@ Every reading is an ordinary run in RUN/claim/<name>, made by stages `meta` and 
 The losses of all readings are put side by side, word by word: gains are nats per word over the
 *ordinary* static model, intervals paired bootstrap over articles, the gain of a learned rule is the
 mean over its seeds. `--away` names corpora of another kind, read by the same checkpoints: the rival
-and one seed of the learned rule. Letters: N words, A articles.
+and the learned rule, all its seeds on the ordinary language model, one on the others. Letters: N
+words, A articles.
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {rule: f"{title}{rule}, seed {seed}" for rule in rules}
             if title and not seed:
                 columns = {"static": f"{title}static", **columns}
-            travels = not seed and title + LEARNED_RULE not in CONTROLS
+            travels = not title or (not seed and title + LEARNED_RULE not in CONTROLS)
             name = f"{model}/seed {seed}"
             found.append(Reading(where, name, columns, same, seed=seed, travels=travels))
     return found
