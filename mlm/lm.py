@@ -101,8 +101,8 @@ class LanguageModel(Protocol):
             tokens_BT, targets_BT: what is read, and the next tokens, to be predicted.
             state: `initial_state`, or what the segment before left (`Read.state`).
             share_BT: of every token's loss in `Read.total`; None = no total is needed.
-            recall: what is recalled in these hidden states; models without a run of layers below
-                their softmax recall nothing (`mlm.rollout.begin` refuses).
+            recall: given the hidden states, what its softmax layer is told besides; never given to
+                models without `run` (`mlm.rollout.begin` refuses to remember phrases for them).
         """
         ...
 

@@ -69,9 +69,8 @@ def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
         for t, h in enumerate(states):
             for token, other, value in alone:
                 if token == int(inputs[0, t]):
-                    said[t] = said[t] + value * math.exp(
-                        -ALIKE / 2 * float((h - other).norm()) ** 2
-                    )
+                    apart = float((h - other).square().sum())
+                    said[t] = said[t] + value * math.exp(-ALIKE / 2 * apart)
         rows = torch.stack(said).unsqueeze(0).requires_grad_()
         head, bias = full["embedding"], full["softmax.bias"]
         logits = (now.output + rows) @ head.transpose(-1, -2) + bias.unsqueeze(-2)
