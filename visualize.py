@@ -1,51 +1,7 @@
 """Draw a run's pictures from its folder: python visualize.py runs/pydocs"""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
-
+from mlm.cli.show import main
 from mlm.errors import run_cli
-
-
-@dataclass(frozen=True)
-class Options:
-    """Draw a run's pictures from its folder: `figures/` (PNG, SVG and the numbers as CSV) and
-    `words.html`, a page that shows every word coloured by its loss difference."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run folder, such as runs/pydocs."""
-    split: str | None = None
-    """The split to show; by default `valid`, else the first that was evaluated."""
-    articles: int = 8
-    """How many successive articles figure 2 shows."""
-    first: int = 0
-    """The place of figure 2's first article in the split, counted from 0."""
-    protocol: Literal["article", "stream"] | None = None
-    """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
-    passage: tuple[int, int] | None = None
-    """An article's index and a word's position: draw the text from there, for papers."""
-
-
-def main() -> None:
-    """Parse the command line, draw, and print one path a line."""
-    options = tyro.cli(Options)
-    from mlm.plots import draw_all  # after parsing: --help need not wait for matplotlib
-
-    paths = draw_all(
-        options.run,
-        options.split,
-        options.articles,
-        first=options.first,
-        protocol=options.protocol,
-        passage=options.passage,
-    )
-    for path in paths:
-        print(path)
-
 
 if __name__ == "__main__":
     run_cli(main)

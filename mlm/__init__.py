@@ -6,3 +6,5 @@ import os
 # slower when another process takes a core; waiting passively costs next to nothing when idle.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+__version__ = "0.1.0"
