@@ -1,6 +1,20 @@
-"""mlm: a language model whose weights are a memory, rewritten while it reads."""
+"""mlm: a language model whose weights are a memory, rewritten while it reads.
 
+What a user of the package needs is importable from here; it is loaded when it is first asked for,
+so that `import mlm` costs nothing.
+"""
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlm.checkpoint import RunFolder
+    from mlm.config import Config
+    from mlm.errors import UserError
+    from mlm.module import ModuleModel
+    from mlm.pipeline import run_stages
+    from mlm.scoring import score_articles
 
 # Before torch is imported: OpenMP threads that spin at barriers make small operations up to 80x
 # slower when another process takes a core; waiting passively costs next to nothing when idle.
@@ -8,3 +22,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __version__ = "0.1.0"
+__all__ = ["Config", "ModuleModel", "RunFolder", "UserError", "run_stages", "score_articles"]
+
+_HOMES = {
+    "Config": "mlm.config",
+    "ModuleModel": "mlm.module",
+    "RunFolder": "mlm.checkpoint",
+    "UserError": "mlm.errors",
+    "run_stages": "mlm.pipeline",
+    "score_articles": "mlm.scoring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

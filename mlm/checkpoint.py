@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import mlm
 from mlm.config import Config, from_dict, to_dict
 from mlm.errors import UserError
 from mlm.files import atomic_path, naming, write_text
@@ -139,11 +140,14 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the code, if it is a git checkout."""
+    """The commit of the code, if it is a git checkout (installed, it may lie in another's)."""
+    root = Path(mlm.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
-            cwd=Path(__file__).parent,
+            cwd=root,
             capture_output=True,
             text=True,
             timeout=10,
