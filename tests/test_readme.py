@@ -57,6 +57,8 @@ BENCHMARK_FLAGS = {
 }
 #: The libraries that benchmarks compare with: they are not installed for the tests.
 OPTIONAL = "pip install --no-deps -r benchmarks/requirements.txt"
+#: tests/test_package.py installs it.
+INSTALL = "pip install ."
 TINY = LMShape(vocabulary=11, embedding=8, hidden=8, layers=1)
 
 
@@ -80,11 +82,11 @@ def commands_in(text: str) -> list[str]:
 
 
 def scaled(command: str, folder: Path) -> tuple[str, list[str]] | None:
-    """(module, its words) that run `command` in `folder` on little text; None: .ci/run does it.
+    """(module, its words) that run `command` in `folder` on little text; None: others run it.
 
     Fails for a command that no test knows how to run.
     """
-    if command in CI_STEPS or command == OPTIONAL:
+    if command in CI_STEPS or command in (OPTIONAL, INSTALL):
         return None
     python, *words = shlex.split(command)
     assert python in ("python", "python3"), f"README: no test runs `{command}`"
