@@ -29,7 +29,7 @@ from mlm.learner import Bound
 from mlm.memory import LongTerm
 from mlm.phrases import phrases
 from mlm.read_out import read_out_of, with_read_out
-from mlm.run import Run, open_run, use_threads
+from mlm.run import Run, in_half, open_run, use_threads
 from mlm.scoring import score_protocol
 from mlm.stage_meta import ready_rule
 
@@ -104,7 +104,7 @@ def main() -> None:
             use_threads(options.threads)
             text = run.tune_text
             words = run.validation_text(run.config.evaluation.tune_words).words
-            lower = run.config.adapt.precision == "bfloat16" and not name.endswith(EXACT)
+            lower = in_half(run.config.adapt) and not name.endswith(EXACT)
             with half(lower):
                 total = score_protocol(
                     memory, bound, text.articles, text.eos, protocol, text.lanes, name

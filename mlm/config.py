@@ -103,7 +103,8 @@ class LMTrainingConfig:
     validation_words: int = 50_000
     """Words of the validation split read for it; 0 = all."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """bfloat16 matrix products; auto = where the processor has them."""
+    """Of matrix products. auto = bfloat16 where the processor multiplies it (AVX512-BF16, AMX);
+    processors without AVX-512 cannot train in it."""
     init: Path | None = None
     """Run folder of a language model to go on from, with the same text and sizes."""
     through: Literal["none", "rms", "learned"] = "none"
@@ -172,7 +173,8 @@ class AdaptConfig:
     """auto = compiled kernels (numba) on a CPU; eager = tensor operations only, same results."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the factors in the lanes' matrix products on a CPU. bfloat16 takes two thirds of the time
-    where the processor multiplies it (AVX512-BF16, AMX) and moves losses by thousandths."""
+    where the processor multiplies it (AVX512-BF16, AMX) and moves losses by thousandths; on others
+    float32 is used instead."""
 
 
 @dataclass(frozen=True)

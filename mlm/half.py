@@ -3,7 +3,8 @@
 What a lane costs is products of its own matrices, and gradients of their size; with factors of 8
 bits of mantissa a processor that multiplies bfloat16 natively (AVX512-BF16, AMX) does them in about
 half the time. Weights, gradients, losses and all that is summed from segment to segment stay
-float32. Off unless `--adapt.precision bfloat16`; on the CPU only, for float32 tensors only.
+float32. Off unless `--adapt.precision bfloat16` on such a processor; on the CPU only, for float32
+tensors only.
 """
 
 from __future__ import annotations

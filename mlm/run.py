@@ -23,10 +23,11 @@ from mlm.kernels import use_kernels
 from mlm.lowrank import check_rank, turned
 from mlm.memory import BASIS, RELATED, LongTerm, choose_dynamic
 from mlm.phrases import of_corpus, phrases
+from mlm.processor import multiplies_bfloat16
 from mlm.related import no_basis
 from mlm.text import open_corpus
 from mlm.tokens import Prepared, TokenFile, prepare
-from mlm.training import Text, shape_of
+from mlm.training import Text, resolve_precision, shape_of
 from mlm.tuning import TuneText
 from mlm.vocabulary import Vocabulary, load_vocabulary
 
@@ -194,11 +195,28 @@ def guarded(memory: LongTerm, adapt: AdaptConfig, vocabulary_size: int) -> LongT
 
 
 def open_run(config: Config, quiet: bool = False) -> Run:
-    """The run of these settings, nothing written yet; threads as its first stage wants them."""
+    """The run of these settings, nothing written yet; threads as its first stage wants them.
+
+    Raises:
+        UserError: the device is absent, or cannot train in the precision of stage 1.
+    """
+    device = choose_device(config.device)
+    if "lm" in config.stages:
+        resolve_precision(config.lm.precision, device)
     use_kernels(config.adapt.kernels == "auto")
-    use_half(config.adapt.precision == "bfloat16")
+    lower = in_half(config.adapt)
+    use_half(lower)
+    if config.adapt.precision == "bfloat16" and not lower and device.type == "cpu":
+        say(
+            "--adapt.precision bfloat16: this processor is faster in float32, which is used instead"
+        )
     use_threads(config.threads if "lm" in config.stages else config.adapt.threads or config.threads)
-    return Run(config, RunFolder(run_path(config)), choose_device(config.device), quiet)
+    return Run(config, RunFolder(run_path(config)), device, quiet)
+
+
+def in_half(adapt: AdaptConfig) -> bool:
+    """Whether lanes' products have bfloat16 factors: asked for, and the processor is fast at it."""
+    return adapt.precision == "bfloat16" and multiplies_bfloat16()
 
 
 def use_threads(number: int) -> None:

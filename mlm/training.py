@@ -31,6 +31,7 @@ from mlm.errors import UserError, uninterrupted
 from mlm.lm import BaseModel, Dropout, LMShape, State, Weights, token_nll
 from mlm.ngrams import Learning, Trail, most_frequent, ngrams_of
 from mlm.phrases import SAID, phrases
+from mlm.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.snail import snail_like
 from mlm.streams import LaneStream, Segment
 
@@ -69,14 +70,21 @@ def shape_of(config: Config, vocabulary_size: int) -> BaseModel:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where asked for, or where the processor multiplies it natively."""
+    """bfloat16 where asked for, or where the processor multiplies it natively.
+
+    Raises:
+        UserError: asked for, and the processor cannot train in it.
+    """
+    cpu = device.type == "cpu"
     if wanted == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported()
-        else:
-            able = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-            native = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        native = multiplies_bfloat16() if cpu else torch.cuda.is_bf16_supported()
         return torch.bfloat16 if native else torch.float32
+    if wanted == "bfloat16" and cpu and not trains_bfloat16():
+        raise UserError(
+            "--lm.precision bfloat16: this processor cannot train in it; oneDNN has bfloat16 LSTM "
+            "layers from AVX-512 on (and no further than ONEDNN_MAX_CPU_ISA, if that is set). Use "
+            "--lm.precision auto, which is float32 here"
+        )
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
