@@ -1,0 +1,32 @@
+"""No number moves: rules, extensions, meta-gradients and trainers against `golden.json`.
+
+On the machine that wrote the file every byte must be the same, on others the numbers to 1e-6 of
+their size; see `stored`. A change that is meant to move numbers writes the file anew (`make`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+
+from .stored import allowed, differences, entries, load, machine
+from .world import CASES, compute
+
+
+@functools.cache
+def _stored() -> dict[str, Any]:
+    return load()
+
+
+def test_the_file_has_all_cases() -> None:
+    assert list(_stored()["cases"]) == list(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_number_moved(name: str) -> None:
+    bits = _stored()["machine"] == machine()
+    stored = _stored()["cases"][name]
+    moved = differences(entries(compute(name)), stored, bits, allowed(name))
+    assert not moved, "\n".join([f"{name}, {'same' if bits else 'another'} machine:", *moved])
