@@ -207,6 +207,7 @@ def test_every_command_runs(
         ran.append(line)
         monkeypatch.setattr("mlm.pipeline.draw", lambda folder, split=None: None)
     assert (tmp_path / "runs" / "pydocs" / "figures" / "figure2.png").is_file()
+    assert not (tmp_path / "results").exists(), "results/ is for what was published"
     assert "python train.py" in ran
     assert {line.split()[1] for line in ran} >= {f"{script}.py" for script in SCRIPTS}
 
