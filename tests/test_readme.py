@@ -224,14 +224,6 @@ def test_train_needs_no_arguments(
     assert [config.preset for config in seen] == ["pydocs"]
 
 
-def test_files_named_exist() -> None:
-    """Relative links and pictures of README lead somewhere."""
-    text = README.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)\)", text)
-    broken = [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    assert not broken
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_train_without_arguments(tmp_path: Path) -> None:
