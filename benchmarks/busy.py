@@ -23,6 +23,7 @@ import tyro
 
 from benchmarks.ceiling import Options as Ceiling
 from benchmarks.ceiling import adapting
+from benchmarks.output import HOME
 from benchmarks.timing import SIZES, Work, ratio, record, side_by_side, speed, threads
 from mlm import kernels
 from mlm.errors import run_cli
@@ -47,7 +48,7 @@ class Options:
     """Segments per turn."""
     taken: int = 1
     """Cores taken by others."""
-    out: Path = Path("results/engine")
+    out: Path = HOME / "busy"
     """Folder of busy_SIZE.json."""
 
 

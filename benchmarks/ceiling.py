@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import tyro
 
+from benchmarks.output import HOME
 from benchmarks.timing import (
     BYTES,
     EOS,
@@ -91,7 +92,7 @@ class Options:
     """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (presets small and awd)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
-    out: Path = Path("results/engine")
+    out: Path = HOME / "ceiling"
     """Folder of ceiling_SIZE.json."""
 
 

@@ -35,6 +35,7 @@ import numpy as np
 import tyro
 
 from benchmarks.claim_tables import CONTROLS, LEARNED_RULE, OTHERS, Seeds, write_tables
+from benchmarks.output import HOME
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
@@ -125,7 +126,7 @@ class Options:
     """CPU threads; 0 = PyTorch's choice."""
     precision: Literal["float32", "bfloat16"] = BEST.adapt.precision
     """Of the factors in the lanes' products, for all rules."""
-    out: Path = Path("results/claim")
+    out: Path = HOME / "claim"
     """Where tables and pictures go."""
 
 

@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from benchmarks.contestants import Setting, krause
+from benchmarks.output import HOME
 from benchmarks.rules import scoring
 from benchmarks.timing import Work, best_threads, ratio, record, speed
 from mlm.checkpoint import RunFolder
@@ -59,7 +60,7 @@ class Options:
     """Turns of each."""
     threads: int = 0
     """CPU threads for all; 0 = for everybody what is faster, one or PyTorch's choice."""
-    out: Path = Path("results/claim")
+    out: Path = HOME / "claim_speed"
     """Where speed.json goes."""
 
 

@@ -4,13 +4,12 @@
 
 For every set: RMS dynamic evaluation tuned on validation, then the three-level meta-learner
 trained from there; both judged on the validation articles that tuning reads. Prints a table and
-writes it, with machine and settings, to benchmarks/dynamic_sets.json in the run folder.
+writes it, with machine and settings, to <out>/dynamic_sets.json.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.output import HOME
 from mlm.errors import run_cli
 
 SETS = ("bias", "softmax.bias", "lstm", "lstm,softmax.bias", "embedding,softmax.bias", "all")
@@ -37,6 +37,8 @@ class Options:
     """Meta-updates."""
     words: int = 12_000
     """Validation words each evaluation reads."""
+    out: Path = HOME / "dynamic_sets"
+    """Folder of dynamic_sets.json."""
 
 
 def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
@@ -89,25 +91,14 @@ def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
 def main() -> None:
     """Measure every set, print and write the table."""
     options = tyro.cli(Options, description=__doc__)
-    from mlm.checkpoint import machine
-    from mlm.files import write_text
+    from benchmarks.timing import record
+    from mlm.run import say
 
     rows = []
-    print(f"{'dynamic':<24}{'weights':>10}{'RMS':>8}{'learned':>9}{'words/s':>9}{'x static':>9}")
-    for dynamic in options.sets:
-        row = measure(options, dynamic)
-        rows.append(row)
-        print(
-            f"{dynamic:<24}{row['weights_per_lane']:>10,}{row['rms_nats_per_word']:>8.3f}"
-            f"{row['learned_nats_per_word']:>9.3f}{row['scoring_words_per_second']:>9,.0f}"
-            f"{row['scoring_time_over_static']:>9.1f}",
-            flush=True,
-        )
-    path = options.run / "benchmarks" / "dynamic_sets.json"
-    settings = json.loads(json.dumps(dataclasses.asdict(options), default=str))
-    record = {"machine": machine(), "settings": settings, "rows": rows}
-    write_text(path, json.dumps(record, indent=1) + "\n")
-    print(path)
+    for number, dynamic in enumerate(options.sets, start=1):
+        say(f"{number} of {len(options.sets)}: {dynamic}")
+        rows.append(measure(options, dynamic))
+    record("dynamic_sets", rows, options)
 
 
 if __name__ == "__main__":

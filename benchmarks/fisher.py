@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.checkpoint import load_lm
@@ -49,7 +50,7 @@ class Options:
     """Settings of RMS for each row."""
     threads: int = 1
     """CPU threads."""
-    out: Path = Path("results/claim")
+    out: Path = HOME / "fisher"
     """Where fisher.json goes."""
 
 

@@ -33,6 +33,7 @@ import tyro
 from benchmarks import ceiling
 from benchmarks.growth_picture import draw
 from benchmarks.growth_unroll import AxisName, Place, exponent, probe, probe_alone, unroll_axis
+from benchmarks.output import HOME
 from benchmarks.timing import (
     BYTES,
     SIZES,
@@ -75,7 +76,7 @@ class Options:
     probe: tuple[GradientMode, int] | None = None
     """Only measure one meta-gradient, (mode, T), and print it as JSON: how the benchmark calls
     itself."""
-    out: Path = Path("results/engine")
+    out: Path = HOME / "growth"
     """Folder of growth.json and the pictures."""
 
 

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from benchmarks.output import HOME
 from benchmarks.pareto_picture import draw
 from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
 from mlm.checkpoint import RunFolder, load_lm, machine
@@ -92,7 +93,7 @@ class Options:
     """Rounds in which static and adapting take turns; the median counts."""
     time_again: bool = False
     """Measure the times of all rows again, side by side: later, on a quieter machine."""
-    out: Path = Path("results/engine")
+    out: Path = HOME / "pareto"
     """Where pareto.json and the picture go."""
 
 

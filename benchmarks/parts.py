@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import tyro
 
 from benchmarks.claim_tables import LEARNED_RULE
+from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.checkpoint import RunFolder
@@ -49,7 +50,7 @@ class Options:
     """Run folder of the ordinary language model."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice."""
-    out: Path = Path("results/claim")
+    out: Path = HOME / "parts"
     """Where parts.json goes."""
 
 

@@ -38,6 +38,7 @@ from benchmarks.contestants import (
     fused,
     higher_optimizer,
 )
+from benchmarks.output import HOME
 from benchmarks.timing import (
     SIZES,
     Work,
@@ -89,7 +90,7 @@ class Options:
     """CPU threads for all; 0 = for everybody what is faster, one or PyTorch's choice."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
-    out: Path = Path("results/engine")
+    out: Path = HOME / "peers"
     """Folder of peers_SIZE.json."""
 
 

@@ -1,10 +1,13 @@
-"""Copy what a run may show the world from its folder into results/: no weights, no text.
+"""Copy what the world may see of a run or a benchmark into results/: no weights, no text.
 
     python -m benchmarks.publish runs/wikipedia results/wikipedia
+    python -m benchmarks.publish runs/benchmarks/peers results/engine
 
-Copies settings, metrics, tuning, tables and the pictures that hold no running text (Figure 2, gain
-by position, training curves); `words.html`, the pictures of words, word losses and checkpoints
-stay behind.
+Of a run: settings, metrics, tuning, tables and the pictures that hold no running text (Figure 2,
+gain by position, training curves); `words.html`, the pictures of words, word losses and checkpoints
+stay behind. Of a benchmark's `--out`: tables and pictures, also those of the corpora in folders of
+their own. Files of the same names are replaced. `python -m benchmarks.readme` then writes the
+tables of the pages anew.
 """
 
 from __future__ import annotations
@@ -19,37 +22,59 @@ import tyro
 from mlm.errors import UserError, run_cli
 from mlm.files import atomic_path
 
-FILES = (
+PICTURES = ("figures/figure2*", "figures/gain_by_position*")
+RUN = (
     "config.json",
     "metrics.jsonl",
     "tuning.json",
     "evaluation.json",
     "evaluation.md",
-    "benchmarks/*.json",
-    "figures/figure2*",
-    "figures/gain_by_position*",
+    *PICTURES,
     "figures/training*",
 )
+"""Files of a run folder."""
+BENCHMARK = (
+    *(f"*.{ending}" for ending in ("json", "csv", "png", "svg")),
+    *(f"*/{file}" for file in ("*.json", "evaluation.md", *PICTURES)),
+)
+"""Files of a benchmark's folder."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Publish a run's tables and pictures."""
+    """Publish the tables and pictures of a run or a benchmark."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """The run folder."""
+    source: Annotated[Path, tyro.conf.Positional]
+    """A run folder, or what a benchmark wrote: its --out."""
     to: Annotated[Path, tyro.conf.Positional]
     """Where its results go, such as results/wikipedia."""
+
+
+def published(source: Path) -> list[Path]:
+    """The files of `source` that may be shown.
+
+    Raises:
+        UserError: it is a run without an evaluation, holds run folders, or holds nothing to show.
+    """
+    is_run = (source / "config.json").exists()
+    if is_run and not (source / "evaluation.json").exists():
+        raise UserError(f"{source} holds no evaluation.json; run evaluate.py on it first")
+    if not is_run and (runs := sorted(source.glob("*/config.json"))):
+        raise UserError(
+            f"{source} holds run folders; publish one of them, such as {runs[0].parent}"
+        )
+    patterns = RUN if is_run else BENCHMARK
+    found = sorted({path for pattern in patterns for path in source.glob(pattern)})
+    if not found:
+        raise UserError(f"{source} holds neither a run nor what a benchmark wrote")
+    return found
 
 
 def main() -> None:
     """Copy and print the paths."""
     options = tyro.cli(Options, description=__doc__)
-    found = sorted(path for pattern in FILES for path in options.run.glob(pattern))
-    if not (options.run / "evaluation.json").exists():
-        raise UserError(f"{options.run} holds no evaluation.json; run evaluate.py on it first")
-    for path in found:
-        target = options.to / path.relative_to(options.run)
+    for path in published(options.source):
+        target = options.to / path.relative_to(options.source)
         with atomic_path(target) as temporary:
             shutil.copyfile(path, temporary)
         print(target)

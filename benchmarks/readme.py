@@ -1,8 +1,9 @@
-"""Fill the tables of README.md and results/README.md from run files, so that no number is typed.
+"""Fill the tables of all pages from run files, so that no number is typed.
 
     python -m benchmarks.readme
 
-Between `<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
+Pages are README.md and every Markdown file below results/ and docs/. Between
+`<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
 FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
 `<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json, and
@@ -22,7 +23,8 @@ from mlm.errors import UserError, run_cli
 from mlm.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "results/README.md")
+FOLDERS = ("results", "docs")
+"""Where pages are, beside README.md."""
 LABELS: dict[str, str] = {
     "static": "static LSTM",
     "sgd": "SGD dynamic evaluation",
@@ -108,8 +110,8 @@ ENGINE: dict[str, dict[str, str]] = {
         "three_levels": "3 levels",
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
-        "through with n-grams: four_levels": "4 levels, LM trained through with n-grams",
-        "with n-grams: four_levels": "4 levels, LM trained with n-grams",
+        "through with n-grams: four_levels": "4 levels, LM trained through with n-gram embeddings",
+        "with n-grams: four_levels": "4 levels, LM trained with n-gram embeddings",
     },
     "kinds": {
         "protocol": "protocol",
@@ -120,8 +122,8 @@ ENGINE: dict[str, dict[str, str]] = {
         "rms": "RMS",
         "four_levels": "4 levels",
         "through: four_levels": "4 levels, LM trained through",
-        "through with n-grams: four_levels": "4 levels, LM trained through with n-grams",
-        "with n-grams: four_levels": "4 levels, LM trained with n-grams",
+        "through with n-grams: four_levels": "4 levels, LM trained through with n-gram embeddings",
+        "with n-grams: four_levels": "4 levels, LM trained with n-gram embeddings",
     },
     "halves": {
         "article": "article",
@@ -157,9 +159,24 @@ ENGINE: dict[str, dict[str, str]] = {
 }
 """Columns of a speed benchmark and their headings, by the first word of its file's name; none: all
 columns as they are."""
-_BLOCK = re.compile(
+NAMES: dict[str, str] = {
+    "RMS (all), with phrases": "RMS (all), with n-gram memory",
+    "4 levels, without read-out": "4 levels, without n-gram read-out",
+    "4 levels, without phrases": "4 levels, without n-gram memory",
+    "4 levels, without learning at once": "4 levels, without intra-segment adaptation",
+    "4 levels, without surprise": "4 levels, without surprise weighting",
+    "4 levels, without borders": "4 levels, without boundary detection",
+}
+"""Rows of published files that are called otherwise today."""
+BLOCK = re.compile(
     r"<!-- (table|pairs|stages|sets|engine): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL
 )
+
+
+def pages(root: Path = ROOT) -> list[str]:
+    """README.md and every page of results/ and docs/, as paths from the root."""
+    found = sorted(path for folder in FOLDERS for path in (root / folder).glob("**/*.md"))
+    return ["README.md", *(path.relative_to(root).as_posix() for path in found)]
 
 
 def _rows(folder: str, kind: str, split: str, protocol: str) -> list[dict]:
@@ -255,6 +272,8 @@ def _cell(value: Any) -> str:
         return f"{value['median']:.2f} [{value['low']:.2f}, {value['high']:.2f}]"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if isinstance(value, str):
+        return NAMES.get(value, value.replace("with n-grams", "with n-gram embeddings"))
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -297,15 +316,17 @@ def fill(text: str) -> str:
         made = kinds[kind](*words)
         return "\n".join([f"<!-- {kind}: {match[2]} -->", *made, "<!-- end -->"])
 
-    return _BLOCK.sub(block, text)
+    return BLOCK.sub(block, text)
 
 
 def main() -> None:
-    """Rewrite the pages."""
-    for page in PAGES:
+    """Rewrite the pages whose tables have changed."""
+    for page in pages():
         path = ROOT / page
-        write_text(path, fill(path.read_text(encoding="utf-8")))
-        print(path)
+        text = path.read_text(encoding="utf-8")
+        if (filled := fill(text)) != text:
+            write_text(path, filled)
+            print(path)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks.output import HOME
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import Work, side_by_side, speed, table, versions
 from mlm.checkpoint import RunFolder, machine
@@ -133,7 +134,7 @@ class Options:
     """Length of the long text, in updates."""
     time_again: bool = False
     """Measure times and the long text again, for all rows that are there."""
-    out: Path = Path("results/rules")
+    out: Path = HOME / "rules"
     """Where rules.json goes."""
 
 

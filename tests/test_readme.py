@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -13,11 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import Command
 from tiny import as_flags, tiny_config, write_corpus
 
 from benchmarks.growth import TIMED
 from benchmarks.growth_unroll import Place
+from benchmarks.readme import pages
 from benchmarks.timing import SIZES, Machine, measure_machine
 from mlm.config import PRESETS
 from mlm.hub import HUB_CONFIGS
@@ -209,8 +212,34 @@ def test_every_command_runs(
         ran.append(line)
         monkeypatch.setattr("mlm.pipeline.draw", lambda folder, split=None: None)
     assert (tmp_path / "runs" / "pydocs" / "figures" / "figure2.png").is_file()
+    assert not (tmp_path / "results").exists(), "results/ is for what was published"
     assert "python train.py" in ran
     assert {line.split()[1] for line in ran} >= {f"{script}.py" for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("page", [page for page in pages() if page != "README.md"])
+def test_commands_of_other_pages_are_understood(
+    page: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take hours; their flags are parsed, by `train.py` and by every benchmark."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlm.pipeline.run_stages", lambda config: None)
+    variables: dict[str, list[str]] = {}
+    for line in commands_in((ROOT / page).read_text(encoding="utf-8")):
+        first, *rest = shlex.split(line)
+        if found := re.fullmatch(r"(\w+)=(.*)", first):
+            variables[f"${found[1]}"] = shlex.split(found[2])
+            continue
+        words = [word for one in rest for word in variables.get(one, [one])]
+        if first != "python" or "..." in words:
+            continue
+        if words[0] == "train.py":
+            outcome = command("train", *words[1:])
+            assert outcome.code == 0, f"{page}: `{line}`:\n{outcome.err}"
+        elif words[0] == "-m" and words[1].startswith("benchmarks."):
+            options = getattr(importlib.import_module(words[1]), "Options", None)
+            if options is not None:
+                tyro.cli(options, args=words[2:])
 
 
 def test_train_needs_no_arguments(
@@ -223,14 +252,6 @@ def test_train_needs_no_arguments(
     outcome = command("train")
     assert outcome.code == 0, outcome.err
     assert [config.preset for config in seen] == ["pydocs"]
-
-
-def test_files_named_exist() -> None:
-    """Relative links and pictures of README lead somewhere."""
-    text = README.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)\)", text)
-    broken = [link for link in links if "://" not in link and not (ROOT / link).exists()]
-    assert not broken
 
 
 @pytest.mark.slow

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from benchmarks.readme import PAGES, ROOT, fill
+from benchmarks.readme import BLOCK, ROOT, fill, pages
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", pages())
 def test_tables_come_from_run_files(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
-    assert "<!-- table:" in text
     assert fill(text) == text, f"{page} is stale: run `python -m benchmarks.readme`"
+    left = re.findall(r"<!-- (?:end|\w+:).*", BLOCK.sub("", text))
+    assert not left, f"{page}: a marker that fills nothing"
+
+
+@pytest.mark.parametrize("folder", ["claim", "claim/wikipedia", "engine", "rules"])
+def test_every_published_table_is_on_a_page(folder: str) -> None:
+    every = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages())
+    files = set((ROOT / "results" / folder).glob("*.json"))
+    for file in files - {ROOT / "results" / folder / "evaluation.json"}:
+        assert f"<!-- engine: {file.relative_to(ROOT).as_posix()} -->" in every
 
 
 def test_published_runs_hold_no_text_and_no_weights() -> None:
