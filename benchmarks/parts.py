@@ -100,7 +100,7 @@ def main() -> None:
     language_model(options.run)
     rows: dict[str, dict[str, Any]] = {}
     for protocol in PROTOCOLS:
-        base = 0.0
+        static = 0.0
         for name, run, memory, bound in _variants(options, protocol):
             use_threads(options.threads)
             text = run.tune_text
@@ -110,10 +110,10 @@ def main() -> None:
                 total = score_protocol(
                     memory, bound, text.articles, text.eos, protocol, text.lanes, name
                 ).total
-            base = total if bound is None else base
+            static = total if bound is None else static
             if bound is not None:
                 row = rows.setdefault(name, {"rule": name})
-                row[protocol] = (base - total) / words
+                row[protocol] = (static - total) / words
     record("parts", list(rows.values()), options)
 
 

@@ -167,11 +167,11 @@ def validation_gain(
     bound = rule.bind(parameters, memory)
     tokens = sum(len(a) for a in text.articles)
     gains = []
-    for protocol, base in static.items():
+    for protocol, without in static.items():
         articles = _judged(text, protocol)
         own = read_in(memory, protocol)
         nll = score_articles(own, bound, articles, text.eos, text.lanes).total
-        gains.append((base - nll) / tokens)
+        gains.append((without - nll) / tokens)
     return float(np.mean(gains))
 
 

@@ -74,8 +74,8 @@ def test_theta_0_is_the_same_model_and_lanes_move_by_t_times_t(
     got = torch.autograd.grad(nll.sum(), list(leaves.values()))
     # the same lanes without related words: L' = T L, so dL = T dL'
     t_VV = torch.eye(12, dtype=torch.float64) + q_VS @ q_VS.t()
-    base = plain.weights["embedding"] @ torch.linalg.inv(plain.weights["softmax.directions"])
-    other = own | {"softmax.low": t_VV @ own["softmax.low"] - base}
+    straight = plain.weights["embedding"] @ torch.linalg.inv(plain.weights["softmax.directions"])
+    other = own | {"softmax.low": t_VV @ own["softmax.low"] - straight}
     start = plain.weights["lstm.0.input"] @ torch.linalg.inv(
         plain.weights["lstm.0.input.directions"]
     )

@@ -49,8 +49,8 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
     assert not bool(segment.new.any())
     leaves = {n: w.detach().clone().requires_grad_() for n, w in trainer.weights.items()}
     start = {n: leaves[n] for n in DYNAMIC if n in leaves}
-    for base, name in (("embedding", "softmax"), ("lstm.0.input", "lstm.0.input")):
-        low = leaves[base] @ torch.linalg.inv(memory.weights[f"{name}.basis"])
+    for matrix, name in (("embedding", "softmax"), ("lstm.0.input", "lstm.0.input")):
+        low = leaves[matrix] @ torch.linalg.inv(memory.weights[f"{name}.basis"])
         if name == "softmax":
             q = memory.weights["softmax.related"]
             low = torch.linalg.solve(torch.eye(24) + q @ q.t(), low)
