@@ -38,16 +38,21 @@ from benchmarks.claim_tables import CONTROLS, LEARNED_RULE, OTHERS, Seeds, write
 from benchmarks.output import HOME
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
-from mlm.checkpoint import RunFolder
-from mlm.config import BEST, CACHE, LEARNED, PROTOCOLS, Config, validate
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
-from mlm.losses import LossTable, column_name
-from mlm.pipeline import run_stages, stage_evaluate
-from mlm.report import read_evaluation
-from mlm.run import Run, open_run, say
-from mlm.stage_meta import identity, tuned_rule
-from mlm.text import open_corpus
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.base.names import CACHE, LEARNED, PROTOCOLS
+from mlm.report.evaluation import read_evaluation
+from mlm.report.losses import LossTable, column_name
+from mlm.runs.evaluate import stage_evaluate
+from mlm.runs.identity import identity
+from mlm.runs.rules import tuned_rule
+from mlm.runs.run import Run, open_run, say
+from mlm.runs.stages import run_stages
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.settings.presets import BEST
+from mlm.store.run_folder import RunFolder
+from mlm.text.corpora import open_corpus
 
 
 @dataclass(frozen=True)
@@ -336,7 +341,7 @@ def rivals(options: Options) -> list[dict[str, Any]]:
         run = make(reading, options)
         words = run.validation_text(run.config.evaluation.tune_words).words
         for protocol in PROTOCOLS:
-            tuned_rule(run, run.memory, "rms", protocol)
+            tuned_rule(run, run.base, "rms", protocol)
             known = json.loads((reading.path / "tuning.json").read_text(encoding="utf-8"))
             best = known[f"rms/{protocol}"]["trials"][0]
             rows.append(

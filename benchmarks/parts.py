@@ -22,17 +22,17 @@ from benchmarks.claim_tables import LEARNED_RULE
 from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
-from mlm.checkpoint import RunFolder
-from mlm.config import PROTOCOLS
-from mlm.errors import UserError, run_cli
-from mlm.half import half
-from mlm.learner import Bound
-from mlm.memory import LongTerm
-from mlm.phrases import phrases
-from mlm.read_out import read_out_of, with_read_out
-from mlm.run import Run, in_half, open_run, use_threads
-from mlm.scoring import score_protocol
-from mlm.stage_meta import ready_rule
+from mlm.base.errors import UserError, run_cli
+from mlm.base.names import PROTOCOLS
+from mlm.extensions.phrases import phrases
+from mlm.extensions.read_out import read_out_of, with_read_out
+from mlm.kernels.bfloat16 import half
+from mlm.models.base import AdaptationBase
+from mlm.reading.scoring import score_protocol
+from mlm.rules.protocol import Bound
+from mlm.runs.rules import ready_rule
+from mlm.runs.run import Run, in_half, open_run, use_threads
+from mlm.store.run_folder import RunFolder
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
     "phrases": {"phrases": None},
@@ -70,28 +70,30 @@ EXACT = ", float32 products"
 """Ending of the names of what is read so."""
 
 
-def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongTerm, Bound | None]]:
+def _variants(
+    options: Options, protocol: str
+) -> Iterator[tuple[str, Run, AdaptationBase, Bound | None]]:
     """What is read: name, run, long-term memory and rule."""
     run = _opened(options, "all")
     ready = ready_rule(run, "rms", protocol)
-    yield "static", run, ready.memory, None
-    yield "RMS (all)", run, ready.memory, ready.bound
-    yield f"RMS (all){EXACT}", run, ready.memory, ready.bound
+    yield "static", run, ready.base, None
+    yield "RMS (all)", run, ready.base, ready.bound
+    yield f"RMS (all){EXACT}", run, ready.base, ready.bound
     learned = _opened(options, "seed_0")
     tokens = learned.config.adapt.phrases
-    own = phrases(ready.memory.weights["embedding"], tokens) if tokens else None
-    memory = dataclasses.replace(ready.memory, phrases=own)
-    yield "RMS (all), with phrases", run, memory, ready.bound
+    own = phrases(ready.base.weights["embedding"], tokens) if tokens else None
+    base = dataclasses.replace(ready.base, phrases=own)
+    yield "RMS (all), with phrases", run, base, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)
-    yield "4 levels", learned, ready.memory, ready.bound
-    yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
-    if read_out_of(ready.memory) is not None:
-        yield "4 levels, without read-out", learned, with_read_out(ready.memory, None), ready.bound
+    yield "4 levels", learned, ready.base, ready.bound
+    yield f"4 levels{EXACT}", learned, ready.base, ready.bound
+    if read_out_of(ready.base) is not None:
+        yield "4 levels, without read-out", learned, with_read_out(ready.base, None), ready.bound
     for part, without in LEFT_OUT.items():
         if part == "borders" and protocol == "article":  # they are marked
             continue
-        memory = dataclasses.replace(ready.memory, **without)
-        yield f"4 levels, without {part}", learned, memory, ready.bound
+        base = dataclasses.replace(ready.base, **without)
+        yield f"4 levels, without {part}", learned, base, ready.bound
 
 
 def main() -> None:
@@ -101,14 +103,14 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for protocol in PROTOCOLS:
         static = 0.0
-        for name, run, memory, bound in _variants(options, protocol):
+        for name, run, base, bound in _variants(options, protocol):
             use_threads(options.threads)
             text = run.tune_text
             words = run.validation_text(run.config.evaluation.tune_words).words
             lower = in_half(run.config.adapt) and not name.endswith(EXACT)
             with half(lower):
                 total = score_protocol(
-                    memory, bound, text.articles, text.eos, protocol, text.lanes, name
+                    base, bound, text.articles, text.eos, protocol, text.lanes, name
                 ).total
             static = total if bound is None else static
             if bound is not None:

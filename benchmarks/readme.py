@@ -18,9 +18,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from mlm.config import CACHE
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.base.names import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("results", "docs")

@@ -18,11 +18,11 @@ from typing import Annotated
 
 import tyro
 
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
-from mlm.run import say
-from mlm.text import Article, count_words, open_corpus
-from mlm.tokens import limited
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.runs.run import say
+from mlm.text.corpora import Article, count_words, open_corpus
+from mlm.text.tokens import limited
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlm.checkpoint import RunFolder
-    from mlm.config import Config
-    from mlm.errors import UserError
-    from mlm.module import ModuleModel
-    from mlm.pipeline import run_stages
-    from mlm.scoring import score_articles
+    from mlm.base.errors import UserError
+    from mlm.models.module import ModuleModel
+    from mlm.reading.scoring import score_articles
+    from mlm.runs.stages import run_stages
+    from mlm.settings.config import Config
+    from mlm.store.run_folder import RunFolder
 
 # Before torch is imported: OpenMP threads that spin at barriers make small operations up to 80x
 # slower when another process takes a core; waiting passively costs next to nothing when idle.
@@ -25,12 +25,12 @@ __version__ = "0.1.0"
 __all__ = ["Config", "ModuleModel", "RunFolder", "UserError", "run_stages", "score_articles"]
 
 _HOMES = {
-    "Config": "mlm.config",
-    "ModuleModel": "mlm.module",
-    "RunFolder": "mlm.checkpoint",
-    "UserError": "mlm.errors",
-    "run_stages": "mlm.pipeline",
-    "score_articles": "mlm.scoring",
+    "Config": "mlm.settings.config",
+    "ModuleModel": "mlm.models.module",
+    "RunFolder": "mlm.store.run_folder",
+    "UserError": "mlm.base.errors",
+    "run_stages": "mlm.runs.stages",
+    "score_articles": "mlm.reading.scoring",
 }
 
 

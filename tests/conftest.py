@@ -14,10 +14,10 @@ import pytest
 from tiny import tiny_config, write_corpus
 
 from mlm import kernels
-from mlm.config import Config
-from mlm.errors import run_cli
-from mlm.half import use_half
-from mlm.pipeline import run_stages
+from mlm.base.errors import run_cli
+from mlm.kernels.bfloat16 import use_bfloat16
+from mlm.runs.stages import run_stages
+from mlm.settings.config import Config
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -77,7 +77,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
-            use_half(False)  # of the process, which ends with a command but for tests
+            use_bfloat16(False)  # of the process, which ends with a command but for tests
         out, err = capsys.readouterr()
         return Outcome(code, out, err)
 

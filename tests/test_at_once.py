@@ -12,23 +12,25 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import perplexities
-from worlds import EOS, TinyMemory, articles, segments, tiny_memory
+from worlds import EOS, TinyBase, articles, segments, tiny_base
 
 from mlm import kernels
-from mlm.at_once import MOST, alike, spread
-from mlm.config import MetaConfig
-from mlm.gates import LinearGates
-from mlm.learner import RMS, SGD, Bound
-from mlm.lowrank import add_low_rank, turned
-from mlm.memory import COLUMNS, ROWS, LongTerm
-from mlm.meta import MetaTrainer
-from mlm.phrases import ALIKE, ORDERS, phrases
-from mlm.related import relate
-from mlm.rollout import Step, begin, learning_at_once, meta_gradient, step
-from mlm.rules import open_slow, start_at
-from mlm.scoring import score_articles
-from mlm.stage_meta import seen_by
-from mlm.training import Text
+from mlm.extensions.at_once import MOST, alike, spread
+from mlm.extensions.phrases import ALIKE, ORDERS, phrases
+from mlm.extensions.related import relate
+from mlm.models.base import COLUMNS, ROWS, AdaptationBase, turned
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import Step, begin, learning_at_once, step
+from mlm.rules.family import open_slow, start_at
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS, SGD
+from mlm.rules.protocol import Bound
+from mlm.runs.rules import seen_by
+from mlm.settings.sections import MetaConfig
+from mlm.text.streams import Text
+from mlm.training.directions import add_low_rank
+from mlm.training.meta import MetaTrainer
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-11}
 DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent")
@@ -39,8 +41,8 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _memory(dynamic: tuple[str, ...] = DYNAMIC, related: bool = True, flat: bool = False) -> Any:
-    plain = tiny_memory((), segment=7)
+def _base(dynamic: tuple[str, ...] = DYNAMIC, related: bool = True, flat: bool = False) -> Any:
+    plain = tiny_base((), segment=7)
     text = Text(articles((11, 23, 9)), 43, EOS)
     weights = add_low_rank(plain.weights, plain.shape, dynamic, 99, text, 1000)
     if related:
@@ -48,26 +50,26 @@ def _memory(dynamic: tuple[str, ...] = DYNAMIC, related: bool = True, flat: bool
     rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(dynamic)}
     if flat:
         rms = {n: torch.full_like(r, 0.5) for n, r in rms.items()}
-    found = turned(TinyMemory(plain.shape, weights, dynamic, rms, 2.3, plain.segment))
+    found = turned(TinyBase(plain.shape, weights, dynamic, rms, 2.3, plain.segment))
     return dataclasses.replace(found, at_once=True)
 
 
-def _rms(memory: LongTerm, rate: float = 0.05, decay: float = 0.0) -> Bound:
+def _rms(base: AdaptationBase, rate: float = 0.05, decay: float = 0.0) -> Bound:
     setting = {"rate": rate, "decay": decay}
-    return RMS().bind({n: torch.tensor(x).double() for n, x in setting.items()}, memory)
+    return RMS().bind({n: torch.tensor(x).double() for n, x in setting.items()}, base)
 
 
-def _one_step(memory: LongTerm, rule: Bound, tokens: np.ndarray) -> Step:
+def _one_step(base: AdaptationBase, rule: Bound, tokens: np.ndarray) -> Step:
     """The lanes read the segment after one that they have learned from."""
     first, second = (torch.from_numpy(tokens[:, k : k + 8]) for k in (0, 7))
 
     def piece(ids: torch.Tensor, new: bool) -> Any:
-        like = segments(memory, (40, 40, 40), 3, 1)[0]
+        like = segments(base, (40, 40, 40), 3, 1)[0]
         own = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "new": torch.full((3,), new)}
         return like._replace(mask=torch.ones(3, 7, dtype=torch.bool), **own)
 
-    reader = step(memory, rule, begin(memory, 3, rule), piece(first, True)).after
-    return step(memory, rule, reader, piece(second, False))
+    reader = step(base, rule, begin(base, 3, rule), piece(first, True)).after
+    return step(base, rule, reader, piece(second, False))
 
 
 @pytest.fixture
@@ -98,17 +100,17 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
     A Fisher that is the same everywhere makes the nearest a, c and d exact.
     """
     on(path)
-    memory = dataclasses.replace(_memory(OUTPUT, related, flat=True), surprise=surprise)
-    rule = _rms(memory)
-    now = _one_step(learning_at_once(memory, rule), rule, tokens)
-    q = memory.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
+    base = dataclasses.replace(_base(OUTPUT, related, flat=True), surprise=surprise)
+    rule = _rms(base)
+    now = _one_step(learning_at_once(base, rule), rule, tokens)
+    q = base.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
     t_VV = torch.eye(12, dtype=torch.float64) + q @ q.t()
     targets = torch.from_numpy(tokens[:, 8:15])
     rate = 0.05 / (0.5 + 2e-5)
     near: dict[str, Any] = {"rtol": 0.0, "atol": 1e-9}  # steps are read off a difference
     for lane in range(3):
         low, bias = (now.before.weights[n][lane] for n in OUTPUT)
-        keys = now.scored.output[lane] @ memory.weights["softmax.basis"].t()
+        keys = now.scored.output[lane] @ base.weights["softmax.basis"].t()
         low_now, bias_now = low.clone(), bias.clone()
         of_low, of_bias = torch.zeros_like(low), torch.zeros_like(bias)
         for t in range(7):
@@ -120,7 +122,7 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
             for p in (seen, error):
                 loss = -float(p[targets[lane, t]].log())
                 p[targets[lane, t]] -= 1
-                p *= 1 - surprise + surprise * loss / memory.loss
+                p *= 1 - surprise + surprise * loss / base.loss
             of_low += torch.outer(t_VV @ seen / 7, keys[t])
             of_bias += seen / 7
             gradient = t_VV @ error / 7
@@ -132,20 +134,20 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
 
 @pytest.mark.parametrize("mode", ["reverse", "checkpoint", "forward"])
 def test_the_meta_gradient_is_that_of_the_eager_twin(mode: Any, on: Callable[[str], None]) -> None:
-    memory = _memory()
+    base = _base()
     rule = LinearGates("three")
     setting = {n: torch.tensor(x).double() for n, x in {"rate": 0.02, "decay": 0.05}.items()}
-    phi = start_at(rule, RMS(), setting, memory)
-    pieces = segments(memory, (11, 23, 3, 1, 17), 3, 5)
+    phi = start_at(rule, RMS(), setting, base)
+    pieces = segments(base, (11, 23, 3, 1, 17), 3, 5)
 
-    def found(memory: LongTerm) -> Any:
-        bound = rule.bind(phi, memory)
-        able = learning_at_once(memory, bound)
+    def found(base: AdaptationBase) -> Any:
+        bound = rule.bind(phi, base)
+        able = learning_at_once(base, bound)
         return meta_gradient(able, bound, phi, begin(able, 3, bound), pieces, mode)
 
-    fast, without = found(memory), found(dataclasses.replace(memory, at_once=False))
+    fast, without = found(base), found(dataclasses.replace(base, at_once=False))
     on("eager")
-    slow = found(memory)
+    slow = found(base)
     assert fast.loss == pytest.approx(slow.loss, abs=1e-11)
     assert fast.loss != pytest.approx(without.loss, abs=1e-4)
     for name, value in slow.gradients.items():
@@ -154,22 +156,22 @@ def test_the_meta_gradient_is_that_of_the_eager_twin(mode: Any, on: Callable[[st
 
 def test_training_sees_what_scores_will_be() -> None:
     """The meta-loss of an unroll is the loss that scoring the same text finds."""
-    memory = _memory()
+    base = _base()
     rule = LinearGates("three")
     setting = {n: torch.tensor(x).double() for n, x in {"rate": 0.02, "decay": 0.05}.items()}
-    phi = start_at(rule, RMS(), setting, memory)
+    phi = start_at(rule, RMS(), setting, base)
     settings = MetaConfig(lanes=1, unroll=4, stream_share=0.0)
     text = Text(articles((28,)), 28, EOS)
-    trainer = MetaTrainer(memory, rule, phi, text, settings, 0)
+    trainer = MetaTrainer(base, rule, phi, text, settings, 0)
     loss, _ = trainer.train_step()
-    scored = score_articles(memory, rule.bind(phi, memory), text.articles, EOS, 1).nll[0]
+    scored = score_articles(base, rule.bind(phi, base), text.articles, EOS, 1).nll[0]
     assert loss == pytest.approx(float(scored[7:].mean()), rel=1e-10)
 
 
 def test_a_word_knows_nothing_of_those_behind_it(tokens: np.ndarray) -> None:
-    memory = _memory()
-    rule = _rms(memory)
-    able = learning_at_once(memory, rule)
+    base = _base()
+    rule = _rms(base)
+    able = learning_at_once(base, rule)
     other = tokens.copy()
     other[:, 12] = (other[:, 12] + 1) % 12
     one, two = (_one_step(able, rule, ids).scored.nll for ids in (tokens, other))
@@ -178,11 +180,11 @@ def test_a_word_knows_nothing_of_those_behind_it(tokens: np.ndarray) -> None:
 
 
 def test_the_kernels_agree_with_their_eager_twin_on_ragged_text(on: Callable[[str], None]) -> None:
-    memory, texts = _memory(), articles((11, 23, 3, 1, 17))
-    fast = score_articles(memory, _rms(memory), texts, EOS, 3)
+    base, texts = _base(), articles((11, 23, 3, 1, 17))
+    fast = score_articles(base, _rms(base), texts, EOS, 3)
     on("eager")
-    slow = score_articles(memory, _rms(memory), texts, EOS, 3)
-    one_by_one = score_articles(memory, _rms(memory), texts, EOS, 1)
+    slow = score_articles(base, _rms(base), texts, EOS, 3)
+    one_by_one = score_articles(base, _rms(base), texts, EOS, 1)
     for a, b, c in zip(fast.nll, slow.nll, one_by_one.nll, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-11)
         np.testing.assert_allclose(b, c, atol=1e-11)
@@ -190,27 +192,27 @@ def test_the_kernels_agree_with_their_eager_twin_on_ragged_text(on: Callable[[st
 
 def test_a_learned_rule_teaches_with_its_own_steps() -> None:
     """At RMS's own start with four levels: RMS's steps; a gate twice as open: twice those."""
-    memory = _memory()
+    base = _base()
     setting = {n: torch.tensor(x).double() for n, x in {"rate": 0.02, "decay": 0.05}.items()}
     rule = LinearGates("four", per_unit=True, slow=True)
-    phi = start_at(rule, RMS(), setting, memory)
+    phi = start_at(rule, RMS(), setting, base)
     open_slow(phi)
-    want = learning_at_once(memory, RMS().bind(setting, memory)).weights
-    found = learning_at_once(memory, rule.bind(phi, memory)).weights
+    want = learning_at_once(base, RMS().bind(setting, base)).weights
+    found = learning_at_once(base, rule.bind(phi, base)).weights
     for name in (ROWS, COLUMNS):
         torch.testing.assert_close(found[name], want[name], rtol=1e-9, atol=0.0)
     rate = {**setting, "rate": 2 * setting["rate"]}
-    twice = learning_at_once(memory, RMS().bind(rate, memory)).weights
+    twice = learning_at_once(base, RMS().bind(rate, base)).weights
     torch.testing.assert_close(twice[ROWS], 2 * want[ROWS], rtol=1e-9, atol=0.0)
     torch.testing.assert_close(twice[COLUMNS], want[COLUMNS], rtol=1e-9, atol=0.0)
 
 
 def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
     """Of the first segment, 1 2 3 1 2 3 1: what comes again, before any update."""
-    memory, text = _memory(OUTPUT), [np.tile([1, 2, 3], 3)]
-    rule = _rms(memory, rate=0.1)
-    plain = dataclasses.replace(memory, at_once=False)
-    able, unable = (score_articles(m, rule, text, EOS, 1).nll[0][3:7] for m in (memory, plain))
+    base, text = _base(OUTPUT), [np.tile([1, 2, 3], 3)]
+    rule = _rms(base, rate=0.1)
+    plain = dataclasses.replace(base, at_once=False)
+    able, unable = (score_articles(m, rule, text, EOS, 1).nll[0][3:7] for m in (base, plain))
     assert float(able.sum()) < float(unable.sum()) - 0.03
 
 
@@ -220,17 +222,17 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
     """In an article's first segment, where no row has been written: a context that comes again
     moves the logits by the errors behind it. At too high a rate the change is bounded."""
     on(path)
-    plain = _memory(OUTPUT)
-    memory = dataclasses.replace(plain, phrases=phrases(plain.weights["embedding"], 100))
-    assert memory.phrases is not None
-    rule = _rms(memory, rate)
-    able = learning_at_once(memory, rule)
+    plain = _base(OUTPUT)
+    base = dataclasses.replace(plain, phrases=phrases(plain.weights["embedding"], 100))
+    assert base.phrases is not None
+    rule = _rms(base, rate)
+    able = learning_at_once(base, rule)
     tokens = [EOS, 1, 2, 3, 1, 2, 3, 1, 2]
-    piece = segments(memory, (40,), 1, 1)[0]
+    piece = segments(base, (40,), 1, 1)[0]
     inputs, targets = torch.tensor([tokens[:7]]), torch.tensor([tokens[1:8]])
     now = step(able, rule, begin(able, 1, rule), piece._replace(inputs=inputs, targets=targets))
     again = torch.zeros(7, 7, dtype=torch.float64)
-    for order, eta in zip(ORDERS, memory.phrases.steps.tolist(), strict=True):
+    for order, eta in zip(ORDERS, base.phrases.steps.tolist(), strict=True):
         contexts = [tuple(tokens[t + 1 - order : t + 1]) if t + 1 >= order else t for t in range(7)]
         for t in range(7):
             for s in range(t):
@@ -255,10 +257,10 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
 
 
 def test_hand_made_rules_read_as_published() -> None:
-    memory = _memory()
-    assert not seen_by(RMS(), memory).at_once
-    assert not seen_by(SGD(), memory).at_once
-    assert seen_by(LinearGates("three"), memory).at_once
+    base = _base()
+    assert not seen_by(RMS(), base).at_once
+    assert not seen_by(SGD(), base).at_once
+    assert seen_by(LinearGates("three"), base).at_once
 
 
 def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_path: Path) -> None:

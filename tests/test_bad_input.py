@@ -25,9 +25,10 @@ from conftest import Command, Finished
 from safetensors.torch import load_file
 from tiny import article, as_flags, corpus_text, tiny_config, write_corpus
 
-from mlm.checkpoint import RunFolder, load_tensors, save_tensors
-from mlm.config import Config
-from mlm.errors import run_cli
+from mlm.base.errors import run_cli
+from mlm.settings.config import Config
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors, save_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -441,7 +442,7 @@ def test_nan_in_stage_1(
     whole = flags_for(finished.corpus, tmp_path / "whole", **changes)
     assert command("train", *whole).code == 0
     with monkeypatch.context() as now:
-        patch(now, "mlm.training.token_nll", 40, nan_like)
+        patch(now, "mlm.training.language_model.token_nll", 40, nan_like)
         error = command("train", *flags).error
     assert "stage 1, step 39: the loss is nan" in error
     assert "--resume" in error
@@ -465,7 +466,9 @@ def test_nan_on_validation(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"stages": ("lm",), "lm__epochs": 0.5, "lm__validations": 2}
-    patch(monkeypatch, "mlm.training.static_loss", 3, nan_like)  # the first is a rehearsal
+    patch(
+        monkeypatch, "mlm.training.language_model.static_loss", 3, nan_like
+    )  # the first is a rehearsal
     error = command("train", *flags_for(finished.corpus, tmp_path / "run", **changes)).error
     assert "the validation loss is nan" in error
     _, about = load_tensors(tmp_path / "run" / "checkpoints" / "lm_last.safetensors", "")
@@ -480,7 +483,9 @@ def test_nan_in_stage_2(
     contents: Contents,
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.meta.meta_gradient", 3, lambda g: g._replace(loss=float("nan")))
+    patch(
+        monkeypatch, "mlm.training.meta.meta_gradient", 3, lambda g: g._replace(loss=float("nan"))
+    )
     error = command(*META, folder).error
     assert "stage 2, rule two_levels, step 2: loss nan" in error
     assert "lower --meta.learning-rate" in error
@@ -511,7 +516,7 @@ def test_nan_when_the_start_is_judged(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.stage_meta.validation_gain", 1, float("-inf"))
+    patch(monkeypatch, "mlm.runs.meta.validation_gain", 1, float("-inf"))
     error = command(*META, folder).error
     assert "stage 2, rule two_levels, step 0: the validation loss is not finite" in error
 
@@ -522,7 +527,9 @@ def test_every_setting_diverges(
     folder = finished.copy(tmp_path / "run")
     (folder / "tuning.json").unlink()
     diverged = [float("inf")]
-    monkeypatch.setattr("mlm.tuning.losses_of", lambda m, r, tried, *_: diverged * len(tried))
+    monkeypatch.setattr(
+        "mlm.training.tuning.losses_of", lambda m, r, tried, *_: diverged * len(tried)
+    )
     error = command("evaluate", folder, "--rules", "sgd", "--no-draw").error
     assert "rule sgd, protocol article: every setting tried diverged" in error
 
@@ -745,7 +752,7 @@ def test_ctrl_c_while_scoring(
     contents: Contents,
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.pipeline.score_protocol", 2, KeyboardInterrupt())
+    patch(monkeypatch, "mlm.runs.evaluate.score_protocol", 2, KeyboardInterrupt())
     outcome = command("evaluate", folder, "--rules", "rms")
     assert outcome.code == 130
     assert outcome.err.strip().endswith("interrupted; everything saved so far is kept")
@@ -764,7 +771,7 @@ def test_ctrl_c_in_a_step_waits_for_its_end(
         return nll
 
     with pytest.MonkeyPatch.context() as now:
-        patch(now, "mlm.training.token_nll", 7, press)
+        patch(now, "mlm.training.language_model.token_nll", 7, press)
         assert command("train", *flags).code == 130
     _, about = load_tensors(tmp_path / "run" / "checkpoints" / "lm_last.safetensors", "")
     assert about["step"] == 7

@@ -13,27 +13,33 @@ import pytest
 import reference
 import torch
 from torch import Tensor, nn
-from worlds import EOS, TinyMemory, articles, made_up_rms, segments, tiny_memory
+from worlds import EOS, TinyBase, articles, made_up_rms, segments, tiny_base
 
 from examples import own_model
 from mlm import kernels
-from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors, save_lm, save_memory
-from mlm.config import Config, LMTrainingConfig, ModelConfig, validate
-from mlm.errors import UserError
-from mlm.gates import LinearGates
-from mlm.learner import RMS, SGD
-from mlm.lm import BaseModel, LMShape, LMState, Weights
-from mlm.lowrank import add_low_rank
-from mlm.memory import LongTerm, choose_dynamic, lanes_of
-from mlm.meta import estimate_fisher
-from mlm.module import ModuleModel
-from mlm.qrnn import LanePooling
-from mlm.recurrence import plain_operations
-from mlm.rollout import begin, meta_gradient, read
-from mlm.scoring import score_articles
-from mlm.snail import SnailShape, SnailState, snail_like
-from mlm.streams import Segment
-from mlm.training import LMTrainer, Text, shape_of, static_loss
+from mlm.base.errors import UserError
+from mlm.models.base import AdaptationBase, choose_dynamic, lanes_of
+from mlm.models.language_model import Weights
+from mlm.models.module import ModuleModel
+from mlm.models.qrnn import LanePooling
+from mlm.models.recurrence import plain_operations
+from mlm.models.recurrent import BaseModel, RecurrentLM, RecurrentState
+from mlm.models.snail import SnailShape, SnailState, snail_like
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.scoring import score_articles, static_loss
+from mlm.reading.step import begin, read
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS, SGD
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, ModelConfig
+from mlm.store.models import load_base, load_lm, save_base, save_lm
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors
+from mlm.text.streams import Segment, Text
+from mlm.training.directions import add_low_rank
+from mlm.training.fisher import estimate_fisher
+from mlm.training.language_model import LMTrainer, shape_of
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
 """A few hundred float64 operations of size one: rounding stays below 1e-13."""
@@ -51,9 +57,9 @@ def _ids(lanes: int, steps: int, seed: int) -> Tensor:
     return torch.randint(12, (lanes, steps), generator=torch.Generator().manual_seed(seed))
 
 
-def _busy(memory: LongTerm, lanes: int) -> Weights:
+def _busy(base: AdaptationBase, lanes: int) -> Weights:
     """Weights of lanes that have read: away from theta_0, each lane elsewhere."""
-    own = lanes_of(memory.start(), lanes)
+    own = lanes_of(base.start(), lanes)
     return {
         n: (w + 0.1 * _random(*w.shape, seed=k)).requires_grad_()
         for k, (n, w) in enumerate(own.items())
@@ -66,7 +72,7 @@ Lane = Callable[[Weights, list[int], list[int], Any], tuple[Tensor, Any]]
 """(weights, inputs, targets, state) of one lane -> losses (M,), state; state None = the start."""
 
 
-def _unroll(memory: LongTerm, lane: Lane, update, phi: Weights, pieces: list[Segment]):
+def _unroll(base: AdaptationBase, lane: Lane, update, phi: Weights, pieces: list[Segment]):
     """Meta-loss of a hand-unrolled loop in which autograd sees every update of the weights.
 
     First order, as `reference.unroll`, for any model that reads one lane. Returns the mean loss
@@ -74,21 +80,21 @@ def _unroll(memory: LongTerm, lane: Lane, update, phi: Weights, pieces: list[Seg
     """
     total, tokens, finals = torch.zeros((), dtype=torch.float64), 0, []
     for b in range(len(pieces[0].new)):
-        theta, state, age = memory.start(), None, 0
+        theta, state, age = base.start(), None, 0
         for t, piece in enumerate(pieces):
             if bool(piece.new[b]):
-                theta, state, age = memory.start(), None, 0
+                theta, state, age = base.start(), None, 0
             ids = piece.inputs[b].tolist(), piece.targets[b].tolist()
             count = int(piece.mask[b].sum())
-            losses, _ = lane({**memory.weights, **theta}, *ids, state)
+            losses, _ = lane({**base.weights, **theta}, *ids, state)
             if t:
                 total, tokens = total + losses[:count].sum(), tokens + count
             leaves = {n: w.detach().requires_grad_() for n, w in theta.items()}
-            again, after = lane({**memory.weights, **leaves}, *ids, state)
+            again, after = lane({**base.weights, **leaves}, *ids, state)
             found = torch.autograd.grad(again[:count].sum() / len(again), list(leaves.values()))
             loss = float(losses[:count].detach().mean())
             theta = {
-                n: update(phi, n, theta[n], g, memory.weights[n], loss, age)
+                n: update(phi, n, theta[n], g, base.weights[n], loss, age)
                 for n, g in zip(leaves, found, strict=True)
             }
             state, age = after, age + 1
@@ -96,18 +102,18 @@ def _unroll(memory: LongTerm, lane: Lane, update, phi: Weights, pieces: list[Seg
     return total / tokens, finals
 
 
-def _assert_meta_gradient(memory: LongTerm, lane: Lane) -> None:
+def _assert_meta_gradient(base: AdaptationBase, lane: Lane) -> None:
     """Losses, weights and all three meta-gradients of learned gates, eight updates, three lanes."""
     rule = LinearGates()
-    phi = rule.start_at_rms(memory, 0.02, 0.05)
+    phi = rule.start_at_rms(base, 0.02, 0.05)
     phi = {n: p + 0.1 * _random(*p.shape, seed=k) for k, (n, p) in enumerate(phi.items())}
-    pieces = segments(memory, LENGTHS, 3, 8)
+    pieces = segments(base, LENGTHS, 3, 8)
     assert any(bool(p.new.any()) for p in pieces[1:]), "the test must cross article borders"
     leaves = {n: p.clone().requires_grad_() for n, p in phi.items()}
-    loss, finals = _unroll(memory, lane, reference.gates(memory, rule), leaves, pieces)
+    loss, finals = _unroll(base, lane, reference.gates(base, rule), leaves, pieces)
     want = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     for mode in ("reverse", "checkpoint", "forward"):
-        found = meta_gradient(memory, rule.bind(phi, memory), phi, begin(memory, 3), pieces, mode)
+        found = meta_gradient(base, rule.bind(phi, base), phi, begin(base, 3), pieces, mode)
         assert found.loss == pytest.approx(float(loss.detach()), rel=1e-12)
         for name, g in want.items():
             assert float(g.abs().max()) > 1e-9, f"{name}: nothing to compare"
@@ -117,7 +123,7 @@ def _assert_meta_gradient(memory: LongTerm, lane: Lane) -> None:
                 torch.testing.assert_close(found.reader.weights[name][b], w.detach(), **EXACT)
 
 
-def _recurrent_lane(shape: LMShape) -> Lane:
+def _recurrent_lane(shape: RecurrentLM) -> Lane:
     """Either cell, one token at a time (QRNN: Bradbury et al. 2017, eqs. 1 and 4).
 
     State: (outputs, cells, last input). The softmax uses `untied` instead of the embedding if the
@@ -152,13 +158,13 @@ def _recurrent_lane(shape: LMShape) -> Lane:
 # ---------------------------------------------------------------- QRNN
 
 
-def _qrnn_state(memory: TinyMemory, lanes: int) -> LMState:
-    zero = memory.shape.initial_state(lanes, dtype=torch.float64)
+def _qrnn_state(base: TinyBase, lanes: int) -> RecurrentState:
+    zero = base.shape.initial_state(lanes, dtype=torch.float64)
     return zero.of([_random(*t.shape, seed=9 + k) for k, t in enumerate(zero.tensors())])
 
 
-def _of_lane(memory: LongTerm, own: Weights, b: int) -> Weights:
-    return {**memory.weights, **{n: w[b] for n, w in own.items()}}
+def _of_lane(base: AdaptationBase, own: Weights, b: int) -> Weights:
+    return {**base.weights, **{n: w[b] for n, w in own.items()}}
 
 
 @pytest.mark.parametrize("cutoffs", [(), (4, 9)])
@@ -167,17 +173,17 @@ def _of_lane(memory: LongTerm, own: Weights, b: int) -> Weights:
 )
 def test_a_qrnn_equals_its_reference(dynamic, cutoffs, engine) -> None:
     """Losses, state and gradient of every lane's own weights, for any choice of dynamic weights."""
-    memory, lanes = tiny_memory(dynamic, cutoffs=cutoffs, cell="qrnn"), 3
-    own, state = _busy(memory, lanes), _qrnn_state(memory, lanes)
+    base, lanes = tiny_base(dynamic, cutoffs=cutoffs, cell="qrnn"), 3
+    own, state = _busy(base, lanes), _qrnn_state(base, lanes)
     ids, targets = _ids(lanes, 6, 1), _ids(lanes, 6, 2)
     share = torch.ones(lanes, 6, dtype=torch.float64)
-    now = memory.shape.read({**memory.weights, **own}, ids, targets, state, share)
+    now = base.shape.read({**base.weights, **own}, ids, targets, state, share)
     losses = []
     for b in range(lanes):
         start = list(state.c), [c[b] for c in state.c], state.x[0][b]
         words = ids[b].tolist(), targets[b].tolist()
-        lane = _recurrent_lane(memory.shape)
-        loss, (_, cells, last) = lane(_of_lane(memory, own, b), *words, start)
+        lane = _recurrent_lane(base.shape)
+        loss, (_, cells, last) = lane(_of_lane(base, own, b), *words, start)
         losses.append(loss)
         got = torch.cat([t[b] for t in now.state.tensors()])
         torch.testing.assert_close(got, torch.cat([*cells, last]), **EXACT)
@@ -214,30 +220,28 @@ def _second(total: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 
 
 def test_a_qrnn_of_plain_operations_has_second_derivatives() -> None:
-    memory = tiny_memory(None, cell="qrnn")
-    own, state, ids = _busy(memory, 1), _qrnn_state(memory, 1), _ids(1, 4, 1)
+    base = tiny_base(None, cell="qrnn")
+    own, state, ids = _busy(base, 1), _qrnn_state(base, 1), _ids(1, 4, 1)
     with plain_operations():
-        nll = memory.shape.read(own, ids, ids, state, torch.ones(1, 4).double()).nll
+        nll = base.shape.read(own, ids, ids, state, torch.ones(1, 4).double()).nll
         found = _second(nll.sum(), list(own.values()))
     start = list(state.c), [c[0] for c in state.c], state.x[0][0]
     words = ids[0].tolist()
-    loss, _ = _recurrent_lane(memory.shape)(_of_lane(memory, own, 0), words, words, start)
+    loss, _ = _recurrent_lane(base.shape)(_of_lane(base, own, 0), words, words, start)
     for got, want in zip(found, _second(loss.sum(), list(own.values())), strict=True):
         assert float(want.abs().max()) > 1e-6, "nothing to compare"
         torch.testing.assert_close(got, want, **EXACT)
 
 
 def test_the_meta_gradient_through_a_qrnn() -> None:
-    memory = tiny_memory(
-        ("qrnn.0.input", "qrnn.0.bias", "qrnn.1.input", "softmax.bias"), cell="qrnn"
-    )
-    _assert_meta_gradient(memory, _recurrent_lane(memory.shape))
+    base = tiny_base(("qrnn.0.input", "qrnn.0.bias", "qrnn.1.input", "softmax.bias"), cell="qrnn")
+    _assert_meta_gradient(base, _recurrent_lane(base.shape))
 
 
 def test_the_state_of_a_qrnn_keeps_selects_and_is_made_again() -> None:
     """Cells and last input; a lane that is not kept is zero even if it was not a number."""
-    memory = tiny_memory((), cell="qrnn")
-    state = _qrnn_state(memory, 3)
+    base = tiny_base((), cell="qrnn")
+    state = _qrnn_state(base, 3)
     assert [tuple(t.shape) for t in state.tensors()] == [(3, 6), (3, 4), (3, 4)]
     state.tensors()[2][1] = float("nan")
     kept = state.keep(torch.tensor([True, False, True]))
@@ -255,7 +259,7 @@ def test_the_state_of_a_qrnn_keeps_selects_and_is_made_again() -> None:
 
 def test_sets_of_dynamic_weights_mean_either_cell() -> None:
     for cell in ("lstm", "qrnn"):
-        weights = tiny_memory((), cell=cell).weights
+        weights = tiny_base((), cell=cell).weights
         chosen = choose_dynamic(weights, "lstm,softmax.bias")
         assert set(chosen) == {n for n in weights if n != "embedding"}
     assert choose_dynamic(weights, "qrnn.*.input") == ("qrnn.0.input", "qrnn.1.input")
@@ -270,18 +274,18 @@ def test_sets_of_dynamic_weights_mean_either_cell() -> None:
 
 def test_a_low_rank_change_of_the_softmax_over_a_qrnn() -> None:
     """Its directions are those of what the softmax sees; a D of W P^-1 is a change by W."""
-    memory, names = tiny_memory((), cell="qrnn"), ("softmax.low",)
-    weights = add_low_rank(memory.weights, memory.shape, names, 4, TEXT, 1000)
-    assert weights.keys() - memory.weights.keys() == {"softmax.low", "softmax.directions"}
+    base, names = tiny_base((), cell="qrnn"), ("softmax.low",)
+    weights = add_low_rank(base.weights, base.shape, names, 4, TEXT, 1000)
+    assert weights.keys() - base.weights.keys() == {"softmax.low", "softmax.directions"}
     change = 0.1 * _random(12, 4)
     low = torch.linalg.solve(weights["softmax.directions"], change, left=False)
-    ids, state = _ids(2, 6, 1), _qrnn_state(memory, 2)
-    got = memory.shape.read({**weights, "softmax.low": low}, ids, ids, state).nll
+    ids, state = _ids(2, 6, 1), _qrnn_state(base, 2)
+    got = base.shape.read({**weights, "softmax.low": low}, ids, ids, state).nll
     for b in range(2):
         words = ids[b].tolist()
         start = list(state.c), [c[b] for c in state.c], state.x[0][b]
-        untied = {**memory.weights, "untied": memory.weights["embedding"] + change}
-        want, _ = _recurrent_lane(memory.shape)(untied, words, words, start)
+        untied = {**base.weights, "untied": base.weights["embedding"] + change}
+        want, _ = _recurrent_lane(base.shape)(untied, words, words, start)
         torch.testing.assert_close(got[b], want, **EXACT)
 
 
@@ -328,17 +332,17 @@ def test_training_learns_and_the_file_knows_the_model(cell: Cell, tmp_path) -> N
     again, shape, _ = load_lm(tmp_path / "lm.safetensors", "v")
     assert shape == trainer.shape
     assert all(torch.equal(w, weights[n]) for n, w in again.items())
-    memory = LongTerm(shape, weights, ("softmax.bias",), {}, 2.0, 5)
-    save_memory(tmp_path / "memory.safetensors", memory, "v")
-    assert load_memory(tmp_path / "memory.safetensors", "v").shape == shape
+    base = AdaptationBase(shape, weights, ("softmax.bias",), {}, 2.0, 5)
+    save_base(tmp_path / "memory.safetensors", base, "v")
+    assert load_base(tmp_path / "memory.safetensors", "v").shape == shape
 
 
 def test_a_file_that_names_no_cell_holds_an_lstm(tmp_path, monkeypatch) -> None:
-    def before_cells(shape: LMShape) -> dict[str, Any]:
+    def before_cells(shape: RecurrentLM) -> dict[str, Any]:
         return {k: v for k, v in dataclasses.asdict(shape).items() if k != "cell"}
 
-    monkeypatch.setattr("mlm.checkpoint._record", before_cells)
-    shape = LMShape(12, 4, 6, 2, (4, 9))
+    monkeypatch.setattr("mlm.store.models._record", before_cells)
+    shape = RecurrentLM(12, 4, 6, 2, (4, 9))
     save_lm(tmp_path / "lm.safetensors", {"softmax.bias": torch.zeros(1)}, shape, "v")
     _, about = load_tensors(tmp_path / "lm.safetensors", "")
     assert "cell" not in about["shape"]
@@ -391,7 +395,7 @@ def _gru_lane(w: Weights, inputs: list[int], targets: list[int], state):
 class OwnLSTM(nn.Module):
     """The built-in LSTM's sizes out of `nn.LSTM`s, with a tied softmax."""
 
-    def __init__(self, shape: LMShape) -> None:
+    def __init__(self, shape: RecurrentLM) -> None:
         super().__init__()
         self.sizes = [hidden for _, hidden in shape.layer_sizes()]
         self.embedding = nn.Embedding(shape.vocabulary, shape.embedding)
@@ -420,28 +424,28 @@ NAMES = {
 """The built-in LSTM's weights in `OwnLSTM`; its `bias_hh_l0` stays zero."""
 
 
-def _named(shape: LMShape) -> dict[str, str]:
+def _named(shape: RecurrentLM) -> dict[str, str]:
     return {a.format(k=k): b.format(k=k) for a, b in NAMES.items() for k in range(shape.layers)}
 
 
-def _twins(dynamic: tuple[str, ...]) -> tuple[TinyMemory, LongTerm]:
+def _twins(dynamic: tuple[str, ...]) -> tuple[TinyBase, AdaptationBase]:
     """The same LSTM built in and as a module."""
-    mine = tiny_memory(dynamic)
+    mine = tiny_base(dynamic)
     model, names = ModuleModel(OwnLSTM(mine.shape).double()), _named(mine.shape)
     weights = {n: torch.zeros_like(w) for n, w in model.weights().items()}
     weights |= {names[n]: w for n, w in mine.weights.items()}
     rms = {names[n]: r for n, r in mine.rms.items()}
     chosen = tuple(names[n] for n in dynamic)
-    return mine, LongTerm(model, weights, chosen, rms, mine.loss, mine.segment)
+    return mine, AdaptationBase(model, weights, chosen, rms, mine.loss, mine.segment)
 
 
-def _gru_memory(dynamic: str = "gru.*,softmax.bias") -> LongTerm:
+def _gru_memory(dynamic: str = "gru.*,softmax.bias") -> AdaptationBase:
     torch.manual_seed(0)
     model = ModuleModel(OwnGRU())
     weights = {n: 2 * w for n, w in model.weights().items()}
     chosen = choose_dynamic(weights, dynamic)
     rms = made_up_rms(weights, chosen, torch.Generator().manual_seed(1))
-    return LongTerm(model, weights, chosen, rms, 2.3, 5)
+    return AdaptationBase(model, weights, chosen, rms, 2.3, 5)
 
 
 def test_the_meta_gradient_through_a_module() -> None:
@@ -479,10 +483,10 @@ def test_a_module_adapts_as_the_built_in_lstm_does(rule: SGD | RMS | LinearGates
     if isinstance(rule, LinearGates):
         phi = rule.start_at_rms(mine, 0.05, 0.1)
     found = []
-    for memory in (mine, theirs):
-        bound = rule.bind(phi, memory)
-        nll = score_articles(memory, bound, texts, EOS, 3).nll
-        found.append((nll, meta_gradient(memory, bound, phi, begin(memory, 3), pieces)))
+    for base in (mine, theirs):
+        bound = rule.bind(phi, base)
+        nll = score_articles(base, bound, texts, EOS, 3).nll
+        found.append((nll, meta_gradient(base, bound, phi, begin(base, 3), pieces)))
     (ours, my_gradient), (other, gradient) = found
     for a, b in zip(ours, other, strict=True):
         torch.testing.assert_close(torch.tensor(b), torch.tensor(a), rtol=0, atol=1e-10)
@@ -494,14 +498,14 @@ def test_a_module_adapts_as_the_built_in_lstm_does(rule: SGD | RMS | LinearGates
 
 def test_a_module_is_read_at_once_or_lane_by_lane() -> None:
     """Shared weights: one call for all lanes; the same numbers as one call per lane."""
-    memory = _gru_memory("*")
-    assert isinstance(memory.shape, ModuleModel)
+    base = _gru_memory("*")
+    assert isinstance(base.shape, ModuleModel)
     ids, calls = _ids(3, 6, 1), []
-    state = memory.shape.initial_state(3, dtype=torch.float64)
-    memory.shape.module.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
-    shared = memory.shape.read(memory.weights, ids, ids, state)
+    state = base.shape.initial_state(3, dtype=torch.float64)
+    base.shape.module.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    shared = base.shape.read(base.weights, ids, ids, state)
     assert calls == [3]
-    each = memory.shape.read(lanes_of(memory.weights, 3), ids, ids, state)
+    each = base.shape.read(lanes_of(base.weights, 3), ids, ids, state)
     assert calls == [3, 1, 1, 1]
     torch.testing.assert_close(each.nll, shared.nll, **EXACT)
     for a, b in zip(each.state.tensors(), shared.state.tensors(), strict=True):
@@ -518,15 +522,15 @@ def test_a_new_article_begins_at_the_modules_own_state() -> None:
 
 
 def test_a_module_has_second_derivatives() -> None:
-    memory = _gru_memory("*")
-    own, ids = _busy(memory, 1), _ids(1, 4, 1)
-    state = memory.shape.initial_state(1, dtype=torch.float64)
+    base = _gru_memory("*")
+    own, ids = _busy(base, 1), _ids(1, 4, 1)
+    state = base.shape.initial_state(1, dtype=torch.float64)
     state = state.of([torch.full_like(t, 0.25) for t in state.tensors()])
     with plain_operations():
-        now = memory.shape.read(own, ids, ids, state, torch.ones(1, 4).double())
+        now = base.shape.read(own, ids, ids, state, torch.ones(1, 4).double())
         found = _second(now.total, list(own.values()))
     words = ids[0].tolist()
-    loss, _ = _gru_lane(_of_lane(memory, own, 0), words, words, None)
+    loss, _ = _gru_lane(_of_lane(base, own, 0), words, words, None)
     for got, want in zip(found, _second(loss.sum(), list(own.values())), strict=True):
         assert float(want.abs().max()) > 1e-6, "nothing to compare"
         torch.testing.assert_close(got, want, **EXACT)
@@ -555,7 +559,7 @@ def test_modules_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"Linear.initial_state is missing"):
         ModuleModel(nn.Linear(2, 2))
     with pytest.raises(UserError, match=r"a ModuleModel cannot be written to a checkpoint"):
-        save_memory(RunFolder.checkpoint, LongTerm(model, weights, (), {}, 0.0, 5), "v")  # type: ignore[arg-type]
+        save_base(RunFolder.checkpoint, AdaptationBase(model, weights, (), {}, 0.0, 5), "v")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -572,14 +576,14 @@ def test_the_example_of_an_own_model_runs_and_learning_pays(capsys) -> None:
 def test_a_tied_embedding_has_one_gradient_and_one_update(model, engine) -> None:
     """The gradient is the sum of both uses', and both uses see the new weight."""
     cell = "qrnn" if model == "qrnn" else "lstm"
-    mine = tiny_memory(("embedding",), cell=cell)
-    memory = _twins(("embedding",))[1] if model == "module" else mine
-    (name,) = memory.dynamic
-    first, second = segments(memory, (30,), 1, 2)
+    mine = tiny_base(("embedding",), cell=cell)
+    base = _twins(("embedding",))[1] if model == "module" else mine
+    (name,) = base.dynamic
+    first, second = segments(base, (30,), 1, 2)
     rate = torch.tensor(0.5, dtype=torch.float64)
-    bound = SGD().bind({"rate": rate}, memory)
-    reader, nll = read(memory, bound, begin(memory, 1, bound), first)
-    _, later = read(memory, bound, reader, second)
+    bound = SGD().bind({"rate": rate}, base)
+    reader, nll = read(base, bound, begin(base, 1, bound), first)
+    _, later = read(base, bound, reader, second)
     lane, table = _recurrent_lane(mine.shape), mine.weights["embedding"]
     uses = [table.clone().requires_grad_() for _ in range(2)]
     untied = {**mine.weights, "embedding": uses[0], "untied": uses[1]}
@@ -597,13 +601,13 @@ def test_a_tied_embedding_has_one_gradient_and_one_update(model, engine) -> None
 # ---------------------------------------------------------------- SNAIL
 
 
-def _snail_memory(dynamic: tuple[str, ...] | None = None, context: int = 7) -> LongTerm:
+def _snail_memory(dynamic: tuple[str, ...] | None = None, context: int = 7) -> AdaptationBase:
     shape = SnailShape(12, 4, 2, 2, context)
     weights = shape.initial_weights(torch.Generator().manual_seed(0))
     weights = {n: 2 * w.double() for n, w in weights.items()}
     names = tuple(weights) if dynamic is None else dynamic
     rms = made_up_rms(weights, names, torch.Generator().manual_seed(1))
-    return LongTerm(shape, weights, names, rms, 2.3, 5)
+    return AdaptationBase(shape, weights, names, rms, 2.3, 5)
 
 
 def _snail_lane(shape: SnailShape) -> Lane:
@@ -645,17 +649,17 @@ def _snail_lane(shape: SnailShape) -> Lane:
 @pytest.mark.parametrize("dynamic", [(), ("softmax.bias",), ("snail.0.conv1.input",), None])
 def test_snail_equals_its_reference(dynamic) -> None:
     """With no, few and as many tokens before as it can hold; every lane's own weights."""
-    memory, filled = _snail_memory(dynamic), (0, 3, 7)
-    assert isinstance(memory.shape, SnailShape)
-    own, ids, targets = _busy(memory, 3), _ids(3, 6, 1), _ids(3, 6, 2)
+    base, filled = _snail_memory(dynamic), (0, 3, 7)
+    assert isinstance(base.shape, SnailShape)
+    own, ids, targets = _busy(base, 3), _ids(3, 6, 1), _ids(3, 6, 2)
     state = SnailState(_ids(3, 7, 3), torch.tensor(filled))
     share = torch.ones(3, 6, dtype=torch.float64)
-    now = memory.shape.read({**memory.weights, **own}, ids, targets, state, share)
+    now = base.shape.read({**base.weights, **own}, ids, targets, state, share)
     losses = []
     for b, number in enumerate(filled):
         before = state.tokens[b, 7 - number :].tolist()
         words = ids[b].tolist(), targets[b].tolist()
-        loss, after = _snail_lane(memory.shape)(_of_lane(memory, own, b), *words, before)
+        loss, after = _snail_lane(base.shape)(_of_lane(base, own, b), *words, before)
         losses.append(loss)
         tokens, known = (t[b] for t in now.state.tensors())
         assert tokens[7 - int(known) :].tolist() == after
@@ -668,47 +672,47 @@ def test_snail_equals_its_reference(dynamic) -> None:
 
 
 def test_the_meta_gradient_through_snail() -> None:
-    memory = _snail_memory(("softmax.bias", "snail.1.attention.input", "embedding"))
-    assert isinstance(memory.shape, SnailShape)
-    _assert_meta_gradient(memory, _snail_lane(memory.shape))
+    base = _snail_memory(("softmax.bias", "snail.1.attention.input", "embedding"))
+    assert isinstance(base.shape, SnailShape)
+    _assert_meta_gradient(base, _snail_lane(base.shape))
 
 
 def test_snail_has_second_derivatives() -> None:
-    memory, ids = _snail_memory(), _ids(1, 3, 1)
-    assert isinstance(memory.shape, SnailShape)
-    own, state = _busy(memory, 1), SnailState(_ids(1, 7, 3), torch.tensor([2]))
+    base, ids = _snail_memory(), _ids(1, 3, 1)
+    assert isinstance(base.shape, SnailShape)
+    own, state = _busy(base, 1), SnailState(_ids(1, 7, 3), torch.tensor([2]))
     with plain_operations():
-        now = memory.shape.read(own, ids, ids, state, torch.ones(1, 3).double())
+        now = base.shape.read(own, ids, ids, state, torch.ones(1, 3).double())
         found = _second(now.total, list(own.values()))
     words, before = ids[0].tolist(), state.tokens[0, 5:].tolist()
-    loss, _ = _snail_lane(memory.shape)(_of_lane(memory, own, 0), words, words, before)
+    loss, _ = _snail_lane(base.shape)(_of_lane(base, own, 0), words, words, before)
     for got, want in zip(found, _second(loss.sum(), list(own.values())), strict=True):
         torch.testing.assert_close(got, want, **EXACT)
 
 
 def test_segments_are_only_a_schedule_while_the_context_holds_the_article() -> None:
     texts = articles((31, 12))
-    memory = _snail_memory((), context=32)
-    memory = dataclasses.replace(memory, dynamic=("softmax.bias",))
-    whole = score_articles(dataclasses.replace(memory, segment=40), None, texts, EOS, 2)
+    base = _snail_memory((), context=32)
+    base = dataclasses.replace(base, dynamic=("softmax.bias",))
+    whole = score_articles(dataclasses.replace(base, segment=40), None, texts, EOS, 2)
     for m in (1, 5):
-        parts = score_articles(dataclasses.replace(memory, segment=m), None, texts, EOS, 2)
+        parts = score_articles(dataclasses.replace(base, segment=m), None, texts, EOS, 2)
         for a, b in zip(whole.nll, parts.nll, strict=True):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), **EXACT)
 
 
 SIZES = [
-    LMShape(330, 16, 16, 1),
-    LMShape(2000, 128, 128, 1),
-    LMShape(4000, 256, 256, 1),
-    LMShape(33278, 400, 1150, 3),
-    LMShape(267735, 400, 1150, 3, (20_000, 60_000)),
+    RecurrentLM(330, 16, 16, 1),
+    RecurrentLM(2000, 128, 128, 1),
+    RecurrentLM(4000, 256, 256, 1),
+    RecurrentLM(33278, 400, 1150, 3),
+    RecurrentLM(267735, 400, 1150, 3, (20_000, 60_000)),
 ]
 
 
 @pytest.mark.parametrize("context", [64, 256])
 @pytest.mark.parametrize("lstm", SIZES, ids=lambda s: f"{s.vocabulary}-{s.hidden}")
-def test_snail_has_about_as_many_weights_as_the_lstm(lstm: LMShape, context: int) -> None:
+def test_snail_has_about_as_many_weights_as_the_lstm(lstm: RecurrentLM, context: int) -> None:
     shape = snail_like(lstm, context)
     assert shape.size == pytest.approx(lstm.size, rel=0.15)
     for step in (-1, 1):

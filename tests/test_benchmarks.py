@@ -12,10 +12,10 @@ import torch
 
 from benchmarks import ceiling, peers, timing
 from benchmarks.contestants import CONTESTANTS, OURS, Contestant, Setting, ours, vmapped
-from mlm.errors import UserError
-from mlm.lm import LMShape
+from mlm.base.errors import UserError
+from mlm.models.recurrent import RecurrentLM
 
-TINY = LMShape(50, 8, 8, 2)
+TINY = RecurrentLM(50, 8, 8, 2)
 SMALL = peers.Options(rounds=1, lanes=3, segment=4, updates=2, unroll=3, device="cpu")
 
 
@@ -72,17 +72,17 @@ def test_a_ratio_is_taken_within_rounds() -> None:
 
 
 def test_a_world_has_full_lanes_and_one_border() -> None:
-    memory, segments = timing.world(TINY, segment=4, lanes=3, number=5)
+    base, segments = timing.world(TINY, segment=4, lanes=3, number=5)
     assert len(segments) == 5
     assert all(bool(s.mask.all()) and s.inputs.shape == (3, 4) for s in segments)
     assert [bool(s.new.any()) for s in segments] == [True, *[False] * 4]
     assert bool(segments[0].new.all())
-    assert set(memory.dynamic) == {n for n in memory.weights if n.startswith("lstm.")}
-    for rms in memory.rms.values():
+    assert set(base.dynamic) == {n for n in base.weights if n.startswith("lstm.")}
+    for rms in base.rms.values():
         assert 1e-3 <= float(rms.min()) <= float(rms.max()) <= 1e-2
-    other = timing.world(TINY, segment=7, lanes=1).memory
-    assert all(torch.equal(w, other.weights[n]) for n, w in memory.weights.items())
-    assert all(torch.equal(r, other.rms[n]) for n, r in memory.rms.items())
+    other = timing.world(TINY, segment=7, lanes=1).base
+    assert all(torch.equal(w, other.weights[n]) for n, w in base.weights.items())
+    assert all(torch.equal(r, other.rms[n]) for n, r in base.rms.items())
 
 
 def test_a_record_tells_machine_versions_and_settings(
@@ -142,9 +142,9 @@ def test_losses_depend_on_the_update() -> None:
 
 @pytest.mark.parametrize("wrong", [Setting(1.01, 1.0), Setting(1.0, 2.0)], ids=["rate", "decay"])
 def test_another_rule_is_refused(wrong: Setting) -> None:
-    def off(memory, setting, lanes):
+    def off(base, setting, lanes):
         other = Setting(setting.rate * wrong.rate, setting.decay * wrong.decay)
-        return vmapped(memory, other, lanes)
+        return vmapped(base, other, lanes)
 
     with pytest.raises(UserError, match="cheat: losses differ from ours"):
         peers.compare(TINY, SMALL, {OURS: CONTESTANTS[OURS], "cheat": Contestant(off)})
@@ -201,7 +201,7 @@ def test_the_ceiling_table() -> None:
 
 
 def test_the_floor_counts_what_its_letters_say() -> None:
-    shape = LMShape(7, 3, 5, 2)  # layers 3 -> 5 -> 3
+    shape = RecurrentLM(7, 3, 5, 2)  # layers 3 -> 5 -> 3
     recurrent, inputs = 4 * (5 * 5 + 3 * 3), 4 * (5 * 3 + 3 * 5)
     lstm, softmax, above = recurrent + inputs, 7 * 3, 4 * 3 * 5
     static = ceiling.floor(shape, ceiling.STATIC, 2, 6)

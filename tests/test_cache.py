@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from worlds import EOS, articles, tiny_memory
+from worlds import EOS, articles, tiny_base
 
-from mlm import cache_tuning
-from mlm.cache import Cache, CacheSetting
-from mlm.cache_tuning import PUBLISHED, THETAS, tune_cache
-from mlm.errors import UserError
-from mlm.learner import RMS, Bound
-from mlm.memory import LongTerm
-from mlm.rollout import begin, step
-from mlm.scoring import score_articles, score_protocol
-from mlm.streams import LaneStream
-from mlm.tuning import TuneText
+from mlm.base.errors import UserError
+from mlm.models.base import AdaptationBase
+from mlm.reading.cache import Cache, CacheSetting
+from mlm.reading.scoring import score_articles, score_protocol
+from mlm.reading.step import begin, step
+from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import Bound
+from mlm.text.streams import LaneStream
+from mlm.training import cache_tuning
+from mlm.training.cache_tuning import PUBLISHED, THETAS, tune_cache
+from mlm.training.tuning import TuneText
 
 LENGTHS = (11, 23, 3, 1, 17, 8)
 """Articles that end inside a segment of 5, one shorter than it, one of a single token."""
@@ -166,24 +167,24 @@ def test_settings_that_make_no_mixture_are_refused(theta, weight, window) -> Non
 # ---------------------------------------------------------------- on top of a model
 
 
-def _rule(memory: LongTerm, kind: str) -> Bound | None:
+def _rule(base: AdaptationBase, kind: str) -> Bound | None:
     if kind == "static":
         return None
     values = {"rate": 0.05, "decay": 0.1}
-    return RMS().bind({k: torch.tensor(v).double() for k, v in values.items()}, memory)
+    return RMS().bind({k: torch.tensor(v).double() for k, v in values.items()}, base)
 
 
-def _outputs(memory: LongTerm, rule: Bound | None, text: np.ndarray) -> tuple[Tensor, Tensor]:
+def _outputs(base: AdaptationBase, rule: Bound | None, text: np.ndarray) -> tuple[Tensor, Tensor]:
     """(losses (T,), outputs (T, E)) of one article: static in one go, adapting step by step."""
     if rule is None:
         piece = next(LaneStream([text], 1, len(text), EOS))
-        state = memory.shape.initial_state(1, dtype=torch.float64)
+        state = base.shape.initial_state(1, dtype=torch.float64)
         with torch.no_grad():
-            now = memory.shape.read(memory.weights, piece.inputs, piece.targets, state)
+            now = base.shape.read(base.weights, piece.inputs, piece.targets, state)
         return now.nll[0], now.output[0]
-    reader, losses, outputs = begin(memory, 1, rule), [], []
-    for piece in LaneStream([text], 1, memory.segment, EOS):
-        now = step(memory, rule, reader, piece)
+    reader, losses, outputs = begin(base, 1, rule), [], []
+    for piece in LaneStream([text], 1, base.segment, EOS):
+        now = step(base, rule, reader, piece)
         reader, mask = now.after, piece.mask[0]
         losses.append(now.scored.nll[0][mask])
         outputs.append(now.scored.output[0][mask])
@@ -194,10 +195,10 @@ def _outputs(memory: LongTerm, rule: Bound | None, text: np.ndarray) -> tuple[Te
 @pytest.mark.parametrize(("protocol", "lanes"), [("article", 1), ("article", 4), ("stream", 1)])
 def test_scores_with_a_cache_equal_the_sums(protocol: str, lanes: int, kind: str) -> None:
     """Article: the cache forgets at borders; stream: it never does. Lanes that end drop out."""
-    memory = tiny_memory(DYNAMIC)
-    texts, rule = articles((11, 23, 0, 3, 1, 17)), _rule(memory, kind)
-    scores = score_protocol(memory, rule, texts, EOS, protocol, lanes, cache=SETTINGS)
-    plain = score_protocol(memory, rule, texts, EOS, protocol, lanes)
+    base = tiny_base(DYNAMIC)
+    texts, rule = articles((11, 23, 0, 3, 1, 17)), _rule(base, kind)
+    scores = score_protocol(base, rule, texts, EOS, protocol, lanes, cache=SETTINGS)
+    plain = score_protocol(base, rule, texts, EOS, protocol, lanes)
     assert plain.cached == []
     np.testing.assert_array_equal(np.concatenate(scores.nll), np.concatenate(plain.nll))
     whole = [np.concatenate(texts)] if protocol == "stream" else [t for t in texts if len(t)]
@@ -205,7 +206,7 @@ def test_scores_with_a_cache_equal_the_sums(protocol: str, lanes: int, kind: str
         assert [len(a) for a in cached.nll] == [len(t) for t in texts]
         want = []
         for text in whole:
-            nll, h = _outputs(memory, rule, text)
+            nll, h = _outputs(base, rule, text)
             want += _slow(nll.numpy(), h.numpy(), text, setting)
         np.testing.assert_allclose(np.concatenate(cached.nll), want, rtol=0, atol=1e-11)
 
@@ -213,12 +214,12 @@ def test_scores_with_a_cache_equal_the_sums(protocol: str, lanes: int, kind: str
 @pytest.mark.parametrize("kind", ["static", "rms"])
 def test_a_cache_is_causal(kind: str) -> None:
     """A changed token changes no loss before its own."""
-    memory = tiny_memory(DYNAMIC)
+    base = tiny_base(DYNAMIC)
     text = articles((31,))[0]
     other = text.copy()
     other[17] = (other[17] + 5) % 12
     a, b = (
-        score_articles(memory, _rule(memory, kind), [t], EOS, 1, cache=SETTINGS).cached
+        score_articles(base, _rule(base, kind), [t], EOS, 1, cache=SETTINGS).cached
         for t in (text, other)
     )
     for first, second in zip(a, b, strict=True):
@@ -239,8 +240,8 @@ def test_tuning_spends_its_budget_in_three_passes(budget: int, monkeypatch) -> N
         return score_protocol(*words, **more)
 
     monkeypatch.setattr(cache_tuning, "score_protocol", spy)
-    memory, text = tiny_memory(DYNAMIC), TuneText(articles((9, 14)), EOS, 2)
-    trials = tune_cache(memory, None, text, "article", budget, 6)
+    base, text = tiny_base(DYNAMIC), TuneText(articles((9, 14)), EOS, 2)
+    trials = tune_cache(base, None, text, "article", budget, 6)
     tried = [(t.setting["theta"], t.setting["weight"]) for t in trials]
     assert len(set(tried)) == len(tried) == sum(passes) == budget
     assert len(passes) <= 3
@@ -255,11 +256,11 @@ def test_tuning_spends_its_budget_in_three_passes(budget: int, monkeypatch) -> N
 @pytest.mark.parametrize("protocol", ["article", "stream"])
 @pytest.mark.parametrize("kind", ["static", "rms"])
 def test_a_trials_loss_is_that_of_its_setting(protocol: str, kind: str) -> None:
-    memory, text = tiny_memory(DYNAMIC), TuneText(articles((9, 14)), EOS, 2)
-    rule = _rule(memory, kind)
-    for trial in tune_cache(memory, rule, text, protocol, 4, 6):
+    base, text = tiny_base(DYNAMIC), TuneText(articles((9, 14)), EOS, 2)
+    rule = _rule(base, kind)
+    for trial in tune_cache(base, rule, text, protocol, 4, 6):
         setting = CacheSetting(window=6, **trial.setting)
-        alone = score_protocol(memory, rule, text.articles, EOS, protocol, 2, cache=[setting])
+        alone = score_protocol(base, rule, text.articles, EOS, protocol, 2, cache=[setting])
         assert trial.nll == pytest.approx(alone.cached[0].total, rel=1e-13)
 
 
@@ -270,20 +271,20 @@ def test_tuning_comes_close_to_the_best_setting(noise: float) -> None:
     Twenty evaluations gain nine tenths of what a dense grid gains over the published setting.
     (Less where lambda should be far above the 0.55 that they can reach.)
     """
-    memory = tiny_memory(DYNAMIC)
-    memory = dataclasses.replace(memory, weights={n: 3 * w for n, w in memory.weights.items()})
+    base = tiny_base(DYNAMIC)
+    base = dataclasses.replace(base, weights={n: 3 * w for n, w in base.weights.items()})
     random = np.random.default_rng(0)
     tokens = np.tile(articles((23,))[0], 8)
     other = random.random(len(tokens)) < noise
     text = TuneText([np.where(other, random.integers(0, 12, len(tokens)), tokens)], EOS, 1)
-    trials = tune_cache(memory, None, text, "article", 20, 60)
+    trials = tune_cache(base, None, text, "article", 20, 60)
     published = next(t.nll for t in trials if tuple(t.setting.values()) == PUBLISHED)
     grid = [
         CacheSetting(theta, weight, 60)
         for theta in np.geomspace(0.01, 100, 15)
         for weight in np.linspace(0.02, 0.98, 25)
     ]
-    scores = score_articles(memory, None, text.articles, EOS, 1, cache=grid)
+    scores = score_articles(base, None, text.articles, EOS, 1, cache=grid)
     losses = [cached.total for cached in scores.cached]
     best = grid[int(np.argmin(losses))]
     assert best.theta < 0.1 if noise else best.theta > 1
@@ -292,10 +293,10 @@ def test_tuning_comes_close_to_the_best_setting(noise: float) -> None:
 
 
 def test_losses_that_are_no_numbers_are_not_tuned_on() -> None:
-    memory = tiny_memory(DYNAMIC)
-    memory.weights["softmax.bias"][3] = math.nan
+    base = tiny_base(DYNAMIC)
+    base.weights["softmax.bias"][3] = math.nan
     with pytest.raises(UserError, match="not finite"):
-        tune_cache(memory, None, TuneText(articles((9,)), EOS, 1), "article", 3, 6)
+        tune_cache(base, None, TuneText(articles((9,)), EOS, 1), "article", 3, 6)
 
 
 def test_a_model_without_an_output_is_refused() -> None:

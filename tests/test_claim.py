@@ -24,12 +24,13 @@ from benchmarks.claim_tables import (
     positions,
     read_before,
 )
-from mlm.checkpoint import RunFolder, load_tensors
-from mlm.config import PROTOCOLS
-from mlm.errors import UserError
-from mlm.losses import LossTable, column_name
-from mlm.read_out import taken
-from mlm.report import read_evaluation
+from mlm.base.errors import UserError
+from mlm.base.names import PROTOCOLS
+from mlm.extensions.read_out import taken
+from mlm.report.evaluation import read_evaluation
+from mlm.report.losses import LossTable, column_name
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
        "--segment", 5, "--rank", 99, "--related", 2, "--basis-words", 300, "--lanes", 2,

@@ -9,17 +9,18 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from torch import Tensor
-from worlds import segments, tiny_memory
+from worlds import segments, tiny_base
 
-from mlm import buffers
-from mlm.checkpoint import load_tensors, save_tensors
-from mlm.errors import UserError
-from mlm.evolution import Evolution
-from mlm.gates import LinearGates
-from mlm.learner import Bound, Parameters
-from mlm.memory import LongTerm
-from mlm.rollout import Reader, begin, meta_gradient, read
-from mlm.streams import Segment
+from mlm.base.errors import UserError
+from mlm.kernels import buffers
+from mlm.models.base import AdaptationBase
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.pes import Evolution
+from mlm.reading.step import Reader, begin, read
+from mlm.rules.gates import LinearGates
+from mlm.rules.protocol import Bound, Parameters
+from mlm.store.tensors import load_tensors, save_tensors
+from mlm.text.streams import Segment
 
 LANES = 2
 LENGTHS = (31, 13, 40)
@@ -38,21 +39,21 @@ def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     buffers.clear()
 
 
-def _memory() -> LongTerm:
-    return tiny_memory(("lstm.0.recurrent", "softmax.bias"), layers=1, segment=3)
+def _base() -> AdaptationBase:
+    return tiny_base(("lstm.0.recurrent", "softmax.bias"), layers=1, segment=3)
 
 
-def _unrolls(memory: LongTerm, number: int, length: int) -> list[list[Segment]]:
+def _unrolls(base: AdaptationBase, number: int, length: int) -> list[list[Segment]]:
     """Successive unrolls of one reading with an article border inside an unroll."""
-    pieces = segments(memory, LENGTHS, LANES, number * length)
+    pieces = segments(base, LENGTHS, LANES, number * length)
     assert any(bool(p.new.any()) for t, p in enumerate(pieces) if t % length), "no border inside"
     return [pieces[k : k + length] for k in range(0, len(pieces), length)]
 
 
-def _parameters(memory: LongTerm, rule: LinearGates) -> Parameters:
+def _parameters(base: AdaptationBase, rule: LinearGates) -> Parameters:
     if rule.flush:
-        return rule.start_at_rms(memory, 0.05, 0.2)
-    return rule.start_at_sgd(memory, 0.5)
+        return rule.start_at_rms(base, 0.05, 0.2)
+    return rule.start_at_sgd(base, 0.5)
 
 
 class Balanced(Evolution):
@@ -76,24 +77,24 @@ class Balanced(Evolution):
 
 
 def _objective(
-    memory: LongTerm, bound: Bound, unrolls: Sequence[Sequence[Segment]], ewc: float
+    base: AdaptationBase, bound: Bound, unrolls: Sequence[Sequence[Segment]], ewc: float
 ) -> float:
     """Sum over unrolls of nats per token and EWC penalty, read from the start to the end."""
-    reader, total = begin(memory, LANES, bound), 0.0
+    reader, total = begin(base, LANES, bound), 0.0
     for unroll in unrolls:
         tokens = sum(int(p.mask.sum()) for p in unroll)
         for piece in unroll:
             for lane in range(LANES):
-                for n in memory.dynamic if not piece.new[lane] else ():
-                    far = reader.weights[n][lane] - memory.weights[n]
-                    squares = float((memory.rms[n] ** 2 * far**2).sum())
+                for n in base.dynamic if not piece.new[lane] else ():
+                    far = reader.weights[n][lane] - base.weights[n]
+                    squares = float((base.rms[n] ** 2 * far**2).sum())
                     total += ewc / 2 * squares / (LANES * len(unroll))
-            reader, nll = read(memory, bound, reader, piece)
+            reader, nll = read(base, bound, reader, piece)
             total += float(nll.sum()) / tokens
     return total
 
 
-def _finite_differences(memory, rule, phi: Parameters, unrolls, ewc: float = 0.0) -> Parameters:
+def _finite_differences(base, rule, phi: Parameters, unrolls, ewc: float = 0.0) -> Parameters:
     """Central differences of `_objective` by every number."""
     found, h = {}, 1e-4
     for name, value in phi.items():
@@ -103,17 +104,17 @@ def _finite_differences(memory, rule, phi: Parameters, unrolls, ewc: float = 0.0
             for move in (h, -h):
                 moved = {n: p.clone() for n, p in phi.items()}
                 moved[name].view(-1)[k] += move
-                sides.append(_objective(memory, rule.bind(moved, memory), unrolls, ewc))
+                sides.append(_objective(base, rule.bind(moved, base), unrolls, ewc))
             found[name].view(-1)[k] = (sides[0] - sides[1]) / (2 * h)
     return found
 
 
-def _truncated(memory, rule, phi: Parameters, unrolls) -> Parameters:
+def _truncated(base, rule, phi: Parameters, unrolls) -> Parameters:
     """Sum over unrolls of the meta-gradient, per token of the whole unroll as in `Estimate`."""
-    bound, reader = rule.bind(phi, memory), begin(memory, LANES)
+    bound, reader = rule.bind(phi, base), begin(base, LANES)
     total = {n: torch.zeros_like(p) for n, p in phi.items()}
     for unroll in unrolls:
-        found = meta_gradient(memory, bound, phi, reader, unroll)
+        found = meta_gradient(base, bound, phi, reader, unroll)
         tokens = sum(int(p.mask.sum()) for p in unroll)
         for n, g in found.gradients.items():
             total[n] += g * found.tokens / tokens
@@ -133,14 +134,12 @@ def _total(evolution: Evolution, phi: Parameters, unrolls) -> Parameters:
 @pytest.mark.parametrize("ewc", [0.0, 3.0])
 def test_balanced_perturbations_give_the_gradient_of_the_whole_reading(ewc: float) -> None:
     """Three unrolls of three updates; an estimate that forgets between them misses much of it."""
-    memory = _memory()
-    unrolls, phi = _unrolls(memory, 3, 3), _parameters(memory, RULE)
+    base = _base()
+    unrolls, phi = _unrolls(base, 3, 3), _parameters(base, RULE)
     settings: dict = {"pairs": 16, "sigma": 1e-4, "seed": 0, "scale": {"flush_scale": 10.0}}
-    evolution, forgetful = (
-        Balanced(memory, RULE, phi, LANES, **settings, ewc=ewc) for _ in range(2)
-    )
+    evolution, forgetful = (Balanced(base, RULE, phi, LANES, **settings, ewc=ewc) for _ in range(2))
     got = _total(evolution, phi, unrolls)
-    want = _finite_differences(memory, RULE, phi, unrolls, ewc)
+    want = _finite_differences(base, RULE, phi, unrolls, ewc)
     short = {n: torch.zeros_like(p) for n, p in phi.items()}
     for unroll in unrolls:
         forgetful.xi.zero_()
@@ -155,31 +154,31 @@ def test_balanced_perturbations_give_the_gradient_of_the_whole_reading(ewc: floa
 
 def test_random_perturbations_are_right_on_average() -> None:
     """z-test, 4 standard errors; sigma is so small that smoothing does not show."""
-    memory = _memory()
-    unrolls, phi = _unrolls(memory, 4, 2), _parameters(memory, ONE)
+    base = _base()
+    unrolls, phi = _unrolls(base, 4, 2), _parameters(base, ONE)
     sample = torch.stack(
         [
-            _total(
-                Evolution(memory, ONE, phi, LANES, pairs=4, sigma=1e-3, seed=seed), phi, unrolls
-            )["update"]
+            _total(Evolution(base, ONE, phi, LANES, pairs=4, sigma=1e-3, seed=seed), phi, unrolls)[
+                "update"
+            ]
             for seed in range(24)
         ]
     )
     mean, error = float(sample.mean()), float(sample.std()) / len(sample) ** 0.5
-    assert abs(mean - float(_finite_differences(memory, ONE, phi, unrolls)["update"])) < 4 * error
-    assert abs(mean - float(_truncated(memory, ONE, phi, unrolls)["update"])) > 4 * error
+    assert abs(mean - float(_finite_differences(base, ONE, phi, unrolls)["update"])) < 4 * error
+    assert abs(mean - float(_truncated(base, ONE, phi, unrolls)["update"])) > 4 * error
 
 
 def test_the_loss_is_that_of_all_tokens_of_all_particles() -> None:
     """With perturbations too small to see, that of reading with the parameters themselves."""
-    memory = _memory()
-    unrolls, phi = _unrolls(memory, 3, 3), _parameters(memory, RULE)
-    evolution = Evolution(memory, RULE, phi, LANES, pairs=2, sigma=1e-9, seed=0, ewc=5.0)
-    bound, reader = RULE.bind(phi, memory), begin(memory, LANES)
+    base = _base()
+    unrolls, phi = _unrolls(base, 3, 3), _parameters(base, RULE)
+    evolution = Evolution(base, RULE, phi, LANES, pairs=2, sigma=1e-9, seed=0, ewc=5.0)
+    bound, reader = RULE.bind(phi, base), begin(base, LANES)
     for unroll in unrolls:
         found, total = evolution.step(phi, unroll), 0.0
         for piece in unroll:
-            reader, nll = read(memory, bound, reader, piece)
+            reader, nll = read(base, bound, reader, piece)
             total += float(nll.sum())
         assert found.tokens == sum(int(p.mask.sum()) for p in unroll)
         assert found.loss == pytest.approx(total / found.tokens, rel=1e-7)
@@ -193,17 +192,17 @@ def test_the_loss_is_that_of_all_tokens_of_all_particles() -> None:
 class Even(LinearGates):
     """Reads x and -x as the same rule: its loss has no odd part at zero."""
 
-    def bind(self, parameters: Parameters, memory: LongTerm) -> Bound:
+    def bind(self, parameters: Parameters, base: AdaptationBase) -> Bound:
         """The rate is exp(x^2 - 1)."""
-        return super().bind({n: p**2 - 1 for n, p in parameters.items()}, memory)
+        return super().bind({n: p**2 - 1 for n, p in parameters.items()}, base)
 
 
 def test_what_is_even_cancels_within_a_pair() -> None:
-    memory = _memory()
+    base = _base()
     rule = Even(flush=False, features=(), per_tensor=False)
     phi = {"update": torch.zeros(1, 1, dtype=torch.float64)}
-    evolution = Evolution(memory, rule, phi, LANES, pairs=1, sigma=0.5, seed=0)
-    for unroll in _unrolls(memory, 3, 3):
+    evolution = Evolution(base, rule, phi, LANES, pairs=1, sigma=0.5, seed=0)
+    for unroll in _unrolls(base, 3, 3):
         found = evolution.step(phi, unroll)
         assert torch.equal(evolution.xi[0], -evolution.xi[1])
         assert float(evolution.xi[0].abs().min()) > 0
@@ -212,9 +211,9 @@ def test_what_is_even_cancels_within_a_pair() -> None:
 
 def test_a_lane_remembers_the_perturbations_since_its_article_began() -> None:
     """xi of one particle in two lanes whose articles end at different times, by hand."""
-    memory = _memory()
-    unrolls, phi = _unrolls(memory, 4, 3), _parameters(memory, RULE)
-    evolution = Evolution(memory, RULE, phi, LANES, pairs=2, sigma=0.01, seed=5)
+    base = _base()
+    unrolls, phi = _unrolls(base, 4, 3), _parameters(base, RULE)
+    evolution = Evolution(base, RULE, phi, LANES, pairs=2, sigma=0.01, seed=5)
     generator = torch.Generator().manual_seed(5)
     felt: list[list[Tensor]] = [[] for _ in range(LANES)]
     for unroll in unrolls:
@@ -231,11 +230,11 @@ def test_a_lane_remembers_the_perturbations_since_its_article_began() -> None:
 
 def test_what_is_read_under_theta_0_owes_nothing() -> None:
     """The opening segment of an article: no credit, whatever the lane felt before."""
-    memory = _memory()
-    piece = segments(memory, LENGTHS, LANES, 1)[0]
+    base = _base()
+    piece = segments(base, LENGTHS, LANES, 1)[0]
     assert bool(piece.new.all())
-    phi = _parameters(memory, RULE)
-    evolution = Evolution(memory, RULE, phi, LANES, pairs=2, sigma=0.1, seed=0, ewc=1.0)
+    phi = _parameters(base, RULE)
+    evolution = Evolution(base, RULE, phi, LANES, pairs=2, sigma=0.1, seed=0, ewc=1.0)
     for _ in range(2):
         found = evolution.step(phi, [piece])
         assert all(not g.any() for g in found.gradients.values())
@@ -244,10 +243,10 @@ def test_what_is_read_under_theta_0_owes_nothing() -> None:
 
 def test_a_lane_that_the_guard_resets_forgets_what_it_felt() -> None:
     """A limit that every loss passes: weights are used for one segment, then reset."""
-    memory = dataclasses.replace(_memory(), limit=0.0)
-    unrolls = [segments(memory, (400,) * LANES, LANES, 8)[k : k + 4] for k in (0, 4)]
-    phi = _parameters(memory, RULE)
-    evolution = Balanced(memory, RULE, phi, LANES, pairs=16, sigma=1e-4, seed=0)
+    base = dataclasses.replace(_base(), limit=0.0)
+    unrolls = [segments(base, (400,) * LANES, LANES, 8)[k : k + 4] for k in (0, 4)]
+    phi = _parameters(base, RULE)
+    evolution = Balanced(base, RULE, phi, LANES, pairs=16, sigma=1e-4, seed=0)
     for unroll in unrolls:
         assert evolution.step(phi, unroll).flushed == 2 * LANES * 32
     assert torch.equal(evolution.xi.abs(), torch.ones_like(evolution.xi)), "the last noise alone"
@@ -264,14 +263,14 @@ class Bounded(LinearGates):
 
 def test_parameters_beyond_a_bound_are_read_at_it_and_credited_in_full() -> None:
     """At the bound half of the perturbations do nothing: half of the derivative below it."""
-    memory = _memory()
-    piece = segments(memory, LENGTHS, LANES, 4)
+    base = _base()
+    piece = segments(base, LENGTHS, LANES, 4)
     rule, h = Bounded(flush=False, features=(), per_tensor=False), 1e-5
     phi = {"update": torch.full((1, 1), -1.0, dtype=torch.float64)}
-    evolution = Balanced(memory, rule, phi, LANES, pairs=1, sigma=h, seed=0)
+    evolution = Balanced(base, rule, phi, LANES, pairs=1, sigma=h, seed=0)
     found = float(evolution.step(phi, [*piece]).gradients["update"])
     below = {"update": phi["update"] - h}
-    sides = [_objective(memory, rule.bind(p, memory), [piece], 0.0) for p in (phi, below)]
+    sides = [_objective(base, rule.bind(p, base), [piece], 0.0) for p in (phi, below)]
     assert found == pytest.approx((sides[0] - sides[1]) / (2 * h), rel=1e-6)
     assert float(phi["update"]) == -1.0, "the caller's parameters are left alone"
 
@@ -285,15 +284,15 @@ def test_every_particle_reads_as_if_it_were_alone(lanes: int, fixed) -> None:
 
     What the rule does not train is not perturbed.
     """
-    memory = _memory()
-    pieces = segments(memory, LENGTHS, lanes, 9)
-    phi = _parameters(memory, RULE)
+    base = _base()
+    pieces = segments(base, LENGTHS, lanes, 9)
+    phi = _parameters(base, RULE)
     rule = dataclasses.replace(RULE, fixed=fixed)
-    evolution = Evolution(memory, rule, phi, lanes, pairs=2, sigma=0.3, seed=8)
+    evolution = Evolution(base, rule, phi, lanes, pairs=2, sigma=0.3, seed=8)
     trained = torch.tensor([1.0, not fixed, 1.0, not fixed, 1.0], dtype=torch.float64)
     generator = torch.Generator().manual_seed(8)
-    start = {n: w.clone() for n, w in memory.weights.items()}
-    alone: list[Reader] = [begin(memory, lanes) for _ in range(4)]
+    start = {n: w.clone() for n, w in base.weights.items()}
+    alone: list[Reader] = [begin(base, lanes) for _ in range(4)]
     for unroll in (pieces[:3], pieces[3:6], pieces[6:]):
         found = evolution.step(phi, unroll)
         assert all(bool(found.gradients[n][:, 1].any()) != bool(fixed) for n in ("update", "flush"))
@@ -304,9 +303,9 @@ def test_every_particle_reads_as_if_it_were_alone(lanes: int, fixed) -> None:
                 "flush": phi["flush"] + eps[2:4],
                 "flush_scale": (phi["flush_scale"] + eps[4:]).clamp(min=0),
             }
-            bound = RULE.bind(moved, memory)
+            bound = RULE.bind(moved, base)
             for piece in unroll:
-                alone[k], _ = read(memory, bound, alone[k], piece)
+                alone[k], _ = read(base, bound, alone[k], piece)
     for got, want in zip(evolution.readers, alone, strict=True):
         assert torch.equal(got.age, want.age)
         pairs = [(got.weights[n], w) for n, w in want.weights.items()]
@@ -314,15 +313,15 @@ def test_every_particle_reads_as_if_it_were_alone(lanes: int, fixed) -> None:
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     for a, b in itertools.combinations(alone, 2):
         assert not torch.equal(a.weights["softmax.bias"], b.weights["softmax.bias"])
-    assert all(torch.equal(memory.weights[n], w) for n, w in start.items())
+    assert all(torch.equal(base.weights[n], w) for n, w in start.items())
 
 
 def test_resuming_gives_the_very_same_numbers(tmp_path) -> None:
-    memory = _memory()
-    unrolls, phi = _unrolls(memory, 4, 3), _parameters(memory, RULE)
+    base = _base()
+    unrolls, phi = _unrolls(base, 4, 3), _parameters(base, RULE)
 
     def fresh(seed: int) -> Evolution:
-        return Evolution(memory, RULE, phi, LANES, pairs=2, sigma=0.1, seed=seed, ewc=1.0)
+        return Evolution(base, RULE, phi, LANES, pairs=2, sigma=0.1, seed=seed, ewc=1.0)
 
     whole, rest = fresh(3), fresh(99)
     for unroll in unrolls[:2]:
@@ -354,17 +353,17 @@ def test_resuming_gives_the_very_same_numbers(tmp_path) -> None:
     ],
 )
 def test_settings_that_estimate_nothing_are_refused(settings, words: str) -> None:
-    memory = _memory()
+    base = _base()
     settings = {"pairs": 1, "sigma": 0.1, "seed": 0, **settings}
     with pytest.raises(UserError, match=words):
-        Evolution(memory, RULE, _parameters(memory, RULE), LANES, **settings)
+        Evolution(base, RULE, _parameters(base, RULE), LANES, **settings)
 
 
 def test_particles_of_other_settings_are_refused() -> None:
-    memory = _memory()
-    phi = _parameters(memory, RULE)
+    base = _base()
+    phi = _parameters(base, RULE)
     two, three = (
-        Evolution(memory, RULE, phi, LANES, pairs=pairs, sigma=0.1, seed=0) for pairs in (2, 3)
+        Evolution(base, RULE, phi, LANES, pairs=pairs, sigma=0.1, seed=0) for pairs in (2, 3)
     )
     with pytest.raises(UserError, match=r"3 pairs of 2 lanes.*here there are 2 pairs"):
         two.load_state_tensors(three.state_tensors())

@@ -26,10 +26,10 @@ from benchmarks.growth_unroll import (
     probe,
 )
 from benchmarks.timing import world
-from mlm.lm import LMShape
-from mlm.rollout import GradientMode
+from mlm.models.recurrent import RecurrentLM
+from mlm.reading.meta_gradient import GradientMode
 
-TINY = Place(LMShape(30, 8, 8, 1), lanes=2, segment=3)
+TINY = Place(RecurrentLM(30, 8, 8, 1), lanes=2, segment=3)
 QUICK = Options(rounds=1, updates=1, unroll=2)
 LENGTHS = (2, 8)
 SIZES: dict[AxisName, tuple[int, int]] = {
@@ -74,11 +74,11 @@ def test_an_axis_of_time(axis: AxisName, tmp_path: Path) -> None:
 
 
 def test_what_a_place_holds() -> None:
-    memory = world(TINY.shape, TINY.segment, TINY.lanes, number=1).memory
-    weights = sum(weight.numel() for weight in memory.start().values())
+    base = world(TINY.shape, TINY.segment, TINY.lanes, number=1).base
+    weights = sum(weight.numel() for weight in base.start().values())
     assert TINY.weights == weights == 4 * 8 * (8 + 8 + 1)
-    assert TINY.moved("hidden", 16).shape == LMShape(30, 16, 16, 1)
-    assert TINY.moved("vocabulary", 99).shape == LMShape(99, 8, 8, 1)
+    assert TINY.moved("hidden", 16).shape == RecurrentLM(30, 16, 16, 1)
+    assert TINY.moved("vocabulary", 99).shape == RecurrentLM(99, 8, 8, 1)
     rows = growth.time_axis("lanes", TINY, (1, 2), QUICK)
     by_kind = {row["what"]: row for row in rows}  # of 2 lanes
     assert by_kind[STATIC]["bytes per update"] is None

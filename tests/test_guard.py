@@ -11,26 +11,19 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from worlds import EOS, articles, segments, tiny_memory
+from worlds import EOS, articles, segments, tiny_base
 
-from mlm import buffers, kernels
-from mlm.gates import LinearGates
-from mlm.learner import RMS, SGD, Bound, Parameters, UpdateRule, per_lane
-from mlm.lm import Weights
-from mlm.memory import LongTerm
-from mlm.rollout import (
-    GradientMode,
-    MetaGradient,
-    Reader,
-    Step,
-    begin,
-    meta_gradient,
-    read,
-    score_segment,
-    step,
-)
-from mlm.scoring import score_articles
-from mlm.streams import Segment
+from mlm import kernels
+from mlm.kernels import buffers
+from mlm.models.base import AdaptationBase
+from mlm.models.language_model import Weights
+from mlm.reading.meta_gradient import GradientMode, MetaGradient, meta_gradient
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import Reader, Step, begin, read, score_segment, step
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS, SGD
+from mlm.rules.protocol import Bound, Parameters, UpdateRule, per_lane
+from mlm.text.streams import Segment
 
 MODES: tuple[GradientMode, ...] = ("reverse", "checkpoint", "forward")
 DYNAMIC = ("lstm.0.input", "lstm.1.input", "lstm.1.bias", "softmax.bias", "embedding")
@@ -63,11 +56,11 @@ class Momentum(UpdateRule):
 
     name: str = "momentum"
 
-    def state(self, memory: LongTerm) -> Weights:
+    def state(self, base: AdaptationBase) -> Weights:
         """No velocity."""
-        return {f"{n}/velocity": torch.zeros_like(w) for n, w in memory.start().items()}
+        return {f"{n}/velocity": torch.zeros_like(w) for n, w in base.start().items()}
 
-    def formula(self, parameters, memory, weights, gradients, signal):
+    def formula(self, parameters, base, weights, gradients, signal):
         """v <- keep v + gradient; theta <- theta - rate v."""
         new = {}
         for n, gradient in gradients.items():
@@ -80,32 +73,32 @@ class Momentum(UpdateRule):
 KINDS = ("gates", "rms", "sgd", "momentum")
 
 
-def _rule(kind: str, memory: LongTerm) -> tuple[Bound, Parameters]:
+def _rule(kind: str, base: AdaptationBase) -> tuple[Bound, Parameters]:
     """A rule that reads well, and its parameters."""
     if kind == "gates":
         gates = LinearGates()
-        phi = gates.start_at_rms(memory, 0.02, 0.05)
-        return gates.bind(phi, memory), phi
+        phi = gates.start_at_rms(base, 0.02, 0.05)
+        return gates.bind(phi, base), phi
     values, rule = {
         "rms": ({"rate": 0.02, "decay": 0.05}, RMS()),
         "sgd": ({"rate": 0.05}, SGD()),
         "momentum": ({"rate": 0.05, "keep": 0.8}, Momentum()),
     }[kind]
     phi = {n: torch.tensor(v, dtype=torch.float64) for n, v in values.items()}
-    return rule.bind(phi, memory), phi
+    return rule.bind(phi, base), phi
 
 
-def _world(kind: str) -> tuple[LongTerm, Bound, Parameters, Reader, list[Segment]]:
+def _world(kind: str) -> tuple[AdaptationBase, Bound, Parameters, Reader, list[Segment]]:
     """Three lanes in the middle of their articles, and what they read next."""
-    memory = tiny_memory(DYNAMIC)
-    bound, phi = _rule(kind, memory)
-    pieces = segments(memory, LENGTHS, 3, 12)
-    reader = begin(memory, 3, bound)
+    base = tiny_base(DYNAMIC)
+    bound, phi = _rule(kind, base)
+    pieces = segments(base, LENGTHS, 3, 12)
+    reader = begin(base, 3, bound)
     for piece in pieces[:3]:
-        reader, _ = read(memory, bound, reader, piece)
+        reader, _ = read(base, bound, reader, piece)
     assert any(bool(p.new[lane]) for p in pieces[3:] for lane in OTHERS), "a border elsewhere"
     assert not any(bool(p.new[BAD]) for p in pieces[1:])
-    return memory, bound, phi, reader, pieces[3:]
+    return base, bound, phi, reader, pieces[3:]
 
 
 def _border(pieces: Sequence[Segment], *at: int) -> list[Segment]:
@@ -186,16 +179,16 @@ def _assert_same_meta(got: MetaGradient, want: MetaGradient, flushed: int) -> No
     _assert_same_reader(got.reader, want.reader)
 
 
-def _meta(memory, bound, phi, reader, pieces, mode: GradientMode = "reverse") -> MetaGradient:
+def _meta(base, bound, phi, reader, pieces, mode: GradientMode = "reverse") -> MetaGradient:
     """With all that may be asked for: shared weights, and the EWC penalty."""
     learn = ("lstm.0.recurrent", "softmax.bias")
-    return meta_gradient(memory, bound, phi, reader, pieces, mode, learn, 0.1)
+    return meta_gradient(base, bound, phi, reader, pieces, mode, learn, 0.1)
 
 
-def _assert_meta(memory, bound, phi, reader, pieces, want: MetaGradient, flushed: int) -> None:
+def _assert_meta(base, bound, phi, reader, pieces, want: MetaGradient, flushed: int) -> None:
     """In every mode what an unbroken reading of a text with borders gives."""
     for mode in MODES:
-        _assert_same_meta(_meta(memory, bound, phi, reader, pieces, mode), want, flushed)
+        _assert_same_meta(_meta(base, bound, phi, reader, pieces, mode), want, flushed)
 
 
 # ---------------------------------------------------------------- no loss, or no gradient
@@ -205,10 +198,10 @@ def _assert_meta(memory, bound, phi, reader, pieces, want: MetaGradient, flushed
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_lane_is_scored_under_theta_0(kind: str, broken, engine) -> None:
     """One segment, number by number: as at an article border, and reported."""
-    memory, bound, _, reader, pieces = _world(kind)
+    base, bound, _, reader, pieces = _world(kind)
     bad = broken(reader)
-    got = step(memory, bound, bad, pieces[0])
-    want = step(memory, bound, reader, _border(pieces, 0)[0])
+    got = step(base, bound, bad, pieces[0])
+    want = step(base, bound, reader, _border(pieces, 0)[0])
     assert got.flushed.tolist() == [False, True, False]
     assert not want.flushed.any()
     assert got.new.tolist() == want.new.tolist()
@@ -224,8 +217,8 @@ def test_a_broken_lane_is_scored_under_theta_0(kind: str, broken, engine) -> Non
 
 def test_the_gradient_of_a_finite_loss_can_overflow() -> None:
     """What `_overflow` is for."""
-    memory, _, _, reader, pieces = _world("sgd")
-    scored = score_segment(memory, _overflow(reader), pieces[0])
+    base, _, _, reader, pieces = _world("sgd")
+    scored = score_segment(base, _overflow(reader), pieces[0])
     assert bool(scored.loss.isfinite().all())
     assert not bool(scored.gradients["lstm.0.input"][BAD].isfinite().all())
 
@@ -233,11 +226,11 @@ def test_the_gradient_of_a_finite_loss_can_overflow() -> None:
 @pytest.mark.parametrize("kind", ["gates", "momentum"])
 def test_a_broken_lane_leaves_the_meta_gradient_alone(kind, engine) -> None:
     """It is that of a text with an article border there."""
-    memory, bound, phi, reader, pieces = _world(kind)
+    base, bound, phi, reader, pieces = _world(kind)
     pieces = pieces[:6]
-    want = _meta(memory, bound, phi, reader, _border(pieces, 0))
+    want = _meta(base, bound, phi, reader, _border(pieces, 0))
     for broken in ("everything is NaN", "one gate is infinite", "the gradient overflows"):
-        _assert_meta(memory, bound, phi, BROKEN[broken](reader), pieces, want, 1)
+        _assert_meta(base, bound, phi, BROKEN[broken](reader), pieces, want, 1)
 
 
 class Spoiling:
@@ -261,11 +254,11 @@ class Spoiling:
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_break_within_an_unroll_leave_no_trace(kind, value, engine) -> None:
     """They do so in the update before the third segment, and again five segments later."""
-    memory, bound, phi, reader, pieces = _world(kind)
+    base, bound, phi, reader, pieces = _world(kind)
     assert int(reader.age[BAD]) == 3
     spoiling = Spoiling(bound, value, 4)
-    want = _meta(memory, bound, phi, reader, _border(pieces[:8], 2, 7))
-    _assert_meta(memory, spoiling, phi, reader, pieces[:8], want, 2)
+    want = _meta(base, bound, phi, reader, _border(pieces[:8], 2, 7))
+    _assert_meta(base, spoiling, phi, reader, pieces[:8], want, 2)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -276,7 +269,7 @@ def test_a_rate_that_explodes_touches_only_its_own_lane(rule, rate, mode, engine
 
     Whether the guard sees it (an infinite rate) or not (weights that are merely absurd).
     """
-    memory, _, _, _, pieces = _world("sgd")
+    base, _, _, _, pieces = _world("sgd")
     pieces = pieces[:5]
 
     def unroll(bad: float) -> tuple[list[Tensor], MetaGradient]:
@@ -284,10 +277,10 @@ def test_a_rate_that_explodes_touches_only_its_own_lane(rule, rate, mode, engine
         phi = {"rate": rates.clone(), "decay": rates * 2}
         phi = {n: phi[n] for n in ("rate", "decay")[: 1 + (rule.name == "rms")]}
         phi["rate"][BAD] = bad
-        bound, reader, losses = rule.bind(phi, memory), begin(memory, 3), []
-        found = meta_gradient(memory, bound, phi, reader, pieces, mode)
+        bound, reader, losses = rule.bind(phi, base), begin(base, 3), []
+        found = meta_gradient(base, bound, phi, reader, pieces, mode)
         for piece in pieces:
-            reader, nll = read(memory, bound, reader, piece)
+            reader, nll = read(base, bound, reader, piece)
             losses.append(nll)
         return losses, found
 
@@ -304,12 +297,12 @@ def test_a_rate_that_explodes_touches_only_its_own_lane(rule, rate, mode, engine
 
 @pytest.mark.parametrize("broken", ["h", "c"])
 def test_a_broken_hidden_state_is_reset_with_its_lane(broken: str, engine) -> None:
-    memory, bound, _, reader, pieces = _world("gates")
+    base, bound, _, reader, pieces = _world("gates")
     tensors = [t.clone() for t in reader.state.tensors()]
     tensors[0 if broken == "h" else 2][BAD] = math.nan
     bad = reader._replace(state=reader.state.of(tensors))
-    got = step(memory, bound, bad, pieces[0])
-    want = step(memory, bound, reader, _border(pieces, 0)[0])
+    got = step(base, bound, bad, pieces[0])
+    want = step(base, bound, reader, _border(pieces, 0)[0])
     assert got.flushed.tolist() == [False, True, False]
     _assert_same(got.scored.nll, want.scored.nll, "losses")
     _assert_same_reader(got.after, want.after)
@@ -318,24 +311,24 @@ def test_a_broken_hidden_state_is_reset_with_its_lane(broken: str, engine) -> No
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_broken_state_of_the_rule_leaves_no_trace(value: float) -> None:
     """It shows in the losses one segment late: an article border there reads the same."""
-    memory, bound, phi, reader, pieces = _world("momentum")
+    base, bound, phi, reader, pieces = _world("momentum")
     bad = _spoilt(reader, lstm__1__bias_velocity=value)
-    late = int(not step(memory, bound, bad, pieces[0]).flushed[BAD])
-    want = _meta(memory, bound, phi, reader, _border(pieces, late))
-    _assert_meta(memory, bound, phi, bad, pieces, want, 1)
+    late = int(not step(base, bound, bad, pieces[0]).flushed[BAD])
+    want = _meta(base, bound, phi, reader, _border(pieces, late))
+    _assert_meta(base, bound, phi, bad, pieces, want, 1)
 
 
 @pytest.mark.parametrize("name", ["lstm.1.bias", "softmax.bias"])
 @pytest.mark.parametrize("kind", ["gates", "sgd"])
 def test_an_infinite_bias_that_the_loss_hides_is_found(kind: str, name: str) -> None:
     """A gate that is shut for good, a word that cannot come: loss and gradient are finite."""
-    memory, bound, phi, reader, pieces = _world(kind)
+    base, bound, phi, reader, pieces = _world(kind)
     absent = min(set(range(12)) - set(pieces[0].targets[BAD].tolist()))
     bad = _one_number(reader, name, -math.inf, absent)
-    scored = score_segment(memory, bad, pieces[0])
+    scored = score_segment(base, bad, pieces[0])
     assert all(bool(x.isfinite().all()) for x in (scored.loss, *scored.gradients.values()))
     for mode in MODES:
-        got = _meta(memory, bound, phi, bad, pieces, mode)
+        got = _meta(base, bound, phi, bad, pieces, mode)
         assert math.isfinite(got.loss)
         for n, x in [*got.gradients.items(), *got.reader.weights.items()]:
             assert bool(x.isfinite().all()), f"{mode}, {n}"
@@ -354,16 +347,16 @@ def _worse(reader: Reader) -> Reader:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lane_above_the_limit_is_scored_as_it_is_and_reset_after(kind: str, engine) -> None:
-    memory, bound, _, reader, pieces = _world(kind)
-    guarded = dataclasses.replace(memory, limit=6.0)
+    base, bound, _, reader, pieces = _world(kind)
+    guarded = dataclasses.replace(base, limit=6.0)
     bad = _worse(reader)
-    free, first = (step(m, bound, bad, pieces[0]) for m in (memory, guarded))
+    free, first = (step(m, bound, bad, pieces[0]) for m in (base, guarded))
     assert float(free.scored.loss[BAD]) > 6.0 > float(free.scored.loss[OTHERS].max())
     assert torch.equal(first.scored.nll, free.scored.nll)
     assert first.flushed.tolist() == first.after.exploded.tolist() == [False, True, False]
     assert not free.flushed.any()
     second = step(guarded, bound, first.after, pieces[1])
-    want = step(memory, bound, free.after, _border(pieces, 1)[1])
+    want = step(base, bound, free.after, _border(pieces, 1)[1])
     assert second.new.tolist() == want.new.tolist()
     assert not second.flushed.any()
     _assert_same(second.scored.nll, want.scored.nll, "losses")
@@ -373,41 +366,41 @@ def test_a_lane_above_the_limit_is_scored_as_it_is_and_reset_after(kind: str, en
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_lane_above_the_limit_ends_its_part_of_the_meta_gradient(kind, engine) -> None:
     """An article border after the segment reads the same; so does one that is there already."""
-    memory, bound, phi, reader, pieces = _world(kind)
-    guarded = dataclasses.replace(memory, limit=6.0)
-    want = _meta(memory, bound, phi, _worse(reader), _border(pieces, 1))
+    base, bound, phi, reader, pieces = _world(kind)
+    guarded = dataclasses.replace(base, limit=6.0)
+    want = _meta(base, bound, phi, _worse(reader), _border(pieces, 1))
     for text in (pieces, _border(pieces, 1)):
         _assert_meta(guarded, bound, phi, _worse(reader), text, want, 1)
 
 
 def test_a_lane_that_explodes_last_is_reset_in_the_next_unroll() -> None:
-    memory, bound, phi, reader, pieces = _world("gates")
-    guarded = dataclasses.replace(memory, limit=6.0)
+    base, bound, phi, reader, pieces = _world("gates")
+    guarded = dataclasses.replace(base, limit=6.0)
     first = _meta(guarded, bound, phi, _worse(reader), pieces[:1])
     assert first.flushed == 1
     alone = first.reader._replace(exploded=torch.zeros(3, dtype=torch.bool))
-    want = _meta(memory, bound, phi, alone, _border(pieces[1:], 0))
+    want = _meta(base, bound, phi, alone, _border(pieces[1:], 0))
     _assert_meta(guarded, bound, phi, first.reader, pieces[1:], want, 0)
 
 
 def test_a_lane_is_above_the_limit_by_the_mean_of_its_own_tokens() -> None:
     """Nats per token, also where an article's last segment holds a single one."""
-    memory = tiny_memory(DYNAMIC)
-    bound, _ = _rule("sgd", memory)
-    pieces = segments(memory, (6, 6, 6), 3, 2)
+    base = tiny_base(DYNAMIC)
+    bound, _ = _rule("sgd", base)
+    pieces = segments(base, (6, 6, 6), 3, 2)
     assert pieces[1].mask.sum(1).tolist() == [1, 1, 1]
-    first = step(memory, bound, begin(memory, 3), pieces[0]).after
-    losses = step(memory, bound, first, pieces[1]).scored.nll.sum(1)
+    first = step(base, bound, begin(base, 3), pieces[0]).after
+    losses = step(base, bound, first, pieces[1]).scored.nll.sum(1)
     low, middle, high = losses.sort().values.tolist()
     for limit, number in ((low - 1e-9, 3), (middle - 1e-9, 2), (high - 1e-9, 1), (high, 0)):
-        guarded = dataclasses.replace(memory, limit=limit)
+        guarded = dataclasses.replace(base, limit=limit)
         assert int(step(guarded, bound, first, pieces[1]).flushed.sum()) == number
 
 
-def _flushed(memory: LongTerm, bound: Bound, reader: Reader, pieces) -> list[list[bool]]:
+def _flushed(base: AdaptationBase, bound: Bound, reader: Reader, pieces) -> list[list[bool]]:
     found = []
     for piece in pieces:
-        now: Step = step(memory, bound, reader, piece)
+        now: Step = step(base, bound, reader, piece)
         found.append(now.flushed.tolist())
         reader = now.after
     return found
@@ -416,12 +409,12 @@ def _flushed(memory: LongTerm, bound: Bound, reader: Reader, pieces) -> list[lis
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_a_limit_no_finite_loss_resets_a_lane(kind: str, engine) -> None:
     """Neither an ordinary one nor one of 1e200 nats."""
-    memory, bound, phi, reader, pieces = _world(kind)
-    assert memory.limit == math.inf
-    assert not np.any(_flushed(memory, bound, reader, pieces))
-    assert _meta(memory, bound, phi, reader, pieces).flushed == 0
+    base, bound, phi, reader, pieces = _world(kind)
+    assert base.limit == math.inf
+    assert not np.any(_flushed(base, bound, reader, pieces))
+    assert _meta(base, bound, phi, reader, pieces).flushed == 0
     bad = _one_number(reader, "softmax.bias", 1e200)
-    now = step(memory, bound, bad, pieces[0])
+    now = step(base, bound, bad, pieces[0])
     assert 1e190 < float(now.scored.loss[BAD]) < math.inf
     assert not now.flushed.any()
 
@@ -429,24 +422,24 @@ def test_without_a_limit_no_finite_loss_resets_a_lane(kind: str, engine) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_theta_0_itself_is_never_above_the_limit(kind: str) -> None:
     """With a limit that every loss passes, a lane is reset after every second segment."""
-    memory = dataclasses.replace(tiny_memory(DYNAMIC), limit=0.0)
-    bound, _ = _rule(kind, memory)
-    pieces = segments(memory, (200, 200, 200), 3, 6)
-    found = _flushed(memory, bound, begin(memory, 3, bound), pieces)
+    base = dataclasses.replace(tiny_base(DYNAMIC), limit=0.0)
+    bound, _ = _rule(kind, base)
+    pieces = segments(base, (200, 200, 200), 3, 6)
+    found = _flushed(base, bound, begin(base, 3, bound), pieces)
     assert found == [[False] * 3, [True] * 3] * 3
 
 
 @pytest.mark.parametrize("limit", [math.inf, 3.2])
 def test_which_lanes_explode_does_not_depend_on_their_company(limit: float, engine) -> None:
     """Articles read side by side under a rule that explodes time and again, and one by one."""
-    memory = dataclasses.replace(tiny_memory(DYNAMIC), limit=limit)
+    base = dataclasses.replace(tiny_base(DYNAMIC), limit=limit)
     phi = {"rate": torch.tensor(40.0).double(), "decay": torch.tensor(0.1).double()}
-    bound, texts = RMS().bind(phi, memory), articles((61, 33, 48, 5, 70))
-    one = score_articles(memory, bound, texts, EOS, 1)
-    many = score_articles(memory, bound, texts, EOS, 3)
+    bound, texts = RMS().bind(phi, base), articles((61, 33, 48, 5, 70))
+    one = score_articles(base, bound, texts, EOS, 1)
+    many = score_articles(base, bound, texts, EOS, 3)
     for a, b in zip(one.nll, many.nll, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9)
         assert np.isfinite(a).all()
-    free = dataclasses.replace(memory, limit=math.inf)
+    free = dataclasses.replace(base, limit=math.inf)
     unguarded = score_articles(free, bound, texts, EOS, 1)
     assert (one.total == unguarded.total) == (limit == math.inf)

@@ -11,17 +11,17 @@ import pytest
 import torch
 from worlds import EOS, articles
 
-from mlm import half
-from mlm.half import lowered, product
-from mlm.learner import RMS
-from mlm.lm import LMShape, initial_weights
-from mlm.lowrank import add_low_rank, turned
-from mlm.memory import LongTerm
-from mlm.phrases import phrases
-from mlm.related import relate
-from mlm.rollout import learning_at_once
-from mlm.scoring import score_articles
-from mlm.training import Text
+from mlm.extensions.phrases import phrases
+from mlm.extensions.related import relate
+from mlm.kernels import bfloat16 as half
+from mlm.kernels.bfloat16 import lowered, product
+from mlm.models.base import AdaptationBase, turned
+from mlm.models.recurrent import RecurrentLM, initial_weights
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import learning_at_once
+from mlm.rules.hand_made import RMS
+from mlm.text.streams import Text
+from mlm.training.directions import add_low_rank
 
 DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent", "lstm.0.bias")
 ROUNDING = 2.0**-8
@@ -83,9 +83,9 @@ def test_lowered_again_and_again() -> None:
     assert torch.equal(third, second)
 
 
-def _world() -> tuple[LongTerm, list[np.ndarray]]:
+def _world() -> tuple[AdaptationBase, list[np.ndarray]]:
     """Everything the output layer can do at once, in float32."""
-    shape = LMShape(50, 16, 16, 1)
+    shape = RecurrentLM(50, 16, 16, 1)
     weights = initial_weights(shape, torch.Generator().manual_seed(0))
     random = np.random.default_rng(3)
     texts = [np.tile(random.integers(1, 50, size=20), n) for n in (9, 4, 6)]
@@ -93,18 +93,18 @@ def _world() -> tuple[LongTerm, list[np.ndarray]]:
     own = add_low_rank(weights, shape, DYNAMIC, 99, text, 1000)
     own = relate(own, DYNAMIC, torch.linalg.qr(_random(50, 4))[0])
     rms = {n: _random(*own[n].shape, seed=k).abs() * 0.1 + 0.05 for k, n in enumerate(DYNAMIC)}
-    memory = turned(LongTerm(shape, own, DYNAMIC, rms, 3.9, 10))
+    base = turned(AdaptationBase(shape, own, DYNAMIC, rms, 3.9, 10))
     learned = phrases(weights["embedding"], 100)
     learned = learned._replace(steps=learned.steps / 10)  # words are hardly told apart here
-    return dataclasses.replace(memory, at_once=True, surprise=0.25, phrases=learned), texts
+    return dataclasses.replace(base, at_once=True, surprise=0.25, phrases=learned), texts
 
 
 def test_reading_in_half_precision_is_nearly_reading() -> None:
-    memory, texts = _world()
+    base, texts = _world()
     setting = {n: torch.tensor(x) for n, x in {"rate": 2e-3, "decay": 0.01}.items()}
-    rule = RMS().bind(setting, memory)
-    ready = learning_at_once(memory, rule)
-    static = score_articles(memory, None, texts, EOS, 3).total
+    rule = RMS().bind(setting, base)
+    ready = learning_at_once(base, rule)
+    static = score_articles(base, None, texts, EOS, 3).total
     found: dict[bool, Any] = {}
     for on in (False, True):
         with half.half(on):

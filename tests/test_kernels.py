@@ -10,13 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from worlds import segments, tiny_memory
+from worlds import segments, tiny_base
 
-from mlm import buffers, kernels, softmax
-from mlm.learner import SGD, Static, relax
-from mlm.recurrence import LaneRecurrence
-from mlm.rollout import begin, read
-from mlm.softmax import Layer, supports, weighted_nll
+from mlm import kernels
+from mlm.kernels import buffers
+from mlm.models import softmax
+from mlm.models.recurrence import LaneRecurrence
+from mlm.models.softmax import Layer, supports, weighted_nll
+from mlm.reading.step import begin, read
+from mlm.rules.hand_made import SGD, relax
+from mlm.rules.protocol import Static
 
 pytestmark = pytest.mark.skipif(kernels.numba is None, reason="numba is not installed")
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
@@ -210,13 +213,13 @@ def test_a_tensor_given_is_taken_again() -> None:
 def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
     """Segments read one after the other, articles beginning between them, equal the same read with
     nothing given; what is given is overwritten here, and no reader notices."""
-    memory = tiny_memory(("lstm.0.recurrent", "lstm.0.input"))
-    pieces = segments(memory, (12, 7, 23, 9), 2, 8)
+    base = tiny_base(("lstm.0.recurrent", "lstm.0.input"))
+    pieces = segments(base, (12, 7, 23, 9), 2, 8)
     assert sum(int(piece.new.sum()) for piece in pieces) > 4
     rule = (
-        SGD().bind({"rate": torch.tensor(0.1, dtype=torch.float64)}, memory)
+        SGD().bind({"rate": torch.tensor(0.1, dtype=torch.float64)}, base)
         if learns
-        else Static().bind({}, memory)
+        else Static().bind({}, base)
     )
     give = buffers.give
 
@@ -229,17 +232,17 @@ def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
     def weights(smallest: int, monkey: pytest.MonkeyPatch) -> list[Tensor]:
         monkey.setattr(buffers, "SMALLEST", smallest)
         buffers.clear()
-        readers = [begin(memory, 2)]
+        readers = [begin(base, 2)]
         for piece in pieces:
-            readers.append(read(memory, rule, readers[-1], piece)[0])
+            readers.append(read(base, rule, readers[-1], piece)[0])
         return [w for reader in readers for w in reader.weights.values()]
 
     with pytest.MonkeyPatch.context() as monkey:
         plain = weights(1 << 40, monkey)
         monkey.setattr(buffers, "give", spoil)
         reused = weights(0, monkey)
-        for name in memory.dynamic:  # gradients, and weights of before a lane was reset
-            w = memory.weights[name]
+        for name in base.dynamic:  # gradients, and weights of before a lane was reset
+            w = base.weights[name]
             assert len(buffers._free[tuple(w.shape), w.dtype]) == 1 + learns
     buffers.clear()
     for a, b in zip(plain, reused, strict=True):

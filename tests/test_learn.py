@@ -13,27 +13,24 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import as_flags
-from worlds import EOS, check_resumed, gradients_of_a_step, tiny_memory
+from worlds import EOS, check_resumed, gradients_of_a_step, tiny_base
 
-from mlm.checkpoint import RunFolder, load_tensors
-from mlm.config import (
-    LEARNED,
-    RULES,
-    Config,
-    LMTrainingConfig,
-    MetaConfig,
-    ModelConfig,
-    validate,
-)
-from mlm.errors import UserError
-from mlm.gates import LinearGates
-from mlm.learner import RMS
-from mlm.lm import LMShape
-from mlm.memory import LongTerm
-from mlm.meta import MetaTrainer, reptile, weights_to_learn
-from mlm.rollout import begin, step
-from mlm.through import ThroughRMS
-from mlm.training import LMTrainer, Text
+from mlm.base.errors import UserError
+from mlm.base.names import LEARNED, RULES
+from mlm.experimental.through import ThroughRMS
+from mlm.models.base import AdaptationBase
+from mlm.models.recurrent import RecurrentLM
+from mlm.reading.step import begin, step
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, MetaConfig, ModelConfig
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors
+from mlm.text.streams import Text
+from mlm.training.language_model import LMTrainer
+from mlm.training.meta import MetaTrainer, reptile, weights_to_learn
 
 DYNAMIC = ("lstm.0.recurrent", "softmax.bias")
 
@@ -45,19 +42,19 @@ def _text(vocabulary: int = 12, seed: int = 0) -> Text:
     return Text(articles, 1600, EOS)
 
 
-def _trainer(memory: LongTerm, **changes) -> MetaTrainer:
+def _trainer(base: AdaptationBase, **changes) -> MetaTrainer:
     settings = MetaConfig(lanes=3, unroll=4, steps=6, learning_rate=0.05, **changes)
     rule = LinearGates()
-    return MetaTrainer(memory, rule, rule.start_at_rms(memory, 0.02, 0.05), _text(), settings, 0)
+    return MetaTrainer(base, rule, rule.start_at_rms(base, 0.02, 0.05), _text(), settings, 0)
 
 
 def test_names_of_what_is_learned() -> None:
-    memory = tiny_memory(DYNAMIC, layers=1)
-    assert weights_to_learn(memory, ("rule",)) == ()
-    assert set(weights_to_learn(memory, ("rule", "theta_0"))) == set(DYNAMIC)
-    rest = set(memory.weights) - set(DYNAMIC)
-    assert set(weights_to_learn(memory, ("static",))) == rest
-    assert set(weights_to_learn(memory, ("theta_0", "static"))) == set(memory.weights)
+    base = tiny_base(DYNAMIC, layers=1)
+    assert weights_to_learn(base, ("rule",)) == ()
+    assert set(weights_to_learn(base, ("rule", "theta_0"))) == set(DYNAMIC)
+    rest = set(base.weights) - set(DYNAMIC)
+    assert set(weights_to_learn(base, ("static",))) == rest
+    assert set(weights_to_learn(base, ("theta_0", "static"))) == set(base.weights)
 
 
 @pytest.mark.parametrize(
@@ -71,30 +68,30 @@ def test_names_of_what_is_learned() -> None:
 )
 def test_only_what_is_learned_moves(learn, rule_moves, theta_0_moves, static_moves) -> None:
     """The caller's memory is never written."""
-    memory = tiny_memory(DYNAMIC, layers=1)
-    before = {n: w.clone() for n, w in memory.weights.items()}
-    trainer = _trainer(memory, learn=learn, weight_rate=1e-3)
+    base = tiny_base(DYNAMIC, layers=1)
+    before = {n: w.clone() for n, w in base.weights.items()}
+    trainer = _trainer(base, learn=learn, weight_rate=1e-3)
     start = {n: p.clone() for n, p in trainer.parameters.items()}
     for _ in range(2):
         trainer.train_step()
     assert any(not torch.equal(p, start[n]) for n, p in trainer.parameters.items()) == rule_moves
-    for name, w in trainer.memory.weights.items():
+    for name, w in trainer.base.weights.items():
         moves = theta_0_moves if name in DYNAMIC else static_moves
         assert torch.equal(w, before[name]) != moves, name
-        assert torch.equal(memory.weights[name], before[name])
+        assert torch.equal(base.weights[name], before[name])
 
 
 @pytest.mark.parametrize("gradient", ["reverse", "checkpoint", "forward", "second"])
 @pytest.mark.parametrize("theta_0", ["gradient", "reptile"])
 def test_theta_0_trained_through_the_adaptation_reads_better(gradient, theta_0) -> None:
     """The same text again, from theta_0 and with the rule as it was: a lower meta-loss."""
-    memory = tiny_memory(DYNAMIC, layers=1)
+    base = tiny_base(DYNAMIC, layers=1)
     trainer = _trainer(
-        memory, learn=("theta_0",), gradient=gradient, theta_0=theta_0, weight_rate=0.02
+        base, learn=("theta_0",), gradient=gradient, theta_0=theta_0, weight_rate=0.02
     )
     pieces = [trainer.lanes.next() for _ in range(8)]
 
-    def loss(home: LongTerm) -> float:
+    def loss(home: AdaptationBase) -> float:
         bound = trainer.rule.bind(trainer.parameters, home)
         reader, total = begin(home, 3, bound), 0.0
         for piece in pieces:
@@ -102,29 +99,29 @@ def test_theta_0_trained_through_the_adaptation_reads_better(gradient, theta_0) 
             reader, total = now.after, total + float(now.scored.nll.sum())
         return total
 
-    first = loss(trainer.memory)
+    first = loss(trainer.base)
     for _ in range(6):
         trainer.train_step()
-    assert loss(trainer.memory) < 0.98 * first
+    assert loss(trainer.base) < 0.98 * first
 
 
 def test_lanes_keep_their_distance_while_theta_0_moves() -> None:
     """What a lane has learned is its distance from theta_0; Reptile leaves the lanes alone."""
-    memory = tiny_memory(DYNAMIC, layers=1)
+    base = tiny_base(DYNAMIC, layers=1)
     for theta_0 in ("gradient", "reptile"):
-        trainer = _trainer(memory, learn=("theta_0",), theta_0=theta_0, weight_rate=0.01)
+        trainer = _trainer(base, learn=("theta_0",), theta_0=theta_0, weight_rate=0.01)
         seen: dict[str, torch.Tensor] = {}
         plain = trainer.gradient
 
         def noted(unroll, plain=plain, seen=seen, trainer=trainer):
             found = plain(unroll)
             seen.update({n: w.clone() for n, w in found.reader.weights.items()})
-            seen["theta_0"] = trainer.memory.weights[DYNAMIC[0]].clone()
+            seen["theta_0"] = trainer.base.weights[DYNAMIC[0]].clone()
             return found
 
         trainer.gradient = noted
         trainer.train_step()
-        moved = trainer.memory.weights[DYNAMIC[0]] - seen["theta_0"]
+        moved = trainer.base.weights[DYNAMIC[0]] - seen["theta_0"]
         assert float(moved.abs().max()) > 1e-4
         shift = trainer.reader.weights[DYNAMIC[0]] - seen[DYNAMIC[0]]
         want = moved if theta_0 == "gradient" else torch.zeros_like(moved)
@@ -132,11 +129,11 @@ def test_lanes_keep_their_distance_while_theta_0_moves() -> None:
 
 
 def test_reptile_points_from_the_lanes_to_theta_0() -> None:
-    memory = tiny_memory(DYNAMIC, layers=1)
-    reader = begin(memory, 2)
+    base = tiny_base(DYNAMIC, layers=1)
+    reader = begin(base, 2)
     weights = {n: w + torch.tensor([1.0, 3.0]).view(-1, *[1] * (w.dim() - 1)).double()
                for n, w in reader.weights.items()}  # fmt: skip
-    found = reptile(memory, reader._replace(weights=weights), ("softmax.bias", "embedding"))
+    found = reptile(base, reader._replace(weights=weights), ("softmax.bias", "embedding"))
     assert list(found) == ["softmax.bias"]
     torch.testing.assert_close(found["softmax.bias"], torch.full((12,), -2.0).double())
 
@@ -151,15 +148,15 @@ def test_reptile_points_from_the_lanes_to_theta_0() -> None:
     ],
 )
 def test_training_resumes_bit_for_bit(changes, tmp_path: Path) -> None:
-    memory = tiny_memory(DYNAMIC, layers=1)
-    whole = _trainer(memory, **changes)
+    base = tiny_base(DYNAMIC, layers=1)
+    whole = _trainer(base, **changes)
     for _ in range(4):
         whole.train_step()
-    half = _trainer(memory, **changes)
+    half = _trainer(base, **changes)
     for _ in range(2):
         half.train_step()
     half.save(RunFolder(tmp_path), "mark")
-    rest = _trainer(memory, **changes)
+    rest = _trainer(base, **changes)
     rest.load(RunFolder(tmp_path), "mark")
     for _ in range(2):
         rest.train_step()
@@ -171,10 +168,10 @@ def test_training_resumes_bit_for_bit(changes, tmp_path: Path) -> None:
 
 def test_the_penalty_holds_the_lanes_back() -> None:
     """A strong penalty teaches the rule to stay near theta_0."""
-    memory = tiny_memory(DYNAMIC, layers=1)
+    base = tiny_base(DYNAMIC, layers=1)
     rates = []
     for ewc in (0.0, 1e4):
-        trainer = _trainer(memory, ewc=ewc)
+        trainer = _trainer(base, ewc=ewc)
         for _ in range(4):
             trainer.train_step()
         rates.append(float(trainer.parameters["update"][:, 0].mean()))
@@ -204,7 +201,7 @@ def _through(**changes) -> ThroughRMS:
     lm = {"through": "rms", "lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32"}
     lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
     config = Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))
-    return ThroughRMS(config, LMShape(12, 8, 8, 1), _text(), torch.device("cpu"))
+    return ThroughRMS(config, RecurrentLM(12, 8, 8, 1), _text(), torch.device("cpu"))
 
 
 def test_weights_trained_to_be_rewritten_gain_more_from_it() -> None:
@@ -228,14 +225,14 @@ def test_the_gradient_is_that_of_reading_under_the_lanes_own_weights(monkeypatch
     trainer = _through()
     for _ in range(5):
         trainer.train_step()
-    memory, reader = trainer.memory(), trainer.reader
+    base, reader = trainer.base(), trainer.reader
     state = trainer.stream.state_dict()
     segment = next(trainer.stream)
     trainer.stream.load_state_dict(state)
     assert not bool(segment.new.any())
-    assert any(bool((w != memory.weights[n]).any()) for n, w in reader.weights.items())
-    leaves = {n: w.clone().requires_grad_() for n, w in memory.weights.items()}
-    own = {n: leaves[n] + (reader.weights[n] - memory.weights[n]) for n in trainer.dynamic}
+    assert any(bool((w != base.weights[n]).any()) for n, w in reader.weights.items())
+    leaves = {n: w.clone().requires_grad_() for n, w in base.weights.items()}
+    own = {n: leaves[n] + (reader.weights[n] - base.weights[n]) for n in trainer.dynamic}
     now = trainer.shape.read({**leaves, **own}, segment.inputs, segment.targets, reader.state)
     mean = (now.nll * segment.mask).sum() / segment.mask.sum()
     want = torch.autograd.grad(mean, list(leaves.values()))
@@ -253,7 +250,7 @@ def test_the_running_fisher_is_the_mean_of_squared_gradients() -> None:
     gradients = {n: torch.full_like(w, 2.0) for n, w in trainer.reader.weights.items()}
     for _ in range(3):
         trainer.count(gradients, torch.tensor([True, True, False, True]))
-    for r in trainer.memory().rms.values():
+    for r in trainer.base().rms.values():
         torch.testing.assert_close(r, torch.full_like(r, 2.0))
 
 
@@ -272,7 +269,7 @@ def test_the_hand_made_rule_rests_until_there_is_a_fisher() -> None:
         bool((w != trainer.weights[n].detach()).any()) for n, w in trainer.reader.weights.items()
     ]
     assert all(moved)
-    assert isinstance(trainer.bound(trainer.memory()).rule, RMS)  # type: ignore[attr-defined]
+    assert isinstance(trainer.bound(trainer.base()).rule, RMS)  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------- the whole path

@@ -7,21 +7,21 @@ from typing import Any, Literal
 import pytest
 import reference
 import torch
-from worlds import tiny_memory
+from worlds import tiny_base
 
-from mlm import recurrence
-from mlm.lm import (
+from mlm.models import recurrence
+from mlm.models.base import lanes_of
+from mlm.models.output_layer import token_nll
+from mlm.models.recurrence import lane_lstm
+from mlm.models.recurrent import (
     Dropout,
-    LMShape,
-    LMState,
+    RecurrentLM,
+    RecurrentState,
     initial_state,
     initial_weights,
     run_lstm,
     score,
-    token_nll,
 )
-from mlm.memory import lanes_of
-from mlm.recurrence import lane_lstm
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
 """A few hundred float64 operations of size one: rounding stays below 1e-13."""
@@ -69,9 +69,9 @@ def test_lane_lstm_equals_plain_loop(own: str, lanes: int, steps: int, engine, m
         torch.testing.assert_close(got, want, **EXACT)
 
 
-def _lanes_state(memory, lanes: int) -> LMState:
-    zero = initial_state(memory.shape, lanes, dtype=torch.float64)
-    return LMState(
+def _lanes_state(base, lanes: int) -> RecurrentState:
+    zero = initial_state(base.shape, lanes, dtype=torch.float64)
+    return RecurrentState(
         tuple(_random(*h.shape, seed=k) for k, h in enumerate(zero.h)),
         tuple(_random(*c.shape, seed=9 + k) for k, c in enumerate(zero.c)),
     )
@@ -83,21 +83,19 @@ def _lanes_state(memory, lanes: int) -> LMState:
 )
 def test_score_equals_reference(dynamic, cutoffs, engine) -> None:
     """Loss, state and gradient of every lane's own weights, for any choice of dynamic weights."""
-    memory, lanes = tiny_memory(dynamic, cutoffs=cutoffs), 3
-    own = lanes_of(memory.start(), lanes)
+    base, lanes = tiny_base(dynamic, cutoffs=cutoffs), 3
+    own = lanes_of(base.start(), lanes)
     own = {n: (w + 0.1 * _random(*w.shape, seed=k)) for k, (n, w) in enumerate(own.items())}
     leaves = {n: w.requires_grad_() for n, w in own.items()}
     ids = torch.randint(12, (lanes, 6), generator=torch.Generator().manual_seed(1))
     targets = torch.randint(12, (lanes, 6), generator=torch.Generator().manual_seed(2))
-    state = _lanes_state(memory, lanes)
-    nll, after = score({**memory.weights, **leaves}, memory.shape, ids, targets, state)
+    state = _lanes_state(base, lanes)
+    nll, after = score({**base.weights, **leaves}, base.shape, ids, targets, state)
     losses, hs = [], []
     for b in range(lanes):
-        w = {**memory.weights, **{n: v[b] for n, v in leaves.items()}}
+        w = {**base.weights, **{n: v[b] for n, v in leaves.items()}}
         h, c = [x[b] for x in state.h], [x[b] for x in state.c]
-        loss, h, c = reference.read_lane(
-            w, memory.shape, ids[b].tolist(), targets[b].tolist(), h, c
-        )
+        loss, h, c = reference.read_lane(w, base.shape, ids[b].tolist(), targets[b].tolist(), h, c)
         losses.append(loss)
         hs.append(torch.cat([*h, *c]))
     torch.testing.assert_close(nll, torch.stack(losses), **EXACT)
@@ -112,26 +110,26 @@ def test_score_equals_reference(dynamic, cutoffs, engine) -> None:
 
 @pytest.mark.parametrize("cutoffs", [(), (5,), (4, 9)])
 def test_probabilities_sum_to_one(cutoffs) -> None:
-    memory = tiny_memory((), cutoffs=cutoffs)
+    base = tiny_base((), cutoffs=cutoffs)
     output = _random(1, 1, 4).expand(12, 1, 4)
-    nll = token_nll(memory.weights, memory.shape, output, torch.arange(12).unsqueeze(1))
+    nll = token_nll(base.weights, base.shape, output, torch.arange(12).unsqueeze(1))
     assert float((-nll).exp().sum()) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_fused_kernel_equals_lanes_of_equal_weights() -> None:
     """Static scoring (library kernel) and per-lane scoring of the same weights agree."""
-    memory = tiny_memory(None)
+    base = tiny_base(None)
     ids = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(1))
-    state = _lanes_state(memory, 3)
-    shared, _ = score(memory.weights, memory.shape, ids, ids, state)
-    lanes, _ = score(lanes_of(memory.weights, 3), memory.shape, ids, ids, state)
+    state = _lanes_state(base, 3)
+    shared, _ = score(base.weights, base.shape, ids, ids, state)
+    lanes, _ = score(lanes_of(base.weights, 3), base.shape, ids, ids, state)
     torch.testing.assert_close(shared, lanes, **EXACT)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "qrnn"])
 def test_fresh_weights_are_bounded_and_forget_gates_open(cell: Literal["lstm", "qrnn"]) -> None:
     """Each tensor fills its range; biases are zero but the forget gates', which are 1."""
-    shape = LMShape(500, 40, 60, 2, (200,), cell)
+    shape = RecurrentLM(500, 40, 60, 2, (200,), cell)
     weights = initial_weights(shape, torch.Generator().manual_seed(0))
     assert {n: tuple(w.shape) for n, w in weights.items()} == {
         name: size for name, (size, _) in shape.layout().items()
@@ -146,14 +144,12 @@ def test_fresh_weights_are_bounded_and_forget_gates_open(cell: Literal["lstm", "
 
 
 def test_dropout_scales_what_it_keeps_and_is_locked_over_time() -> None:
-    memory = tiny_memory((), layers=1)
+    base = tiny_base((), layers=1)
     ids = torch.full((4000, 2), 3)
-    state = initial_state(memory.shape, 4000, dtype=torch.float64)
+    state = initial_state(base.shape, 4000, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    plain = run_lstm(memory.weights, memory.shape, ids, state).output
-    dropped = run_lstm(
-        memory.weights, memory.shape, ids, state, Dropout(output=0.5), generator
-    ).output
+    plain = run_lstm(base.weights, base.shape, ids, state).output
+    dropped = run_lstm(base.weights, base.shape, ids, state, Dropout(output=0.5), generator).output
     zero = dropped == 0
     assert torch.equal(zero[:, 0], zero[:, 1])
     assert float(zero.double().mean()) == pytest.approx(0.5, abs=0.02)
@@ -161,15 +157,15 @@ def test_dropout_scales_what_it_keeps_and_is_locked_over_time() -> None:
 
 
 def test_weight_drop_zeroes_recurrent_weights_only() -> None:
-    memory = tiny_memory((), layers=1)
-    ids, state = torch.full((1, 1), 3), initial_state(memory.shape, 1, dtype=torch.float64)
+    base = tiny_base((), layers=1)
+    ids, state = torch.full((1, 1), 3), initial_state(base.shape, 1, dtype=torch.float64)
     drop = Dropout(weight=0.999999)
-    first = run_lstm(memory.weights, memory.shape, ids, state, drop)
-    plain = run_lstm(memory.weights, memory.shape, ids, state)
+    first = run_lstm(base.weights, base.shape, ids, state, drop)
+    plain = run_lstm(base.weights, base.shape, ids, state)
     torch.testing.assert_close(first.output, plain.output)  # h = 0: recurrent weights unseen
-    busy = _lanes_state(memory, 1)
-    gone = {**memory.weights, "lstm.0.recurrent": torch.zeros(16, 4, dtype=torch.float64)}
+    busy = _lanes_state(base, 1)
+    gone = {**base.weights, "lstm.0.recurrent": torch.zeros(16, 4, dtype=torch.float64)}
     torch.testing.assert_close(
-        run_lstm(memory.weights, memory.shape, ids, busy, drop).output,
-        run_lstm(gone, memory.shape, ids, busy).output,
+        run_lstm(base.weights, base.shape, ids, busy, drop).output,
+        run_lstm(gone, base.shape, ids, busy).output,
     )

@@ -11,21 +11,22 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from worlds import segments, tiny_memory
+from worlds import segments, tiny_base
 
-from mlm.gates import LinearGates
-from mlm.learner import Bound, Parameters
-from mlm.memory import LongTerm
-from mlm.rollout import GradientMode, begin, meta_gradient, snapshot_spacing
+from mlm.models.base import AdaptationBase
+from mlm.reading.meta_gradient import GradientMode, meta_gradient, snapshot_spacing
+from mlm.reading.step import begin
+from mlm.rules.gates import LinearGates
+from mlm.rules.protocol import Bound, Parameters
 
 MODES: tuple[GradientMode, ...] = ("reverse", "checkpoint", "forward")
 
 
-def _gates(memory: LongTerm) -> tuple[Bound, Parameters]:
+def _gates(base: AdaptationBase) -> tuple[Bound, Parameters]:
     """Three-level gates that start as Krause's rule: a tangent of 6 copies."""
     rule = LinearGates()
-    phi = rule.start_at_rms(memory, 0.02, 0.05)
-    return rule.bind(phi, memory), phi
+    phi = rule.start_at_rms(base, 0.02, 0.05)
+    return rule.bind(phi, base), phi
 
 
 class Copies(TorchDispatchMode):
@@ -59,13 +60,13 @@ class Copies(TorchDispatchMode):
 
 def _most_copies(mode: GradientMode, updates: int) -> float:
     """Most copies of the lanes' weights alive at once in an unroll of so many updates."""
-    memory = tiny_memory(("lstm.0.recurrent",), segment=3)
-    bound, phi = _gates(memory)
-    reader = begin(memory, 2)
-    pieces = segments(memory, (40, 23, 17), 2, updates)
+    base = tiny_base(("lstm.0.recurrent",), segment=3)
+    bound, phi = _gates(base)
+    reader = begin(base, 2)
+    pieces = segments(base, (40, 23, 17), 2, updates)
     size = reader.weights["lstm.0.recurrent"].untyped_storage().nbytes()
     with Copies(size) as meter:
-        meta_gradient(memory, bound, phi, reader, pieces, mode)
+        meta_gradient(base, bound, phi, reader, pieces, mode)
     return meter.most
 
 
@@ -93,8 +94,8 @@ def test_a_thousand_updates_fit_where_forty_did() -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_time_per_update_does_not_grow(mode: GradientMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """The median of the last 300 of 1,200 updates is below 1.5 times that of the first 300."""
-    memory = tiny_memory()
-    bound, phi = _gates(memory)
+    base = tiny_base()
+    bound, phi = _gates(base)
     update, clock = bound.update, []
 
     def timed(*words):
@@ -102,7 +103,7 @@ def test_time_per_update_does_not_grow(mode: GradientMode, monkeypatch: pytest.M
         return update(*words)
 
     monkeypatch.setattr(bound, "update", timed)
-    pieces = segments(memory, (40, 23, 3, 17), 2, 1201)
-    meta_gradient(memory, bound, phi, begin(memory, 2), pieces, mode)
+    pieces = segments(base, (40, 23, 3, 17), 2, 1201)
+    meta_gradient(base, bound, phi, begin(base, 2), pieces, mode)
     steps = [b - a for a, b in itertools.pairwise(clock[:1201])]
     assert statistics.median(steps[-300:]) < 1.5 * statistics.median(steps[:300])

@@ -13,13 +13,11 @@ import torch
 from conftest import Command, Finished
 from through_world import as_usual, flags_through, through
 from tiny import as_flags
-from worlds import EOS, check_resumed, tiny_memory
+from worlds import EOS, check_resumed, tiny_base
 
-from mlm.borders import learn_borders
-from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
-from mlm.learner import RMS
-from mlm.meta import estimate_fisher
-from mlm.ngrams import (
+from mlm.experimental.through import ThroughTrainer
+from mlm.extensions.boundaries import learn_borders
+from mlm.extensions.ngrams import (
     AFTER,
     MOST,
     NAMES,
@@ -32,14 +30,18 @@ from mlm.ngrams import (
     most_frequent,
     ngrams_of,
 )
-from mlm.phrases import phrases
-from mlm.rollout import begin, step
-from mlm.run import open_run
-from mlm.scoring import score_articles
-from mlm.stage_meta import seen_by
-from mlm.streams import LaneStream
-from mlm.through import ThroughTrainer
-from mlm.training import LMTrainer, Text, static_loss
+from mlm.extensions.phrases import phrases
+from mlm.reading.scoring import score_articles, static_loss
+from mlm.reading.step import begin, step
+from mlm.rules.hand_made import RMS
+from mlm.runs.rules import seen_by
+from mlm.runs.run import open_run
+from mlm.store.models import load_base, load_lm
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors
+from mlm.text.streams import LaneStream, Text
+from mlm.training.fisher import estimate_fisher
+from mlm.training.language_model import LMTrainer
 
 Context = tuple[int, ...]
 
@@ -97,31 +99,31 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
     tokens: int, segment: int, engine: str
 ) -> None:
     """Over the borders of segments, never over those of articles; against a dictionary."""
-    memory = tiny_memory(layers=1, segment=segment)
+    base = tiny_base(layers=1, segment=segment)
     articles = _articles((23, 3, 1, 37, 10, 11))
     some = [(0,), (1,), (0, 1), (1, 1), (2, 1), (1, 2, 1), (0, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)]
     some += [(0, 0), (1, 0), (0, 0, 1), (0, 0, 0)]  # over a border, behind padding or not
-    ngrams, rows = _ngrams(some, memory.shape.embedding)
-    own = phrases(memory.weights["embedding"], tokens, ngrams)
+    ngrams, rows = _ngrams(some, base.shape.embedding)
+    own = phrases(base.weights["embedding"], tokens, ngrams)
     own = own._replace(steps=own.steps * 0)  # articles teach nothing
-    still = RMS().bind({"rate": torch.tensor(0.0), "decay": torch.tensor(0.0)}, memory)
-    memory = dataclasses.replace(memory, phrases=own)
-    scores = score_articles(memory, still, articles, EOS, 2)
-    static = score_articles(memory, None, articles, EOS, 2)
-    model = {n: w.float() for n, w in memory.weights.items()}
+    still = RMS().bind({"rate": torch.tensor(0.0), "decay": torch.tensor(0.0)}, base)
+    base = dataclasses.replace(base, phrases=own)
+    scores = score_articles(base, still, articles, EOS, 2)
+    static = score_articles(base, None, articles, EOS, 2)
+    model = {n: w.float() for n, w in base.weights.items()}
     model |= ngrams.to("cpu", torch.float32).tensors()
-    loss = static_loss(model, memory.shape, Text(articles, 85, EOS), 2, segment)
+    loss = static_loss(model, base.shape, Text(articles, 85, EOS), 2, segment)
     assert loss == pytest.approx(static.total / 85, rel=1e-5)
-    head, bias = memory.weights["embedding"], memory.weights["softmax.bias"]
-    none = torch.zeros(memory.shape.embedding).double()
+    head, bias = base.weights["embedding"], base.weights["softmax.bias"]
+    none = torch.zeros(base.shape.embedding).double()
     for article, found, alone in zip(articles, scores.nll, static.nll, strict=True):
         tokens_1T = torch.tensor([[EOS, *article[:-1]]])
-        state = memory.shape.initial_state(1, dtype=torch.float64)
+        state = base.shape.initial_state(1, dtype=torch.float64)
         said = [
             sum((rows.get(c, none) for c in _contexts(article, t)), none)
             for t in range(len(article))
         ]
-        output = memory.shape.run(memory.weights, tokens_1T, state).output[0] + torch.stack(said)
+        output = base.shape.run(base.weights, tokens_1T, state).output[0] + torch.stack(said)
         log_p = (output @ head.t() + bias).log_softmax(-1)
         want = -log_p.gather(1, torch.from_numpy(article).unsqueeze(1)).squeeze(1)
         np.testing.assert_allclose(found, want.numpy(), rtol=1e-10)
@@ -130,38 +132,36 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
 
 def test_hand_made_rules_read_with_the_corpus_alone() -> None:
     """So is their Fisher made; what an article teaches behind a context is not for them."""
-    memory, text = tiny_memory(layers=1), _articles((23, 30, 37))
-    ngrams, _ = _ngrams([(1,), (0, 1), (1, 2, 1)], memory.shape.embedding)
-    weights = {**memory.weights, **ngrams.tensors()}
-    fisher = estimate_fisher(
-        weights, memory.shape, memory.dynamic, Text(text, 90, EOS), 5, 90, lanes=2
-    )
+    base, text = tiny_base(layers=1), _articles((23, 30, 37))
+    ngrams, _ = _ngrams([(1,), (0, 1), (1, 2, 1)], base.shape.embedding)
+    weights = {**base.weights, **ngrams.tensors()}
+    fisher = estimate_fisher(weights, base.shape, base.dynamic, Text(text, 90, EOS), 5, 90, lanes=2)
     static = score_articles(fisher, None, text, EOS, 2)
     assert fisher.loss == pytest.approx(static.total / 90)
-    own = phrases(memory.weights["embedding"], 100, ngrams)
-    memory = dataclasses.replace(memory, phrases=own)
-    alone = seen_by(RMS(), memory)
+    own = phrases(base.weights["embedding"], 100, ngrams)
+    base = dataclasses.replace(base, phrases=own)
+    alone = seen_by(RMS(), base)
     assert alone.phrases is not None
     assert alone.phrases.ngrams is ngrams
-    rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, memory)
-    found = [score_articles(m, rule, text, EOS, 2).total for m in (alone, memory)]
-    none = score_articles(dataclasses.replace(memory, phrases=None), rule, text, EOS, 2).total
+    rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, base)
+    found = [score_articles(m, rule, text, EOS, 2).total for m in (alone, base)]
+    none = score_articles(dataclasses.replace(base, phrases=None), rule, text, EOS, 2).total
     assert len({*found, none}) == 3
 
 
 def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
     """Token by token, against the equation; a token that does not teach changes nothing."""
-    memory = tiny_memory(layers=1, segment=5)
-    width = memory.shape.embedding
+    base = tiny_base(layers=1, segment=5)
+    width = base.shape.embedding
     articles = _articles((40, 40))
     learning = Learning.begin(most_frequent(articles, EOS, 20), torch.ones(width).double())
-    own = phrases(memory.weights["embedding"], 100, learning.ngrams)
-    memory = dataclasses.replace(memory, phrases=own)
-    rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, memory)
-    reader = begin(memory, 2, rule)
+    own = phrases(base.weights["embedding"], 100, learning.ngrams)
+    base = dataclasses.replace(base, phrases=own)
+    rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, base)
+    reader = begin(base, 2, rule)
     visits = [0] * 21
     for segment, _ in zip(LaneStream(articles, 2, 5, EOS), range(6), strict=False):
-        now = step(memory, rule, reader, segment)
+        now = step(base, rule, reader, segment)
         assert now.before.history is not None
         assert now.scored.heard is not None
         at = own.known(learning.ngrams, now.before.history, segment.inputs)
@@ -283,7 +283,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     done = command("train", *words, *adapt)
     assert done.code == 0, done.err
     text = open_run(new.load_config()).training_text(1)
-    borders = load_memory(new.checkpoint("memory"), hash_).borders
+    borders = load_base(new.checkpoint("memory"), hash_).borders
     assert borders is not None
     torch.testing.assert_close(borders.weights, learn_borders(shape, weights, text).weights)
     kept = load_tensors(new.checkpoint("memory"), "")[0]

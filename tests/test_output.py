@@ -15,13 +15,13 @@ from conftest import Command, Finished
 import benchmarks
 from benchmarks.output import HOME
 from benchmarks.timing import SIZES
-from mlm.lm import LMShape
+from mlm.models.recurrent import RecurrentLM
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
 #: The benchmarks that write nothing of their own accord: both ask for a folder.
 ASKING = {"publish": "to", "unread": "out"}
-TINY = LMShape(vocabulary=11, embedding=8, hidden=8, layers=1)
+TINY = RecurrentLM(vocabulary=11, embedding=8, hidden=8, layers=1)
 
 
 def _settings(name: str) -> dict[str, dataclasses.Field]:

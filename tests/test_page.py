@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from fake_run import made_up_losses, made_up_words
 
-from mlm.errors import UserError
-from mlm.losses import LossTable
-from mlm.page import WordLossPage, write_page
-from mlm.word_picture import ink_on, word_colour
+from mlm.base.errors import UserError
+from mlm.report.losses import LossTable
+from mlm.report.page import WordLossPage, write_page
+from mlm.report.word_picture import ink_on, word_colour
 
 HOSTILE = [
     "</script>",

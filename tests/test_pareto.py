@@ -11,8 +11,8 @@ from conftest import Command, Finished
 
 from benchmarks.pareto import Bench, Choice, Options, choices
 from benchmarks.pareto_picture import label, pareto_front
-from mlm.errors import UserError
-from mlm.scoring import score_articles
+from mlm.base.errors import UserError
+from mlm.reading.scoring import score_articles
 
 FEW = ("--budget", 1, "--steps", 1, "--words", 100, "--timing-tokens", 200, "--repetitions", 1)
 
@@ -47,7 +47,7 @@ def test_text_and_static_loss(finished: Finished) -> None:
     bench = Bench(Options(finished.folder, words=100, timing_tokens=60))
     assert [len(article) for article in bench.timing_text] == [20, 20, 20]
     text = bench.run.tune_text
-    plain = score_articles(bench.run.memory, None, text.articles, text.eos, 1)
+    plain = score_articles(bench.run.base, None, text.articles, text.eos, 1)
     assert bench.static_nats == pytest.approx(plain.total, rel=1e-5)
     assert bench.gain(bench.static_nats - 3 * bench.words) == pytest.approx(3)
     assert bench.gain(float("inf")) is None

@@ -12,27 +12,28 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import perplexities
-from worlds import EOS, TinyMemory, bigram_memory, segments, tiny_memory
+from worlds import EOS, TinyBase, bigram_base, segments, tiny_base
 
 from mlm import kernels
-from mlm.gates import LinearGates
-from mlm.learner import RMS
-from mlm.memory import Borders
-from mlm.phrases import ALIKE, ORDERS, Phrases, phrases
-from mlm.rollout import begin, meta_gradient, read, step
-from mlm.rules import start_at
-from mlm.scoring import score_articles, score_stream
-from mlm.second_order import second_order
-from mlm.stage_meta import seen_by
-from mlm.streams import LaneStream
+from mlm.extensions.boundaries import Borders
+from mlm.extensions.phrases import ALIKE, ORDERS, Phrases, phrases
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.scoring import score_articles, score_stream
+from mlm.reading.second_order import second_order
+from mlm.reading.step import begin, read, step
+from mlm.rules.family import start_at
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.runs.rules import seen_by
+from mlm.text.streams import LaneStream
 
 LENGTHS = (31, 53, 3, 1, 37)
 SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
 
 
-def _world(tokens: int = 1000, **world: Any) -> TinyMemory:
-    memory = tiny_memory(**world)
-    return dataclasses.replace(memory, phrases=phrases(memory.weights["embedding"], tokens))
+def _world(tokens: int = 1000, **world: Any) -> TinyBase:
+    base = tiny_base(**world)
+    return dataclasses.replace(base, phrases=phrases(base.weights["embedding"], tokens))
 
 
 def _repetitive(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
@@ -41,29 +42,29 @@ def _repetitive(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
     return [random.choice([1, 2, 3, 4], size=n, p=[0.5, 0.3, 0.1, 0.1]) for n in lengths]
 
 
-def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
+def _one_by_one(base: TinyBase, article: np.ndarray) -> list[float]:
     """Losses of an article, its table written row by row as the module's docstring says."""
-    assert memory.phrases is not None
-    bound = RMS().bind(SETTING, memory)
-    theta = {n: w.clone().unsqueeze(0) for n, w in memory.start().items()}
-    state = memory.shape.initial_state(1, dtype=torch.float64)
+    assert base.phrases is not None
+    bound = RMS().bind(SETTING, base)
+    theta = {n: w.clone().unsqueeze(0) for n, w in base.start().items()}
+    state = base.shape.initial_state(1, dtype=torch.float64)
     tokens = [EOS, *map(int, article)]
-    w = float(memory.weights["embedding"].square().sum(1).mean())
+    w = float(base.weights["embedding"].square().sum(1).mean())
     visits: list[tuple[int, ...]] = []
     table: dict[tuple[int, ...], torch.Tensor] = {}
     alone: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # of k = 1: token, h, what it taught
     losses: list[float] = []
-    for lo in range(0, len(article), memory.segment):
-        end = min(lo + memory.segment, len(article))
+    for lo in range(0, len(article), base.segment):
+        end = min(lo + base.segment, len(article))
         keys = [
             [tuple(tokens[t + 1 - k : t + 1]) if t + 1 >= k else None for k in ORDERS]
             for t in range(lo, end)
         ]
-        none = torch.zeros(memory.shape.embedding).double()
+        none = torch.zeros(base.shape.embedding).double()
         leaves = {n: x.clone().requires_grad_() for n, x in theta.items()}
         inputs, targets = (torch.tensor([tokens[lo + d : end + d]]) for d in (0, 1))
-        full = {**memory.weights, **leaves}
-        now = memory.shape.run(full, inputs, state)
+        full = {**base.weights, **leaves}
+        now = base.shape.run(full, inputs, state)
         states = now.output[0].detach()
         said = [sum((table.get(k, none) for k in own[1:] if k), none) for own in keys]
         for t, h in enumerate(states):
@@ -80,14 +81,14 @@ def _one_by_one(memory: TinyMemory, article: np.ndarray) -> list[float]:
         for t, own in enumerate(keys):
             for order, key in enumerate(own):
                 if key:
-                    eta = float(memory.phrases.steps[order]) / (1 + visits.count(key))
+                    eta = float(base.phrases.steps[order]) / (1 + visits.count(key))
                     value = -eta / w * found[-1][0, t]
                     if order:
                         table[key] = table.get(key, none) + value
                     else:
                         alone.append((key[0], states[t], value))
                     visits.append(key)
-        gradients = {n: g / memory.segment for n, g in zip(leaves, found, strict=False)}
+        gradients = {n: g / base.segment for n, g in zip(leaves, found, strict=False)}
         signal: Any = type("Signal", (), {"loss": nll.detach().mean()[None], "age": None})
         theta = bound.update(theta, gradients, signal)
         state = now.state.detach()
@@ -99,13 +100,13 @@ def test_words_are_predicted_with_the_rows_of_their_contexts(
     world: dict[str, Any], engine: str
 ) -> None:
     """Against a table written by hand, whatever other lanes read."""
-    memory = _world(**world)
-    bound = RMS().bind(SETTING, memory)
+    base = _world(**world)
+    bound = RMS().bind(SETTING, base)
     texts = _repetitive(LENGTHS)
-    scores = score_articles(memory, bound, texts, EOS, 2)
+    scores = score_articles(base, bound, texts, EOS, 2)
     for found, article in zip(scores.nll, texts, strict=True):
-        np.testing.assert_allclose(found, _one_by_one(memory, article), rtol=1e-9, atol=1e-11)
-    plain = dataclasses.replace(memory, phrases=None)
+        np.testing.assert_allclose(found, _one_by_one(base, article), rtol=1e-9, atol=1e-11)
+    plain = dataclasses.replace(base, phrases=None)
     without = score_articles(plain, bound, texts, EOS, 2)
     assert all(
         abs(a - b).max() > 1e-3 for a, b in zip(scores.nll, without.nll, strict=True) if len(a) > 30
@@ -115,19 +116,19 @@ def test_words_are_predicted_with_the_rows_of_their_contexts(
 def test_what_is_long_ago_is_forgotten(engine: str) -> None:
     """The window counts tokens before the segment, however large the book is."""
     article = _repetitive((400,))[0]
-    bound = RMS().bind(SETTING, tiny_memory())
-    memory = _world(tokens=30)
-    found = score_articles(memory, bound, [article], EOS, 1).nll[0]
-    history, want = memory.phrases and memory.phrases.begin(1), []
-    reader = begin(memory, 1, bound)
-    for piece in LaneStream([article], 1, memory.segment, EOS):
+    bound = RMS().bind(SETTING, tiny_base())
+    base = _world(tokens=30)
+    found = score_articles(base, bound, [article], EOS, 1).nll[0]
+    history, want = base.phrases and base.phrases.begin(1), []
+    reader = begin(base, 1, bound)
+    for piece in LaneStream([article], 1, base.segment, EOS):
         assert history is not None
-        assert memory.phrases is not None
+        assert base.phrases is not None
         assert reader.history is not None
         lo = max(0, reader.history.size - 30)
         tensors = reader.history.tensors()
         short = [(tensors[0] - lo).clamp(min=0), *(t[:, lo:] for t in tensors[1:])]
-        reader, nll = read(memory, bound, reader._replace(history=history.of(short)), piece)
+        reader, nll = read(base, bound, reader._replace(history=history.of(short)), piece)
         want += nll[piece.mask].tolist()
     np.testing.assert_allclose(found, want[: len(found)], rtol=1e-12, atol=1e-13)
     longer = score_articles(_world(tokens=31), bound, [article], EOS, 1).nll[0]
@@ -163,37 +164,37 @@ def test_the_kernel_recalls_what_plain_operations_do() -> None:
 
 
 def test_two_futures_of_one_reader_do_not_meet() -> None:
-    memory = _world()
-    bound = RMS().bind(SETTING, memory)
+    base = _world()
+    bound = RMS().bind(SETTING, base)
     texts = _repetitive((40, 40, 40))
-    pieces = [list(LaneStream([text], 1, memory.segment, EOS)) for text in texts]
-    reader = begin(memory, 1, bound)
+    pieces = [list(LaneStream([text], 1, base.segment, EOS)) for text in texts]
+    reader = begin(base, 1, bound)
     for piece in pieces[0][:5]:
-        reader, _ = read(memory, bound, reader, piece)
+        reader, _ = read(base, bound, reader, piece)
     ways, want, last = [], [], pieces[0][7]
     for other in (1, 2):
         now = reader
         for piece in pieces[other][5:7]:
-            now, _ = read(memory, bound, now, piece)
+            now, _ = read(base, bound, now, piece)
         ways.append(now)
-        want.append(read(memory, bound, now, last)[1])
+        want.append(read(base, bound, now, last)[1])
     for now, before in zip(ways, want, strict=True):
-        assert torch.equal(read(memory, bound, now, last)[1], before)
+        assert torch.equal(read(base, bound, now, last)[1], before)
     assert not torch.equal(*want)
 
 
 def test_a_reader_is_kept_in_files_and_lanes_can_be_chosen() -> None:
-    memory = _world()
-    bound = RMS().bind(SETTING, memory)
-    reader = begin(memory, 3, bound)
-    pieces = list(LaneStream(_repetitive((40, 40, 40)), 3, memory.segment, EOS))
+    base = _world()
+    bound = RMS().bind(SETTING, base)
+    reader = begin(base, 3, bound)
+    pieces = list(LaneStream(_repetitive((40, 40, 40)), 3, base.segment, EOS))
     for piece in pieces[:4]:
-        reader, _ = read(memory, bound, reader, piece)
-    kept = begin(memory, 3, bound).of({n: t.clone() for n, t in reader.tensors().items()})
+        reader, _ = read(base, bound, reader, piece)
+    kept = begin(base, 3, bound).of({n: t.clone() for n, t in reader.tensors().items()})
     some = reader.select(torch.tensor([2]))
     alone = pieces[4].select(np.array([2]))
     want, found, one = (
-        read(memory, bound, r, p)[1]
+        read(base, bound, r, p)[1]
         for r, p in ((reader, pieces[4]), (kept, pieces[4]), (some, alone))
     )
     assert torch.equal(want, found)
@@ -204,13 +205,13 @@ def test_borders_open_another_table() -> None:
     """What is read from an article's first line on is all that is recalled."""
     weights = torch.zeros(5).double()
     weights[-1] = 9.0  # every line end is believed to be a border
-    memory = dataclasses.replace(_world(), borders=Borders(weights, 4))
-    bound = RMS().bind(SETTING, memory)
+    base = dataclasses.replace(_world(), borders=Borders(weights, 4))
+    bound = RMS().bind(SETTING, base)
     text = _repetitive((60,))[0]
-    reader = begin(memory, 1, bound)
-    for piece in LaneStream([text], 1, memory.segment, EOS):
+    reader = begin(base, 1, bound)
+    for piece in LaneStream([text], 1, base.segment, EOS):
         before = reader
-        now = step(memory, bound, reader, piece)
+        now = step(base, bound, reader, piece)
         reader = now.after
         assert reader.history is not None
         assert before.history is not None
@@ -221,47 +222,47 @@ def test_borders_open_another_table() -> None:
             assert own == int(before.history.size - before.history.since) + piece.inputs.shape[1]
     kept, dropped = (
         score_stream(m, bound, [text], EOS).total
-        for m in (dataclasses.replace(memory, borders=None), memory)
+        for m in (dataclasses.replace(base, borders=None), base)
     )
     assert kept != dropped
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "forward"])
 def test_all_ways_to_the_meta_gradient_agree(mode: Any, engine: str) -> None:
-    memory = _world(layers=1)
+    base = _world(layers=1)
     rule = LinearGates("three_levels")
-    phi = start_at(rule, RMS(), SETTING, memory)
-    bound, pieces = rule.bind(phi, memory), segments(memory, LENGTHS, 3, 9)
-    want = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces)
-    found = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces, mode)
+    phi = start_at(rule, RMS(), SETTING, base)
+    bound, pieces = rule.bind(phi, base), segments(base, LENGTHS, 3, 9)
+    want = meta_gradient(base, bound, phi, begin(base, 3, bound), pieces)
+    found = meta_gradient(base, bound, phi, begin(base, 3, bound), pieces, mode)
     assert found.loss == pytest.approx(want.loss, rel=1e-12)
     for name, value in want.gradients.items():
         torch.testing.assert_close(found.gradients[name], value, rtol=1e-8, atol=1e-10)
-    plain = dataclasses.replace(memory, phrases=None)
+    plain = dataclasses.replace(base, phrases=None)
     without = meta_gradient(plain, bound, phi, begin(plain, 3, bound), pieces)
     assert abs(without.loss - want.loss) > 1e-6
 
 
 def test_the_second_order_reads_alike() -> None:
-    memory = _world(dynamic=("softmax.bias", "lstm.0.recurrent"), layers=1)
+    base = _world(dynamic=("softmax.bias", "lstm.0.recurrent"), layers=1)
     rule = LinearGates("three_levels")
-    phi = start_at(rule, RMS(), SETTING, memory)
-    bound, pieces = rule.bind(phi, memory), segments(memory, LENGTHS, 3, 9)
-    first = meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces)
-    found = second_order(memory, rule, phi, begin(memory, 3, bound), pieces)
+    phi = start_at(rule, RMS(), SETTING, base)
+    bound, pieces = rule.bind(phi, base), segments(base, LENGTHS, 3, 9)
+    first = meta_gradient(base, bound, phi, begin(base, 3, bound), pieces)
+    found = second_order(base, rule, phi, begin(base, 3, bound), pieces)
     assert found.loss == pytest.approx(first.loss, rel=1e-12)
 
 
 def test_only_learned_rules_remember_phrases() -> None:
-    memory = _world()
-    assert seen_by(RMS(), memory).phrases is None
-    assert isinstance(seen_by(LinearGates("three"), memory).phrases, Phrases)
+    base = _world()
+    assert seen_by(RMS(), base).phrases is None
+    assert isinstance(seen_by(LinearGates("three"), base).phrases, Phrases)
 
 
 def test_other_models_remember_none() -> None:
-    memory = dataclasses.replace(bigram_memory(), phrases=phrases(torch.ones(3, 2), 10))
+    base = dataclasses.replace(bigram_base(), phrases=phrases(torch.ones(3, 2), 10))
     with pytest.raises(ValueError, match="language models that stage 1 trains"):
-        begin(memory, 2)
+        begin(base, 2)
 
 
 def test_a_run_with_phrases(finished: Finished, command: Command, tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 from fake_run import made_up_losses, made_up_words, make_run
 
-from mlm import figure2 as figure2_module
-from mlm.errors import UserError
-from mlm.figure2 import figure2, letter, moving_average, panels_of, smooth, window_points
-from mlm.losses import LossTable
-from mlm.plots import draw_all, gain_by_position, read_metrics, training_curves, word_picture
-from mlm.word_picture import colour_range, ink_on, word_colour
+from mlm.base.errors import UserError
+from mlm.report import figure2 as figure2_module
+from mlm.report.figure2 import figure2, letter, moving_average, panels_of, smooth, window_points
+from mlm.report.losses import LossTable
+from mlm.report.plots import draw_all, gain_by_position, read_metrics, training_curves, word_picture
+from mlm.report.word_picture import colour_range, ink_on, word_colour
 
 REPOSITORY = Path(__file__).parents[1]
 HOSTILE = ["</script>", "&amp;", "$x_1$", "🙂", "שלום", "中文", "a--b", "\x07", '"q"', "\\n", "%s"]

@@ -13,10 +13,11 @@ import torch
 from conftest import Command
 from tiny import as_flags, tiny_config, write_corpus
 
-from mlm import half, processor
-from mlm.errors import UserError
-from mlm.run import open_run
-from mlm.training import resolve_precision
+from mlm.base.errors import UserError
+from mlm.kernels import bfloat16 as half
+from mlm.kernels import processor
+from mlm.runs.run import open_run
+from mlm.training.language_model import resolve_precision
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -28,9 +29,9 @@ X86 = pytest.mark.skipif(
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor without bfloat16."""
-    monkeypatch.setattr("mlm.training.trains_bfloat16", lambda: False)
-    monkeypatch.setattr("mlm.training.multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr("mlm.run.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("mlm.training.language_model.trains_bfloat16", lambda: False)
+    monkeypatch.setattr("mlm.training.language_model.multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("mlm.runs.run.multiplies_bfloat16", lambda: False)
 
 
 @pytest.mark.usefixtures("plain")
@@ -66,7 +67,7 @@ def test_lanes_products_are_float32_with_one_line_unless_bfloat16_is_native(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("mlm.run.multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr("mlm.runs.run.multiplies_bfloat16", lambda: native)
     x = torch.ones(2, 2)
     with half.half(False):  # restores what the process had
         open_run(tiny_config(tmp_path, tmp_path / "run", adapt__precision="bfloat16"))

@@ -11,16 +11,11 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import perplexities
-from worlds import EOS, TinyMemory, tiny_memory
+from worlds import EOS, TinyBase, tiny_base
 
-from mlm.checkpoint import RunFolder, load_tensors
-from mlm.errors import UserError
-from mlm.gates import LinearGates
-from mlm.learner import RMS
-from mlm.lm import Weights
-from mlm.phrases import AGAIN, SAID, STEPS, ReadOut, phrases
-from mlm.pipeline import run_stages
-from mlm.read_out import (
+from mlm.base.errors import UserError
+from mlm.extensions.phrases import AGAIN, SAID, STEPS, ReadOut, phrases
+from mlm.extensions.read_out import (
     NAMES,
     UNITS,
     Learner,
@@ -30,22 +25,28 @@ from mlm.read_out import (
     taken,
     with_read_out,
 )
-from mlm.rollout import learning_at_once, recollection, score_segment
-from mlm.run import open_run
-from mlm.scoring import score_articles
-from mlm.stage_meta import identity, load_learned, seen_by
-from mlm.streams import LaneStream
-from mlm.training import Text
+from mlm.models.language_model import Weights
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import learning_at_once, recollection, score_segment
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.runs.identity import identity
+from mlm.runs.rules import load_learned, seen_by
+from mlm.runs.run import open_run
+from mlm.runs.stages import run_stages
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors
+from mlm.text.streams import LaneStream, Text
 
 ORDERS = len(STEPS)
 SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
 
 
-def _world(**world: Any) -> TinyMemory:
-    memory = tiny_memory(layers=1, **world)
-    told = phrases(memory.weights["embedding"], 1000)  # whose steps are made for wide embeddings
+def _world(**world: Any) -> TinyBase:
+    base = tiny_base(layers=1, **world)
+    told = phrases(base.weights["embedding"], 1000)  # whose steps are made for wide embeddings
     told = told._replace(steps=told.steps / 10)
-    return dataclasses.replace(memory, phrases=told, surprise=0.25)
+    return dataclasses.replace(base, phrases=told, surprise=0.25)
 
 
 def _articles(number: int, seed: int, length: int = 60) -> list[np.ndarray]:
@@ -87,24 +88,24 @@ def _equal(one: ReadOut, other: ReadOut) -> bool:
 
 def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     """The article's rows alone, and what is written stays as it was."""
-    memory = _world()
-    bound = RMS().bind(SETTING, memory)
-    able = with_read_out(memory, _some(memory.shape.embedding))
+    base = _world()
+    bound = RMS().bind(SETTING, base)
+    able = with_read_out(base, _some(base.shape.embedding))
     read_out = read_out_of(able)
     assert able.phrases is not None
-    assert memory.phrases is not None
+    assert base.phrases is not None
     assert read_out is not None
-    learner = Learner(memory, bound, 2)
-    stream = LaneStream(_articles(2, 0), 2, memory.segment, EOS)
+    learner = Learner(base, bound, 2)
+    stream = LaneStream(_articles(2, 0), 2, base.segment, EOS)
     for _ in range(6):
         learner.gradient(next(stream))
     reader, piece = learner.reader, next(stream)
     assert reader.history is not None
-    weights: Weights = {**memory.weights, **reader.weights}
-    plainly = memory.shape.read(weights, piece.inputs, piece.targets, reader.state)
+    weights: Weights = {**base.weights, **reader.weights}
+    plainly = base.shape.read(weights, piece.inputs, piece.targets, reader.state)
     state = plainly.output.detach()
     plain, found = (
-        m.phrases.recall(reader.history, piece.inputs, state) for m in (memory, able) if m.phrases
+        m.phrases.recall(reader.history, piece.inputs, state) for m in (base, able) if m.phrases
     )
     assert torch.equal(plain.own, plain.rows)
     assert torch.equal(found.own, plain.own)
@@ -122,8 +123,8 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
         * ((seen @ read_out.inner.t()).clamp(min=0) @ read_out.outer.t())
     )
     torch.testing.assert_close(found.rows, by_hand)
-    first = next(LaneStream(_articles(1, 5), 1, memory.segment, EOS))
-    start = learner.memory.phrases and learner.memory.phrases.begin(1)
+    first = next(LaneStream(_articles(1, 5), 1, base.segment, EOS))
+    start = learner.base.phrases and learner.base.phrases.begin(1)
     assert start is not None
     new = able.phrases.recall(start, first.inputs, state[:1])
     new_T = (new.rates == 1).all(2)
@@ -135,7 +136,7 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     losses, gradients = [], []
     for hand in (False, True):
         theta = {n: w.clone().requires_grad_() for n, w in reader.weights.items()}
-        full = {**memory.weights, **theta}
+        full = {**base.weights, **theta}
         told = recollection(able, reader, piece)
         if hand:
             full, told = {**full, SAID: by_hand, AGAIN: found.within}, None
@@ -145,28 +146,28 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     torch.testing.assert_close(*losses)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
-    assert read_out_of(dataclasses.replace(memory, phrases=None)) is None
-    assert with_read_out(tiny_memory(), read_out).phrases is None
+    assert read_out_of(dataclasses.replace(base, phrases=None)) is None
+    assert with_read_out(tiny_base(), read_out).phrases is None
 
 
 @pytest.mark.parametrize("surprise", [0.0, 0.25])
 def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     """Of the tokens' own losses, what lanes have learned so far being a constant."""
-    memory = dataclasses.replace(_world(), surprise=surprise)
-    bound = RMS().bind(SETTING, memory)
-    start = _some(memory.shape.embedding)
-    learner = Learner(with_read_out(memory, start), bound, 3)
-    stream = LaneStream(_articles(4, 1, 23), 3, memory.segment, EOS)
+    base = dataclasses.replace(_world(), surprise=surprise)
+    bound = RMS().bind(SETTING, base)
+    start = _some(base.shape.embedding)
+    learner = Learner(with_read_out(base, start), bound, 3)
+    stream = LaneStream(_articles(4, 1, 23), 3, base.segment, EOS)
     for _ in range(5):
         learner.gradient(next(stream))
     reader, piece = learner.reader, next(stream)
     assert not bool(piece.mask.all()), "an article ends"
     assert not bool(piece.new.any())
     found, total = learner.gradient(piece)
-    way, small = _some(memory.shape.embedding, 8), 1e-5
+    way, small = _some(base.shape.embedding, 8), 1e-5
     losses = []
     for factor in (-small, 0.0, small):
-        moved = with_read_out(learner.memory, _moved(start, way, factor))
+        moved = with_read_out(learner.base, _moved(start, way, factor))
         losses.append(float(score_segment(moved, reader, piece).nll.sum()))
     assert losses[1] == pytest.approx(total, rel=1e-12)
     slope = (losses[2] - losses[0]) / (2 * small)
@@ -177,35 +178,34 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
 
 def test_it_learns_what_phrases_are_worth(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Articles that it did not learn from are predicted better; the seed decides the order."""
-    monkeypatch.setattr("mlm.read_out.TOKENS", 60)
-    memory = _world()
-    bound = RMS().bind(SETTING, memory)
+    monkeypatch.setattr("mlm.extensions.read_out.TOKENS", 60)
+    base = _world()
+    bound = RMS().bind(SETTING, base)
     texts, held = _articles(12, 9), _text(500, 2)
-    found = learn_read_out(memory, bound, held, 60_000, seed=0)
-    some, same, other = (learn_read_out(memory, bound, held, 3000, seed) for seed in (0, 0, 1))
+    found = learn_read_out(base, bound, held, 60_000, seed=0)
+    some, same, other = (learn_read_out(base, bound, held, 3000, seed) for seed in (0, 0, 1))
     assert _equal(some, same)
     assert not _equal(some, other)
     without, with_it = (
-        score_articles(m, bound, texts, EOS, 4).total
-        for m in (memory, with_read_out(memory, found))
+        score_articles(m, bound, texts, EOS, 4).total for m in (base, with_read_out(base, found))
     )
     assert with_it < 0.992 * without
-    further = learn_read_out(with_read_out(memory, found), bound, held, 1000, seed=0)
+    further = learn_read_out(with_read_out(base, found), bound, held, 1000, seed=0)
     assert 0 < _most(_moved(further, found, -1)) < 0.2 * _most(found)
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:
-    memory = _world()
-    broken = dataclasses.replace(memory, weights={**memory.weights})
+    base = _world()
+    broken = dataclasses.replace(base, weights={**base.weights})
     broken.weights["softmax.bias"] = broken.weights["softmax.bias"] * float("nan")
     with pytest.raises(UserError, match="read-out-words: after"):
         learn_read_out(broken, RMS().bind(SETTING, broken), _text(3, 2), 100, seed=0)
 
 
 def test_only_where_phrases_are_remembered() -> None:
-    memory = tiny_memory()
+    base = tiny_base()
     with pytest.raises(ValueError, match="none are remembered"):
-        Learner(memory, RMS().bind(SETTING, memory), 1)
+        Learner(base, RMS().bind(SETTING, base), 1)
     able = with_read_out(_world(), _some(4))
     assert read_out_of(seen_by(LinearGates("three"), able)) is not None
     assert read_out_of(seen_by(RMS(), able)) is None
@@ -213,12 +213,12 @@ def test_only_where_phrases_are_remembered() -> None:
 
 def test_it_learns_in_place_and_only_from_what_is_recalled(engine: str) -> None:
     """The lanes read with the very tensors that move."""
-    memory = _world()
-    bound = RMS().bind(SETTING, memory)
-    learner = Learner(memory, bound, 1)
-    assert learner.memory.phrases is not None
-    assert learner.memory.phrases.read_out is learner.read_out
-    assert learning_at_once(memory, bound) is memory
+    base = _world()
+    bound = RMS().bind(SETTING, base)
+    learner = Learner(base, bound, 1)
+    assert learner.base.phrases is not None
+    assert learner.base.phrases.read_out is learner.read_out
+    assert learning_at_once(base, bound) is base
     before = ReadOut(*(t.clone() for t in learner.read_out))
     article = np.array([1, 2, 3, 4, 5, 6])
     learner.learn([next(LaneStream([article], 1, 5, EOS)) for _ in range(3)], 1e-3)
@@ -250,9 +250,9 @@ def test_a_run_learns_it_and_keeps_it_where_it_gains(
     for key, value in found["0"].items():
         assert (found["3000"][key] == value) == (key[1] != "three_levels")
     run = open_run(RunFolder(folder).load_config(), quiet=True)
-    learned = load_learned(run, "three_levels", run.memory)
+    learned = load_learned(run, "three_levels", run.base)
     assert learned.parameters.keys() == others.keys()
-    mine = read_out_of(learned.memory)
+    mine = read_out_of(learned.base)
     assert mine is not None
     assert _equal(mine, kept)
     again = "500", "--meta.read-out-words", "3000", "--stages", "meta", "--resume"

@@ -22,9 +22,9 @@ from benchmarks.growth import TIMED
 from benchmarks.growth_unroll import Place
 from benchmarks.readme import pages
 from benchmarks.timing import SIZES, Machine, measure_machine
-from mlm.config import PRESETS
-from mlm.hub import HUB_CONFIGS
-from mlm.lm import LMShape
+from mlm.models.recurrent import RecurrentLM
+from mlm.settings.presets import PRESETS
+from mlm.text.hub import HUB_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -62,7 +62,7 @@ BENCHMARK_FLAGS = {
 OPTIONAL = "pip install --no-deps -r benchmarks/requirements.txt"
 #: tests/test_package.py installs it.
 INSTALL = "pip install ."
-TINY = LMShape(vocabulary=11, embedding=8, hidden=8, layers=1)
+TINY = RecurrentLM(vocabulary=11, embedding=8, hidden=8, layers=1)
 
 
 def commands_in(text: str) -> list[str]:
@@ -146,7 +146,7 @@ def _small(words: list[str], folder: Path) -> list[str]:
 
 
 def _measure_machine_quickly(
-    shape: LMShape, device: torch.device, bf16: bool, small: bool
+    shape: RecurrentLM, device: torch.device, bf16: bool, small: bool
 ) -> Machine:
     return measure_machine(shape, device, bf16, small=True)
 
@@ -154,7 +154,7 @@ def _measure_machine_quickly(
 def test_commands_are_found() -> None:
     """The parser itself: blocks, comments, continuations, `&&`, tables; other blocks ignored."""
     text = (
-        "Run `python train.py --help` or `mlm/rollout.py`.\n\n```bash\n# first\n"
+        "Run `python train.py --help` or `mlm/reading/step.py`.\n\n```bash\n# first\n"
         "python3 -m venv .venv && python train.py \\\n  --out x  # a run\n```\n"
         "| `pytest` | tests |\n```python\npython evaluate.py\n```\n"
     )
@@ -210,7 +210,7 @@ def test_every_command_runs(
         outcome = command(module, *words)
         assert outcome.code == 0, f"README: `{line}`, run as {module} {words}:\n{outcome.err}"
         ran.append(line)
-        monkeypatch.setattr("mlm.pipeline.draw", lambda folder, split=None: None)
+        monkeypatch.setattr("mlm.runs.evaluate.draw", lambda folder, split=None: None)
     assert (tmp_path / "runs" / "pydocs" / "figures" / "figure2.png").is_file()
     assert not (tmp_path / "results").exists(), "results/ is for what was published"
     assert "python train.py" in ran
@@ -223,7 +223,7 @@ def test_commands_of_other_pages_are_understood(
 ) -> None:
     """They take hours; their flags are parsed, by `train.py` and by every benchmark."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlm.pipeline.run_stages", lambda config: None)
+    monkeypatch.setattr("mlm.runs.stages.run_stages", lambda config: None)
     variables: dict[str, list[str]] = {}
     for line in commands_in((ROOT / page).read_text(encoding="utf-8")):
         first, *rest = shlex.split(line)
@@ -248,7 +248,7 @@ def test_train_needs_no_arguments(
     """`python train.py` as it stands in README: the default settings reach the stages."""
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr("mlm.pipeline.run_stages", seen.append)
+    monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
     outcome = command("train")
     assert outcome.code == 0, outcome.err
     assert [config.preset for config in seen] == ["pydocs"]

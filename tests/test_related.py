@@ -9,21 +9,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from worlds import EOS, TinyMemory, articles, segments, tiny_memory
+from worlds import EOS, TinyBase, articles, segments, tiny_base
 
 from mlm import kernels
-from mlm.checkpoint import load_tensors
-from mlm.errors import UserError
-from mlm.gates import LinearGates
-from mlm.learner import RMS
-from mlm.lm import LMShape, initial_state, score
-from mlm.lowrank import add_low_rank
-from mlm.memory import RELATED, choose_dynamic, lanes_of
-from mlm.related import relate, related_words
-from mlm.rollout import begin, meta_gradient
-from mlm.rules import start_at
-from mlm.scoring import score_articles
-from mlm.training import Text
+from mlm.base.errors import UserError
+from mlm.extensions.related import relate, related_words
+from mlm.models.base import RELATED, choose_dynamic, lanes_of
+from mlm.models.recurrent import RecurrentLM, initial_state, score
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import begin
+from mlm.rules.family import start_at
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.store.tensors import load_tensors
+from mlm.text.streams import Text
+from mlm.training.directions import add_low_rank
 
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-11}
 DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low")
@@ -33,14 +34,14 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _memory(related: torch.Tensor | None, **shape: Any) -> TinyMemory:
-    plain = tiny_memory((), **shape)
+def _base(related: torch.Tensor | None, **shape: Any) -> TinyBase:
+    plain = tiny_base((), **shape)
     text = Text(articles((11, 23, 9)), 43, EOS)
     weights = add_low_rank(plain.weights, plain.shape, DYNAMIC, 99, text, 1000)
     if related is not None:
         weights = relate(weights, DYNAMIC, related)
     rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(DYNAMIC)}
-    return TinyMemory(plain.shape, weights, DYNAMIC, rms, 2.3, plain.segment)
+    return TinyBase(plain.shape, weights, DYNAMIC, rms, 2.3, plain.segment)
 
 
 @pytest.fixture
@@ -55,22 +56,22 @@ def test_theta_0_is_the_same_model_and_lanes_move_by_t_times_t(
     """Losses and gradients against the output layer written out, fused and not."""
     if path == "eager":
         monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
-    memory, plain = _memory(q_VS), _memory(None)
-    shape = memory.shape
-    assert isinstance(shape, LMShape)
+    base, plain = _base(q_VS), _base(None)
+    shape = base.shape
+    assert isinstance(shape, RecurrentLM)
     ids = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(1))
     state = initial_state(shape, 3, dtype=torch.float64)
     with torch.no_grad():
         want, _ = score(plain.static, shape, ids, ids, state)
         for weights in (
-            memory.static,
-            memory.weights,
-            memory.weights | lanes_of(memory.start(), 3),
+            base.static,
+            base.weights,
+            base.weights | lanes_of(base.start(), 3),
         ):
             torch.testing.assert_close(score(weights, shape, ids, ids, state)[0], want, **EXACT)
-    own = {n: w + 0.1 * _random(3, *w.shape) for n, w in memory.start().items()}
+    own = {n: w + 0.1 * _random(3, *w.shape) for n, w in base.start().items()}
     leaves = {n: w.clone().requires_grad_() for n, w in own.items()}
-    nll, _ = score(memory.weights | leaves, shape, ids, ids, state)
+    nll, _ = score(base.weights | leaves, shape, ids, ids, state)
     got = torch.autograd.grad(nll.sum(), list(leaves.values()))
     # the same lanes without related words: L' = T L, so dL = T dL'
     t_VV = torch.eye(12, dtype=torch.float64) + q_VS @ q_VS.t()
@@ -95,27 +96,27 @@ def test_what_is_learned_at_a_word_moves_its_relatives() -> None:
     q_VS[1:3] = 0.5**0.5
     text = [np.full(40, 1)]
 
-    def likelihood(memory: TinyMemory, word: int) -> float:
-        bound = RMS().bind({n: torch.tensor(0.05).double() for n in ("rate", "decay")}, memory)
-        scores = score_articles(memory, bound, [np.r_[text[0], word]], EOS, 1)
+    def likelihood(base: TinyBase, word: int) -> float:
+        bound = RMS().bind({n: torch.tensor(0.05).double() for n in ("rate", "decay")}, base)
+        scores = score_articles(base, bound, [np.r_[text[0], word]], EOS, 1)
         return -float(scores.nll[0][-1])
 
-    alone, together = (_memory(q) for q in (None, 2 * q_VS))
+    alone, together = (_base(q) for q in (None, 2 * q_VS))
     gain = {word: likelihood(together, word) - likelihood(alone, word) for word in (2, 3)}
     assert gain[2] > gain[3] + 0.1
 
 
 def test_the_meta_gradient_is_that_of_the_eager_twin(q_VS: torch.Tensor) -> None:
-    memory = _memory(q_VS)
+    base = _base(q_VS)
     rule = LinearGates("four", per_unit=True, slow=True)
     setting = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
-    phi = start_at(rule, RMS(), setting, memory)
+    phi = start_at(rule, RMS(), setting, base)
     phi = {n: p + 0.1 * _random(*p.shape, seed=k) for k, (n, p) in enumerate(phi.items())}
-    pieces = segments(memory, (11, 23, 3, 1, 17), 3, 5)
+    pieces = segments(base, (11, 23, 3, 1, 17), 3, 5)
 
     def found() -> Any:
-        bound = rule.bind(phi, memory)
-        return meta_gradient(memory, bound, phi, begin(memory, 3, bound), pieces)
+        bound = rule.bind(phi, base)
+        return meta_gradient(base, bound, phi, begin(base, 3, bound), pieces)
 
     fast = found()
     with kernels.eager():
@@ -143,9 +144,9 @@ def test_words_that_occur_together_are_related() -> None:
 
 
 def test_names_and_errors(q_VS: torch.Tensor) -> None:
-    memory = _memory(q_VS)
-    assert RELATED not in memory.static
-    assert choose_dynamic(memory.weights, "all") == choose_dynamic(_memory(None).weights, "all")
+    base = _base(q_VS)
+    assert RELATED not in base.static
+    assert choose_dynamic(base.weights, "all") == choose_dynamic(_base(None).weights, "all")
     low = "softmax.low"
     for names, rank, cutoffs in (
         ((low,), 2, ()),
@@ -153,12 +154,12 @@ def test_names_and_errors(q_VS: torch.Tensor) -> None:
         (("embedding", low), 99, ()),
         (("softmax.bias",), 99, ()),
     ):
-        plain = tiny_memory((), cutoffs=cutoffs)
+        plain = tiny_base((), cutoffs=cutoffs)
         text = Text(articles((11, 23, 9)), 43, EOS)
         weights = add_low_rank(plain.weights, plain.shape, names, rank, text, 1000)
         with pytest.raises(UserError, match="related needs"):
             relate(weights, names, q_VS)
-    assert memory.weights[RELATED].shape == (12, 3)
+    assert base.weights[RELATED].shape == (12, 3)
 
 
 def test_a_run_with_related_words(finished: Finished, command: Command, tmp_path: Path) -> None:
@@ -169,8 +170,8 @@ def test_a_run_with_related_words(finished: Finished, command: Command, tmp_path
     meta = ("--stages", "meta", "evaluate")
     done = command("train", *words, "--adapt.related", 4, *rules, *meta)
     assert done.code == 0, done.err
-    memory, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
-    assert memory["theta_0/softmax.related"].shape[1] == 4
+    base, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
+    assert base["theta_0/softmax.related"].shape[1] == 4
     losses = (folder / "losses.parquet").read_bytes()
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses

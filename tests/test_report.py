@@ -13,10 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from fake_run import made_up_losses, made_up_words, make_run
 
-from mlm.config import CACHE
-from mlm.errors import UserError
-from mlm.losses import LossTable, column_name, rule_of, splits, write_losses
-from mlm.report import (
+from mlm.base.errors import UserError
+from mlm.base.names import CACHE
+from mlm.report.evaluation import (
     bootstrap_interval,
     evaluate_rows,
     format_totals,
@@ -26,7 +25,8 @@ from mlm.report import (
     read_evaluation,
     write_evaluation,
 )
-from mlm.tables import escape_markdown, evaluation_markdown
+from mlm.report.losses import LossTable, column_name, rule_of, splits, write_losses
+from mlm.report.tables import escape_markdown, evaluation_markdown
 
 
 def small_table(lengths: tuple[int, ...] = (450, 30, 700), **options) -> LossTable:

@@ -10,10 +10,10 @@ from conftest import Command, Finished
 
 import benchmarks.rules
 from benchmarks.rules import ROWS, Bench, Options, Row, row_config
-from mlm.checkpoint import RunFolder
-from mlm.config import HAND_MADE, LEARNED
-from mlm.errors import UserError
-from mlm.report import read_evaluation
+from mlm.base.errors import UserError
+from mlm.base.names import HAND_MADE, LEARNED
+from mlm.report.evaluation import read_evaluation
+from mlm.store.run_folder import RunFolder
 
 FEW = ("--budget", 1, "--steps", 1, "--words", 100, "--articles", 2, "--timing-tokens", 60,
        "--repetitions", 1, "--updates", 3, "--lanes", 2)  # fmt: skip

@@ -17,13 +17,16 @@ from conftest import Command, Finished
 from safetensors.torch import load_file
 from tiny import as_flags, tiny_config, write_corpus
 
-from mlm.checkpoint import RunFolder
-from mlm.config import PRESETS, PROTOCOLS, Config, EvaluationConfig
-from mlm.meta import MetaTrainer
-from mlm.pipeline import run_stages
-from mlm.processor import trains_bfloat16
-from mlm.text import count_words, open_corpus
-from mlm.training import LMTrainer
+from mlm.base.names import PROTOCOLS
+from mlm.kernels.processor import trains_bfloat16
+from mlm.runs.stages import run_stages
+from mlm.settings.config import Config
+from mlm.settings.presets import PRESETS
+from mlm.settings.sections import EvaluationConfig
+from mlm.store.run_folder import RunFolder
+from mlm.text.corpora import count_words, open_corpus
+from mlm.training.language_model import LMTrainer
+from mlm.training.meta import MetaTrainer
 
 RULES = EvaluationConfig().rules
 PICTURES = ("figure2", "gain_by_position", "words_start", "words_middle", "training")
@@ -197,7 +200,7 @@ def test_a_preset_named_gives_its_rule_to_the_language_model_that_is_there(
     """Settings of stage 1 are the run's own, those of later stages the preset's, unless given."""
     folder = finished.copy(tmp_path / "run")
     seen: list[Config] = []
-    monkeypatch.setattr("mlm.pipeline.run_stages", seen.append)
+    monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
     words = ("--out", folder, "--stages", "meta", "evaluate", "--meta.steps", 3)
     assert command("train", *words, "--preset", "best").code == 0
     best, own = PRESETS["best"], RunFolder(folder).load_config()
@@ -345,7 +348,7 @@ def test_a_later_command_does_not_inherit_the_test_split(
     read = []
     original = type(open_corpus(str(finished.corpus))).fingerprint
     monkeypatch.setattr(
-        "mlm.text.TextDirectory.fingerprint",
+        "mlm.text.corpora.TextDirectory.fingerprint",
         lambda self, split: read.append(split) or original(self, split),
     )
     assert command("evaluate", folder, "--no-draw").code == 0
@@ -411,7 +414,7 @@ def test_stage_1_resumes_bit_for_bit(
     for name, call in (("train_step", 13), ("train_step", 100)):
         interrupt.before(LMTrainer, name, call)
         assert command("train", *flags, "--resume").code == 130
-    interrupt.before(importable("mlm.training"), "static_loss", 1)
+    interrupt.before(importable("mlm.training.language_model"), "static_loss", 1)
     outcome = command("train", "--out", tmp_path / "parts", "--resume")
     assert outcome.code == 130
     assert outcome.err.strip().splitlines()[-1].startswith("interrupted;")
@@ -439,7 +442,7 @@ def test_stage_2_resumes_bit_for_bit(
     for file in (folder / "checkpoints").glob("*levels*"):
         file.unlink()
     words = ("--out", folder, "--stages", "meta")
-    module = importable("mlm.stage_meta")
+    module = importable("mlm.runs.meta")
     interrupt.before(module, "validation_gain", 1)
     assert command("train", *words).code == 130
     interrupt.before(MetaTrainer, "train_step", 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlm.streams import LaneStream
+from mlm.text.streams import LaneStream
 
 TEXTS = [np.arange(1, n + 1) + 100 * k for k, n in enumerate((7, 0, 1, 12, 5, 10))]
 

@@ -15,9 +15,17 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from mlm import hub, pydocs
-from mlm.errors import UserError
-from mlm.text import SPLITS, Article, Corpus, count_words, open_corpus, split_articles, title_of
+from mlm.base.errors import UserError
+from mlm.text import hub, pydocs
+from mlm.text.corpora import (
+    SPLITS,
+    Article,
+    Corpus,
+    count_words,
+    open_corpus,
+    split_articles,
+    title_of,
+)
 
 
 def article(title: str, *paragraphs: str) -> str:

@@ -10,27 +10,30 @@ from conftest import Command, Finished
 from through_world import DYNAMIC, SHAPE, flags_through, text_of_articles, through, through_config
 from worlds import check_resumed, gradients_of_a_step
 
-from mlm.checkpoint import RunFolder, load_lm, load_memory, load_tensors
-from mlm.lm import token_nll
-from mlm.phrases import AGAIN, SAID
-from mlm.training import LMTrainer, static_loss
+from mlm.extensions.phrases import AGAIN, SAID
+from mlm.models.output_layer import token_nll
+from mlm.reading.scoring import static_loss
+from mlm.store.models import load_base, load_lm
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_tensors
+from mlm.training.language_model import LMTrainer
 
 
 def test_theta_0_is_the_model_that_is_trained() -> None:
     trainer = through()
     for _ in range(12):
         trainer.train_step()
-    memory = trainer.memory()
+    base = trainer.base()
     weights = {n: w.detach() for n, w in trainer.weights.items()}
     assert any(
-        bool((w != memory.weights["softmax.low"]).any())
+        bool((w != base.weights["softmax.low"]).any())
         for w in trainer.reader.weights["softmax.low"]
     )
     tokens = torch.from_numpy(text_of_articles(3).articles[0][:21]).unsqueeze(0)
     state = SHAPE.initial_state(1)
     losses = []
     with torch.no_grad():
-        for own in (weights, memory.weights):
+        for own in (weights, base.weights):
             output = SHAPE.run(own, tokens[:, :-1], state).output
             losses.append(token_nll(own, SHAPE, output, tokens[:, 1:]))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
@@ -42,7 +45,7 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
     trainer = through(at_once)
     for _ in range(5):
         trainer.train_step()
-    memory, reader = trainer.memory(), trainer.reader
+    base, reader = trainer.base(), trainer.reader
     cursor = trainer.stream.state_dict()
     segment = next(trainer.stream)
     trainer.stream.load_state_dict(cursor)
@@ -50,20 +53,20 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
     leaves = {n: w.detach().clone().requires_grad_() for n, w in trainer.weights.items()}
     start = {n: leaves[n] for n in DYNAMIC if n in leaves}
     for matrix, name in (("embedding", "softmax"), ("lstm.0.input", "lstm.0.input")):
-        low = leaves[matrix] @ torch.linalg.inv(memory.weights[f"{name}.basis"])
+        low = leaves[matrix] @ torch.linalg.inv(base.weights[f"{name}.basis"])
         if name == "softmax":
-            q = memory.weights["softmax.related"]
+            q = base.weights["softmax.related"]
             low = torch.linalg.solve(torch.eye(24) + q @ q.t(), low)
         start[f"{name}.low"] = low
-    own = {n: s + (reader.weights[n] - memory.weights[n]) for n, s in start.items()}
-    assert memory.phrases is not None
+    own = {n: s + (reader.weights[n] - base.weights[n]) for n, s in start.items()}
+    assert base.phrases is not None
     assert reader.history is not None
-    hidden = trainer.shape.run({**memory.weights, **reader.weights}, segment.inputs, reader.state)
+    hidden = trainer.shape.run({**base.weights, **reader.weights}, segment.inputs, reader.state)
     keys = hidden.output.detach()
-    recalled = memory.phrases.recall(reader.history, segment.inputs, keys)
+    recalled = base.phrases.recall(reader.history, segment.inputs, keys)
     said = recalled.rows
     assert bool(said.any())
-    every = {**memory.weights, **leaves, **own, SAID: said, AGAIN: recalled.within}
+    every = {**base.weights, **leaves, **own, SAID: said, AGAIN: recalled.within}
     share = segment.mask / segment.mask.sum()  # every lane reads a whole segment
     count = segment.inputs.shape[1]
     now = trainer.shape.read(
@@ -119,7 +122,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     for n, value in its_own.items():
         torch.testing.assert_close(own[n], value, msg=f"{n}: training starts at that rule")
     mine, its = (
-        load_memory(RunFolder(p).checkpoint("memory"), hash_) for p in (out, finished.folder)
+        load_base(RunFolder(p).checkpoint("memory"), hash_) for p in (out, finished.folder)
     )
     for n, r in its.rms.items():
         assert torch.equal(mine.rms[n], r), n

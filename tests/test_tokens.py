@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlm import encoding
-from mlm.errors import UserError
-from mlm.text import SPLITS, Article, Corpus, count_words, open_corpus, split_articles
-from mlm.tokens import (
+from mlm.base.errors import UserError
+from mlm.text import encoding
+from mlm.text.corpora import SPLITS, Article, Corpus, count_words, open_corpus, split_articles
+from mlm.text.tokens import (
     DamagedFile,
     TokenFile,
     Vocabulary,

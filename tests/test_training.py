@@ -7,18 +7,21 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from worlds import EOS, articles, tiny_memory
+from worlds import EOS, articles, tiny_base
 
-from mlm.config import Config, LMTrainingConfig, ModelConfig
-from mlm.errors import UserError
-from mlm.learner import RMS, SGD
-from mlm.lm import LMShape, initial_state, run_lstm, token_nll
-from mlm.meta import MixedLanes, estimate_fisher, shrunk
-from mlm.rollout import score_static
-from mlm.scoring import score_protocol
-from mlm.streams import LaneStream
-from mlm.training import LMTrainer, Text, cosine, shape_of, unigram_biases
-from mlm.tuning import RATES, TuneText, losses_of, tune
+from mlm.base.errors import UserError
+from mlm.base.schedule import cosine
+from mlm.models.output_layer import token_nll
+from mlm.models.recurrent import RecurrentLM, initial_state, run_lstm
+from mlm.reading.scoring import score_protocol
+from mlm.reading.step import score_static
+from mlm.rules.hand_made import RMS, SGD
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, ModelConfig
+from mlm.text.streams import LaneStream, MixedLanes, Text
+from mlm.training.fisher import estimate_fisher, smooth_fisher
+from mlm.training.language_model import LMTrainer, shape_of, unigram_biases
+from mlm.training.tuning import RATES, TuneText, losses_of, tune
 
 
 def _text(lengths: tuple[int, ...]) -> Text:
@@ -60,7 +63,7 @@ def test_cosine_warms_up_and_ends_at_zero() -> None:
 @pytest.mark.parametrize("cutoffs", [(), (5, 9)])
 def test_training_starts_at_the_unigram_model(cutoffs: tuple[int, ...]) -> None:
     """Where the layers say nothing, a word has its share of the text (and one occurrence more)."""
-    text, shape = _text((13, 8)), LMShape(12, 8, 8, 1, cutoffs)
+    text, shape = _text((13, 8)), RecurrentLM(12, 8, 8, 1, cutoffs)
     weights = shape.initial_weights(torch.Generator().manual_seed(0)) | unigram_biases(shape, text)
     every = torch.arange(12)[None]
     nll = token_nll(weights, shape, torch.zeros(1, 12, 8), every)[0]
@@ -72,19 +75,19 @@ def test_training_starts_at_the_unigram_model(cutoffs: tuple[int, ...]) -> None:
 
 def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
     """One lane, written out: the gradient of every whole segment, ragged ends left out."""
-    memory = tiny_memory(("softmax.bias", "lstm.1.recurrent"))
+    base = tiny_base(("softmax.bias", "lstm.1.recurrent"))
     text = _text((13,))  # two whole segments of 5 and an end of 3
-    found = estimate_fisher(memory.weights, memory.shape, memory.dynamic, text, 5, 13)
-    state = initial_state(memory.shape, 1, dtype=torch.float64)
-    leaves = {n: w.clone().requires_grad_() for n, w in memory.start().items()}
+    found = estimate_fisher(base.weights, base.shape, base.dynamic, text, 5, 13)
+    state = initial_state(base.shape, 1, dtype=torch.float64)
+    leaves = {n: w.clone().requires_grad_() for n, w in base.start().items()}
     tokens = torch.tensor(text.articles[0])
     squares = {n: torch.zeros_like(w) for n, w in leaves.items()}
     before = torch.cat([torch.tensor([EOS]), tokens[:-1]])
     losses = []
     for at in (0, 5, 10):
         ids, targets = before[None, at : at + 5], tokens[None, at : at + 5]
-        hidden = run_lstm({**memory.weights, **leaves}, memory.shape, ids, state)
-        nll = token_nll({**memory.weights, **leaves}, memory.shape, hidden.output, targets)
+        hidden = run_lstm({**base.weights, **leaves}, base.shape, ids, state)
+        nll = token_nll({**base.weights, **leaves}, base.shape, hidden.output, targets)
         losses.append(nll.detach())
         state = hidden.state.detach()
         if at < 10:
@@ -99,19 +102,19 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
 
 def test_a_prior_keeps_the_fisher_of_unseen_words_off_zero() -> None:
     """Every weight: (1 - prior) times its own mean square and prior times its tensor's."""
-    memory = tiny_memory(("embedding", "softmax.bias"))
-    rest = memory.weights, memory.shape, memory.dynamic, _text((13,)), 5, 13
+    base = tiny_base(("embedding", "softmax.bias"))
+    rest = base.weights, base.shape, base.dynamic, _text((13,)), 5, 13
     plain, mixed = estimate_fisher(*rest), estimate_fisher(*rest, prior=0.25)
     for n, rms in plain.rms.items():
         want = 0.75 * rms.square() + 0.25 * rms.square().mean()
         torch.testing.assert_close(mixed.rms[n].square(), want, rtol=1e-10, atol=1e-16)
-    assert shrunk(torch.tensor([0.0, 4.0]), 0.5).tolist() == [1.0, 3.0]
+    assert smooth_fisher(torch.tensor([0.0, 4.0]), 0.5).tolist() == [1.0, 3.0]
 
 
 def test_fisher_needs_one_whole_segment() -> None:
-    memory = tiny_memory(("softmax.bias",))
+    base = tiny_base(("softmax.bias",))
     with pytest.raises(UserError, match="as long as one segment"):
-        estimate_fisher(memory.weights, memory.shape, memory.dynamic, _text((4, 3)), 5, 7)
+        estimate_fisher(base.weights, base.shape, base.dynamic, _text((4, 3)), 5, 7)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -140,48 +143,48 @@ def test_a_long_lane_joins_articles_without_a_border() -> None:
 @pytest.mark.parametrize("rule", [SGD(), RMS()])
 @pytest.mark.parametrize("protocol", ["article", "stream"])
 def test_tuning_spends_its_budget_and_finds_the_best(rule, budget: int, protocol: str) -> None:
-    memory = tiny_memory(("softmax.bias",))
+    base = tiny_base(("softmax.bias",))
     text = TuneText([np.tile(np.array([3, 7, 7, 1]), 25), np.tile(np.array([2, 9]), 20)], EOS, 2)
     noted = []
-    trials = tune(memory, rule, text, protocol, budget, noted.append)
+    trials = tune(base, rule, text, protocol, budget, noted.append)
     assert len(trials) == len(noted) == budget
     assert len({tuple(t.setting.items()) for t in trials}) == budget
     assert trials[0].nll == min(t.nll for t in trials)
-    like = next(iter(memory.rms.values()))
+    like = next(iter(base.rms.values()))
     phi = {k: like.new_tensor(v) for k, v in trials[0].setting.items()}
-    alone = score_protocol(memory, rule.bind(phi, memory), text.articles, EOS, protocol, 2).total
+    alone = score_protocol(base, rule.bind(phi, base), text.articles, EOS, protocol, 2).total
     assert alone == pytest.approx(trials[0].nll, rel=1e-9)
 
 
 def test_the_search_leaves_its_grid_when_the_best_lies_at_the_edge() -> None:
-    memory = tiny_memory(("softmax.bias",))
+    base = tiny_base(("softmax.bias",))
     text = TuneText([np.tile(np.array([3, 7, 7, 1]), 50)], EOS, 1)
-    trials = tune(memory, RMS(), text, "article", 12)
+    trials = tune(base, RMS(), text, "article", 12)
     assert trials[0].setting["rate"] > RATES[1]
-    static = score_protocol(memory, None, text.articles, EOS, "article", 1).total
+    static = score_protocol(base, None, text.articles, EOS, "article", 1).total
     at_edge = min(t.nll for t in trials if t.setting["rate"] <= RATES[1] * 1.001)
     assert trials[0].nll < at_edge < static
 
 
 def test_exploding_settings_count_what_they_cost() -> None:
     """Reading resets such a lane before every segment: it knows nothing but theta_0."""
-    memory = tiny_memory()
+    base = tiny_base()
     text = TuneText(articles((60,)), EOS, 1)
-    zero = memory.shape.initial_state(1, dtype=torch.float64)
-    pieces = LaneStream(text.articles, 1, memory.segment, EOS)
-    want = sum(float(score_static(memory, zero, piece)[0].sum()) for piece in pieces)
+    zero = base.shape.initial_state(1, dtype=torch.float64)
+    pieces = LaneStream(text.articles, 1, base.segment, EOS)
+    want = sum(float(score_static(base, zero, piece)[0].sum()) for piece in pieces)
     for protocol in ("article", "stream"):
         settings = [{"rate": 1e200}, {"rate": 1e-3}]
-        exploding, small = losses_of(memory, SGD(), settings, text, protocol)
+        exploding, small = losses_of(base, SGD(), settings, text, protocol)
         assert exploding == pytest.approx(want, rel=1e-12)
         assert small != pytest.approx(want, rel=1e-6)
 
 
 @pytest.mark.parametrize("protocol", ["article", "stream"])
 def test_a_model_that_is_broken_before_it_adapts_cannot_be_tuned(protocol: str) -> None:
-    memory = tiny_memory(("softmax.bias",))
-    memory.weights["embedding"][3] = np.nan
+    base = tiny_base(("softmax.bias",))
+    base.weights["embedding"][3] = np.nan
     text = TuneText(articles((60,)), EOS, 1)
-    assert losses_of(memory, SGD(), [{"rate": 1e-3}], text, protocol) == [np.inf]
+    assert losses_of(base, SGD(), [{"rate": 1e-3}], text, protocol) == [np.inf]
     with pytest.raises(UserError, match="every setting tried diverged"):
-        tune(memory, SGD(), text, protocol, 2)
+        tune(base, SGD(), text, protocol, 2)

@@ -7,8 +7,8 @@ from pathlib import Path
 from conftest import Command
 
 from benchmarks.unread import unread
-from mlm.text import count_words, open_corpus
-from mlm.tokens import limited
+from mlm.text.corpora import count_words, open_corpus
+from mlm.text.tokens import limited
 
 
 def _corpus(folder: Path, words: list[int]) -> Path:

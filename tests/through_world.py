@@ -11,21 +11,23 @@ from conftest import Finished
 from tiny import as_flags
 from worlds import EOS
 
-from mlm.config import Config, LMTrainingConfig, ModelConfig
-from mlm.gates import LinearGates
-from mlm.learner import RMS, as_parameters
-from mlm.lm import LMShape
-from mlm.lowrank import add_low_rank, turned
-from mlm.memory import LongTerm
-from mlm.phrases import phrases
-from mlm.related import relate
-from mlm.rules import open_slow, start_at
-from mlm.stage_meta import Learned
-from mlm.through import ThroughLearned
-from mlm.training import LMTrainer, Text
+from mlm.experimental.through import ThroughLearned
+from mlm.extensions.phrases import phrases
+from mlm.extensions.related import relate
+from mlm.models.base import AdaptationBase, turned
+from mlm.models.recurrent import RecurrentLM
+from mlm.rules.family import open_slow, start_at
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import LoadedRule, as_parameters
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, ModelConfig
+from mlm.text.streams import Text
+from mlm.training.directions import add_low_rank
+from mlm.training.language_model import LMTrainer
 
 DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent", "lstm.0.bias")
-SHAPE = LMShape(24, 8, 8, 1)
+SHAPE = RecurrentLM(24, 8, 8, 1)
 
 
 def text_of_articles(seed: int = 0) -> Text:
@@ -50,22 +52,22 @@ def as_usual(text: Text | None = None, **changes) -> LMTrainer:
     return LMTrainer(through_config(**changes), SHAPE, read, torch.device("cpu"))
 
 
-def learned_rule_of(at_once: bool = True) -> Learned:
+def learned_rule_of(at_once: bool = True) -> LoadedRule:
     """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
     weights = as_usual().model()
     weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, text_of_articles(), 1000)
     random = torch.Generator().manual_seed(0)
     weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
     rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
-    memory = turned(LongTerm(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
+    base = turned(AdaptationBase(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
     own = phrases(weights["embedding"], 50)
     own = own._replace(steps=own.steps / 20)  # which are made for wide embeddings
-    memory = dataclasses.replace(memory, at_once=at_once, surprise=0.25, phrases=own)
-    start = as_parameters({"rate": 0.01, "decay": 0.01}, memory)
+    base = dataclasses.replace(base, at_once=at_once, surprise=0.25, phrases=own)
+    start = as_parameters({"rate": 0.01, "decay": 0.01}, base)
     rule = LinearGates(per_unit=True, slow=True)
-    parameters = start_at(rule, RMS(), start, memory)
+    parameters = start_at(rule, RMS(), start, base)
     open_slow(parameters)
-    return Learned(rule, parameters, memory)
+    return LoadedRule(rule, parameters, base)
 
 
 def through(at_once: bool = True, **changes) -> ThroughLearned:

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from mlm.config import (
+from mlm.report.evaluation import read_evaluation
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.settings.sections import (
     AdaptConfig,
-    Config,
     EvaluationConfig,
     LMTrainingConfig,
     MetaConfig,
     ModelConfig,
     TextConfig,
-    validate,
 )
-from mlm.report import read_evaluation
 
 SYLLABLES = ("ba", "do", "fe", "gi", "ku", "la", "mo", "ne", "pi", "ru", "sa", "ti", "vo", "zu")
 COMMON = 40

@@ -9,7 +9,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
-from mlm.errors import run_cli
+from mlm.base.errors import run_cli
 
 
 class Command(NamedTuple):

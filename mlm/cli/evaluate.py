@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mlm.config import EvaluationConfig, validate
+from mlm.settings.checks import validate
+from mlm.settings.sections import EvaluationConfig
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Options:
 
 def main() -> None:
     """Parse the command line, score, print the table."""
-    from mlm.checkpoint import RunFolder
+    from mlm.store.run_folder import RunFolder
 
     named = tyro.cli(Options, default=Options(Path("runs/pydocs"))).run
     config = RunFolder(named).load_config()
@@ -52,6 +53,6 @@ def main() -> None:
             stages=("evaluate",),
         )
     )
-    from mlm.pipeline import evaluate_run
+    from mlm.runs.evaluate import evaluate_run
 
     evaluate_run(config, options.corpus, options.draw)

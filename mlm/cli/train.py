@@ -9,8 +9,10 @@ from pathlib import Path
 
 import tyro
 
-from mlm.config import PRESETS, Config, validate
-from mlm.errors import UserError
+from mlm.base.errors import UserError
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.settings.presets import PRESETS
 
 
 def _value(flag: str) -> str | None:
@@ -26,8 +28,8 @@ def _value(flag: str) -> str | None:
 def _defaults() -> Config:
     """The preset, or the run folder's own settings when an existing run goes on; of a preset named
     as well, what comes after stage 1."""
-    from mlm.checkpoint import RunFolder
-    from mlm.run import run_path
+    from mlm.runs.run import run_path
+    from mlm.store.run_folder import RunFolder
 
     named = _value("--preset")
     if named is not None and named not in PRESETS:
@@ -56,6 +58,6 @@ def main() -> None:
     if {"-h", "--help"} & set(sys.argv):
         config = tyro.cli(Config, description=__doc__)
     config = validate(tyro.cli(Config, default=_defaults(), description=__doc__))
-    from mlm.pipeline import run_stages
+    from mlm.runs.stages import run_stages
 
     run_stages(config)

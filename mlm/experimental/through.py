@@ -1,0 +1,293 @@
+"""Stage 1 through the adaptation: weights trained to be rewritten.
+
+Every lane reads under theta_0 + delta; an update rule moves delta after each segment, and theta_0
+and all other weights follow the gradient of the loss under theta_0 + delta. That is the
+first-order meta-gradient (see `rollout.meta_gradient`) with one update of theta_0 per segment:
+delta does not depend on theta_0 to first order. Compare MAML (Finn et al. 2017) and end-to-end
+test-time training. The rule is Krause's, with a Fisher that is learned along the way, or the one
+that another run's stage 2 has learned, in that run's bases; through the latter n-gram embeddings
+can be learned, too (`mlm.extensions.ngrams`). Letters: B lanes, T tokens per segment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from mlm.base.errors import UserError
+from mlm.extensions.phrases import phrases
+from mlm.extensions.related import untangled
+from mlm.extensions.warp import followed, warped_matrices
+from mlm.kernels import buffers
+from mlm.models.base import RELATED, AdaptationBase, choose_dynamic, has_low_rank
+from mlm.models.language_model import Weights
+from mlm.models.low_rank import BASIS, LOW, base_of
+from mlm.models.recurrent import BaseModel
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import Reader, Scored, Step, begin, learning_at_once, step
+from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import Bound, LoadedRule, Static
+from mlm.settings.config import Config
+from mlm.store.run_folder import RunFolder
+from mlm.text.streams import Segment, Text
+from mlm.training.fisher import smooth_fisher
+from mlm.training.language_model import LMTrainer
+
+FISHER_SEGMENTS = 500
+"""The running mean of squared gradients looks back so many segments of every lane."""
+
+
+class ThroughTrainer(LMTrainer):
+    """`LMTrainer` in which the lanes adapt while the weights are trained.
+
+    The validation loss is that of adapted reading, too.
+    """
+
+    reader: Reader
+    dynamic: tuple[str, ...]
+    """What the lanes hold of their own."""
+
+    def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
+        super().__init__(config, shape, text, device)
+        s = config.lm
+        if any((*vars(self.dropout).values(), s.ar, s.tar)):
+            raise UserError(
+                f"--lm.through {s.through} trains without dropout, AR and TAR; set --lm.dropout-*, "
+                "--lm.weight-drop, --lm.ar and --lm.tar to 0"
+            )
+        self.precision = torch.float32
+
+    def base(self) -> AdaptationBase:
+        """theta_0 as it is now."""
+        raise NotImplementedError
+
+    def bound(self, base: AdaptationBase) -> Bound:
+        """The rule at work."""
+        raise NotImplementedError
+
+    def follow(self) -> None:
+        """The weights have moved."""
+
+    def shared(self) -> tuple[str, ...]:
+        """The weights that lanes share, by which the loss is differentiated."""
+        return tuple(n for n in self.weights if n not in self.dynamic)
+
+    def gradient(self, name: str, scored: Scored) -> Tensor:
+        """By a weight, of the sum over lanes of what `Scored.gradients` are of."""
+        return scored.of_all_lanes(name)
+
+    def count(self, gradients: Weights, full_B: Tensor) -> None:
+        """See gradients of lanes; those in `full_B` read a whole segment."""
+
+    def hear(self, now: Step, segment: Segment) -> None:
+        """See what was read, before the weights move."""
+
+    def train_step(self) -> tuple[float, int]:
+        """One segment read, delta and all weights moved; returns (nats per token, tokens).
+
+        Raises:
+            UserError: the loss is not finite; the weights are untouched by it.
+        """
+        segment = next(self.stream).to(self.device)
+        base = self.base()
+        out = {n: buffers.take(tuple(w.shape), w) for n, w in self.reader.weights.items()}
+        now = step(base, self.bound(base), self.reader, segment, out, self.shared())
+        count = int(segment.mask.sum())
+        value = float(now.scored.nll.sum()) / count
+        if not math.isfinite(value):
+            other = " or --lm.through-rate" if self.settings.through == "rms" else ""
+            raise UserError(
+                f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
+                f"lower --lm.learning-rate (now {self.settings.learning_rate}){other}, "
+                "then --resume"
+            )
+        scale = segment.inputs.shape[1] / count
+        for name, weight in self.weights.items():
+            weight.grad = self.gradient(name, now.scored).mul_(scale)
+        self.count(now.scored.gradients, segment.mask.all(1))
+        self.hear(now, segment)
+        before = {n: base.weights[n].clone() for n in self.dynamic}
+        self._descend()
+        self.follow()  # the memory's weights are the trained ones, or follow them in place
+        for n, old in before.items():  # delta is kept, theta_0 moves under it
+            now.after.weights[n] += base.weights[n] - old
+        now.give(self.reader)
+        buffers.give(self.reader.weights.values())
+        self.reader, self.step = now.after, self.step + 1
+        return value, count
+
+    def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """See `LMTrainer.start_from`."""
+        super().start_from(run, vocabulary_hash)
+        self.follow()
+
+    def validation_loss(self, valid: Text) -> float:
+        """Mean loss of adapted reading, each article from theta_0, nats per token."""
+        base = self.base()
+        lanes = min(self.settings.lanes, len(valid.articles))
+        scores = score_articles(base, self.bound(base), valid.articles, valid.eos, lanes)
+        return scores.total / valid.tokens
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """And the lanes' weights and state."""
+        return super().more_tensors() | {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+
+    def load_more(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `more_tensors`."""
+        super().load_more(tensors)
+        prefix = "reader/"
+        found = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        self.reader = self.reader.of(found)
+        self.follow()
+
+
+class ThroughRMS(ThroughTrainer):
+    """Through Krause's rule.
+
+    The Fisher is a running mean over the lanes' own segment gradients, which reading gives for
+    nothing.
+    """
+
+    def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
+        super().__init__(config, shape, text, device)
+        s = config.lm
+        if has_low_rank(config.adapt.dynamic):
+            raise UserError(
+                "--lm.through rms trains full matrices only; leave .low out of --adapt.dynamic"
+            )
+        self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
+        self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
+        """Running mean of squared gradients, biased towards zero until corrected."""
+        self.prior = config.adapt.fisher_prior
+        self.seen = torch.zeros((), dtype=torch.float64)
+        """Sum of that mean's weights."""
+        self.reader = begin(self.base(), self.stream.lanes)
+        some = self.weights[self.dynamic[0]]
+        self.rate, self.decay = (some.new_tensor(x) for x in (s.through_rate, s.through_decay))
+
+    def base(self) -> AdaptationBase:
+        """theta_0 as it is now, and the Fisher so far."""
+        weights = {n: w.detach() for n, w in self.weights.items()}
+        seen = max(float(self.seen), 1e-12)
+        rms = {n: smooth_fisher(s / seen, self.prior).sqrt() for n, s in self.squares.items()}
+        limit = 2 * math.log(self.shape.vocabulary)
+        return AdaptationBase(
+            self.shape, weights, self.dynamic, rms, 0.0, self.settings.segment, limit
+        )
+
+    def bound(self, base: AdaptationBase) -> Bound:
+        """The rule at work; it rests until there is a Fisher."""
+        if not float(self.seen):
+            return Static().bind({}, base)
+        return RMS().bind({"rate": self.rate, "decay": self.decay}, base)
+
+    def count(self, gradients: Weights, full_B: Tensor) -> None:
+        """Move the running mean by the lanes that read a whole segment."""
+        if not bool(full_B.any()):
+            return
+        share = 1 / FISHER_SEGMENTS
+        self.seen += (1 - self.seen) * share
+        for n, g in gradients.items():
+            squares, lanes = self.squares[n].mul_(1 - share), full_B.nonzero().flatten().tolist()
+            for lane in lanes:
+                squares.addcmul_(g[lane], g[lane], value=share / len(lanes))
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """And the running Fisher."""
+        squares = {f"squares/{n}": s for n, s in self.squares.items()}
+        return super().more_tensors() | {"seen": self.seen} | squares
+
+    def load_more(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `more_tensors`."""
+        super().load_more(tensors)
+        self.seen = tensors["seen"]
+        self.squares = {n: tensors[f"squares/{n}"].to(self.device) for n in self.dynamic}
+
+
+class ThroughLearned(ThroughTrainer):
+    """Through a learned rule, with the bases, related words and Fisher of the run that has it.
+
+    All of these stay as they are, and so does how words teach at once; a matrix that adapts in a
+    basis of its own, output = T L (P x), is trained as W = T L P (`mlm.extensions.warp`). Every article's
+    beginning is told, and tokens teach by their loss itself, so that one gradient serves the lanes
+    and theta_0 (`mlm.extensions.surprise` counts again when the rule reads).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shape: BaseModel,
+        text: Text,
+        device: torch.device,
+        learned: LoadedRule,
+    ) -> None:
+        super().__init__(config, shape, text, device)
+        m = learned.base
+        rule = learned.bound()
+        held = dataclasses.replace(m, borders=None, surprise=0.0)
+        held = learning_at_once(held, rule)
+        own = {n: w.clone() for n, w in held.weights.items()}
+        told = held.phrases and held.phrases._replace(scale=held.phrases.scale.clone())
+        if self.ngrams is not None:
+            told = told or phrases(own["embedding"], 0)
+            told = told._replace(ngrams=self.ngrams.ngrams)
+            told = told if held.phrases else told.of_corpus()
+        self._base = dataclasses.replace(held, weights=own, phrases=told)
+        """Its weights are this trainer's own, and written in place."""
+        self._bound = learned.rule.bind(learned.parameters, self._base)
+        self.dynamic = m.dynamic
+        self._turned = {base_of(n): n for n in warped_matrices(held)}
+        """Matrices W that adapt as L, and the names of their changes."""
+        self._back = {n: torch.linalg.inv(own[n + BASIS]) for n in self._turned.values()}
+        """P^-1."""
+        self.follow()
+        self.reader = begin(self._base, self.stream.lanes, self._bound)
+
+    def hear(self, now: Step, segment: Segment) -> None:
+        """N-grams learn as phrases do."""
+        told, heard = self._base.phrases, now.scored.heard
+        if self.ngrams is None or told is None or heard is None or now.before.history is None:
+            return
+        rows = told.known(self.ngrams.ngrams, now.before.history, segment.inputs)
+        rows = rows.masked_fill(~now.taught.unsqueeze(-1), len(self.ngrams.ngrams.contexts))
+        self.ngrams.learn(rows, heard.gradient * segment.inputs.shape[1], told.scale)
+
+    def _straight(self, name: str, x: Tensor) -> Tensor:
+        """T^-1 x."""
+        related = self._base.weights.get(RELATED) if name == "softmax" else None
+        return x if related is None else untangled(x, related)
+
+    def base(self) -> AdaptationBase:
+        """theta_0 as it is now."""
+        return self._base
+
+    def follow(self) -> None:
+        """theta_0 follows: L_0 = T^-1 W P^-1; so does what phrases are measured by."""
+        moved = followed(self._base, self.weights).weights
+        for n, w in self._base.weights.items():
+            if moved[n] is not w:
+                w.copy_(moved[n])
+        own = self._base.phrases
+        if own is not None:
+            own.scale.copy_(phrases(self.weights["embedding"], own.tokens).scale)
+
+    def bound(self, base: AdaptationBase) -> Bound:
+        """The rule at work."""
+        return self._bound
+
+    def shared(self) -> tuple[str, ...]:
+        """The input embedding, where the output layer adapts, and what does not adapt at all."""
+        unread = self._turned.keys() - {"embedding"}
+        return tuple(n for n in super().shared() if n not in unread)
+
+    def gradient(self, name: str, scored: Scored) -> Tensor:
+        """By W: T^-1 G P^-T, G by L; the embedding's rows are read as inputs, too."""
+        turned = self._turned.get(name)
+        if turned is None:
+            return scored.of_all_lanes(name)
+        by_low = scored.of_all_lanes(turned + LOW) @ self._back[turned].t()
+        by_low = self._straight(turned, by_low)
+        return by_low.add_(scored.shared[name]) if name in scored.shared else by_low

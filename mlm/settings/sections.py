@@ -1,0 +1,248 @@
+"""settings.sections"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mlm.base.names import PROTOCOLS, LearnedRule
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Text and tokens."""
+
+    vocabulary: Literal["bpe", "unigram", "word"] = "bpe"
+    """SentencePiece BPE or unigram, or whole words."""
+    vocabulary_size: int = 2000
+    """Number of pieces; for `word` the largest number of types, 0 = all."""
+    train_words: int = 0
+    """Use the first so many words of the training split; 0 = all."""
+    held_out: float = 0.1
+    """Share of the training articles kept from stage 1 for meta-training."""
+    data_dir: Path = Path("data/cache")
+    """Where token files are cached."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Short-term memory: the base model."""
+
+    embedding: int = 128
+    """Size of the tied embedding and of the last layer."""
+    hidden: int = 128
+    """Size of the other layers."""
+    layers: int = 1
+    """Number of layers (snail: of blocks)."""
+    adaptive_above: int = 50_000
+    """Vocabularies larger than this get an adaptive softmax."""
+    cutoffs: tuple[int, ...] = (20_000, 60_000)
+    """Ends of the adaptive softmax's head and tails (word ids); those beyond the size drop out."""
+    cell: Literal["lstm", "qrnn", "snail"] = "lstm"
+    """Recurrent layers, LSTM or QRNN; or snail: no memory but the last tokens, which convolutions
+    and attention read, with as many weights as the LSTM of these sizes would have."""
+    context: int = 256
+    """Tokens that snail sees before the present segment."""
+
+
+@dataclass(frozen=True)
+class LMTrainingConfig:
+    """Stage 1: the language model."""
+
+    epochs: float = 4.0
+    """Passes over the training articles."""
+    lanes: int = 32
+    """Articles read side by side."""
+    segment: int = 64
+    """Tokens per step of truncated back-propagation through time."""
+    learning_rate: float = 4e-3
+    """Peak rate of Adam; 2 % warm-up, then cosine to zero."""
+    weight_decay: float = 1.2e-6
+    """Decoupled weight decay (AWD-LSTM's 1.2e-6 by default)."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    dropout_embedding: float = 0.0
+    """Whole words of the input embedding."""
+    dropout_input: float = 0.1
+    """Locked dropout on the input."""
+    dropout_hidden: float = 0.1
+    """Locked dropout between layers."""
+    dropout_output: float = 0.1
+    """Locked dropout before the softmax."""
+    weight_drop: float = 0.0
+    """DropConnect on the recurrent weights."""
+    ar: float = 0.0
+    """Activation regularisation (AWD-LSTM: 2)."""
+    tar: float = 0.0
+    """Temporal activation regularisation (AWD-LSTM: 1)."""
+    validations: int = 10
+    """How often the validation loss is measured, the end included."""
+    validation_words: int = 50_000
+    """Words of the validation split read for it; 0 = all."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products. auto = bfloat16 where the processor multiplies it (AVX512-BF16, AMX);
+    processors without AVX-512 cannot train in it."""
+    init: Path | None = None
+    """Run folder of a language model to go on from, with the same text and sizes."""
+    through: Literal["none", "rms", "learned"] = "none"
+    """Train the weights through the adaptation: every lane reads under weights of its own that a
+    rule rewrites after each segment, and the loss of that reading is what is trained (float32, no
+    dropout). rms = Krause's rule; learned = the one of --lm.through-run."""
+    through_run: Path | None = None
+    """Run folder whose stage 2 is done, of the same sizes and vocabulary: its first learned rule,
+    its bases and its Fisher are read with."""
+    through_rate: float = 3e-3
+    """Step size of Krause's rule."""
+    through_decay: float = 0.01
+    """Decay of Krause's rule towards the trained weights."""
+    ngrams: int = 0
+    """Contexts of one to four tokens, the training text's most frequent, behind which training,
+    from --lm.init on, as usual or through a learned rule, learns what follows: rows as wide as the
+    embedding, added to what the softmax sees; where a rule remembers phrases (--adapt.phrases),
+    theirs begin there."""
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Medium-term memory: what is rewritten, and how often."""
+
+    dynamic: str = "lstm,softmax.bias"
+    """Weights that adapt: all, lstm, output, bias, low or name patterns, comma-separated. `all`
+    gained most where measured (benchmarks/dynamic_sets.py), at twice the time and with a copy of
+    the vocabulary's table in every lane. `softmax.low`, `lstm.*.input.low`, `lstm.*.recurrent.low`
+    (`low`: all three) are cheap changes of low rank to a matrix that itself stays as it is."""
+    rank: int = 32
+    """Rank of those changes; of a matrix with fewer inputs, their number: then the change is not
+    small but the matrix itself in another basis."""
+    related: int = 0
+    """Directions in which words that articles use together move together in the output layer;
+    0 = none. They need `softmax.low` at full rank."""
+    basis_words: int = 0
+    """Held-out training words from which the bases of `.low` at full rank, and how words are
+    related, are learned while reading, with the same static model; 0 = principal directions."""
+    borders: bool = False
+    """A lane whose hidden state says that another article has begun drops what it learned from the
+    last: FLUSH in texts whose borders nobody marks: protocol `stream`, not `article`."""
+    at_once: bool = False
+    """Between two updates the output layer already predicts with what the words so far teach it:
+    learned rules gain, most with long segments. It needs `softmax.low` at full rank."""
+    surprise: float = 0.0
+    """0 to 1: how much more a token teaches learned rules the less it was expected; 0 = all teach
+    the same, 1 = in proportion to their loss."""
+    phrases: int = 0
+    """Tokens of the article in which learned rules look for the last two to five read: a table of
+    n-gram embeddings learns, beside the weights, what followed them; 0 = none. 8192 holds most
+    articles."""
+    segment: int = 20
+    """M: tokens between updates, 5 to 100."""
+    fisher_words: int = 20_000
+    """Training words the Fisher is estimated on."""
+    fisher_prior: float = 0.04
+    """Share of the Fisher, 0 to 1, that every weight takes from its tensor's mean. Rare words are
+    hardly in a sample: without it RMS steps at their rows are 25 times the others'."""
+    guard: float = 1.5
+    """A lane whose mean loss over a segment passes so many times ln(vocabulary), the loss of
+    guessing, starts again from theta_0 before its next segment; 0 = never. Reported."""
+    threads: int = 1
+    """CPU threads from stage 2 on; 0 = as in stage 1. A second thread pays from about 256 hidden
+    units and four lanes on (presets small and awd: 0); smaller models are slower on two."""
+    kernels: Literal["auto", "eager"] = "auto"
+    """auto = compiled kernels (numba) on a CPU; eager = tensor operations only, same results."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the factors in the lanes' matrix products on a CPU. bfloat16 takes two thirds of the time
+    where the processor multiplies it (AVX512-BF16, AMX) and moves losses by thousandths; on others
+    float32 is used instead."""
+
+
+@dataclass(frozen=True)
+class MetaConfig:
+    """Stage 2: the meta-learner."""
+
+    rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
+    """Which to train: tensor_steps (a step size and a decay per tensor), weight_steps (a step size
+    per weight), two_levels (linear gates without FLUSH), three_levels (with FLUSH), unit_steps (and
+    a step size per row and column), four_levels (that in two memories, a fast and a slow one),
+    surprise (with momentum), adaptive (with momentum and running second moment), mlp, lstm (gates
+    that are small networks; the latter with a hidden state for every weight)."""
+    features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (
+        "fisher",
+        "loss",
+        "age",
+    )
+    """What the gates see besides a constant."""
+    per_tensor: bool = True
+    """Every tensor has its own gates; False = one set for all."""
+    free_copy: bool = False
+    """COPY learned apart; False = COPY is 1 - FLUSH."""
+    fisher: Literal["feature", "flush", "off"] = "feature"
+    """How the Fisher enters: as a feature of all gates, as the strength of FLUSH only (needs
+    another --meta.start than rms or adam), or not at all."""
+    hidden: int = 8
+    """Hidden units of mlp and lstm."""
+    start: str = "rms"
+    """The rule whose behaviour training starts from, exactly: sgd, momentum, rms or adam (tuned on
+    validation), or a learned rule that the run folder or --meta.rules holds already."""
+    learn: tuple[Literal["rule", "theta_0", "static"], ...] = ("rule",)
+    """What is trained: the rule, the dynamic weights' initial values, the weights that never
+    adapt; the last two end to end through the adaptation."""
+    text: Literal["held_out", "training", "all"] = "held_out"
+    """Which training articles: those held out from stage 1, those of stage 1, or both."""
+    theta_0: Literal["gradient", "reptile"] = "gradient"
+    """How initial values are learned: by the meta-gradient (MAML in effect), or by moving towards
+    where reading led (Reptile)."""
+    weight_rate: float = 1e-4
+    """Peak rate of Adam on theta_0 and static weights."""
+    ewc: float = 0.0
+    """Strength of the penalty on leaving theta_0, weighted by the Fisher, in the meta-loss."""
+    lanes: int = 8
+    """Articles read side by side."""
+    stream_share: float = 0.5
+    """Share of the lanes that are never reset at article borders."""
+    unroll: int = 40
+    """Updates per meta-gradient."""
+    gradient: Literal["reverse", "checkpoint", "forward", "second", "pes"] = "reverse"
+    """First order: the same meta-gradient from every update kept (reverse, fastest), from a
+    snapshot now and then and the text between read twice (checkpoint), or along with the updates
+    (forward: its memory does not grow with the unroll). second = exact, through the inner
+    gradients too: slow. pes = persistent evolution strategies: no back-propagation, no bias by
+    truncation, much noise; trains the rule only."""
+    pes_pairs: int = 4
+    """Antithetic pairs of perturbed rules that read side by side (pes)."""
+    pes_sigma: float = 0.05
+    """Standard deviation of a perturbation (pes)."""
+    steps: int = 12
+    """Meta-updates."""
+    learning_rate: float = 0.1
+    """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
+    clip: float = 1.0
+    """Largest meta-gradient norm."""
+    read_out_words: int = 0
+    """Words of --meta.text, at most all of it, that a trained rule then reads to learn how what it
+    recalls of phrases enters the softmax, kept where it gains on validation; 0 = as it is. They
+    need --adapt.phrases."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scoring and tuning."""
+
+    rules: tuple[str, ...] = ("static", "sgd", "rms", "two_levels", "three_levels")
+    """Rules to score: static, sgd, momentum, rms, adam and those of --meta.rules; NAME+cache puts
+    a neural cache on top."""
+    cache_words: int = 2_000
+    """Words that a neural cache remembers."""
+    protocols: tuple[Literal["article", "stream"], ...] = PROTOCOLS
+    """article = weights and state reset at each border; stream = nothing reset."""
+    split: Literal["valid", "test"] = "valid"
+    """Test is read only when asked for."""
+    lanes: int = 16
+    """Articles scored side by side; results do not depend on it."""
+    max_articles: int = 0
+    """Score only the first so many articles; 0 = all."""
+    budget: int = 8
+    """Evaluations on validation each rule may spend on its settings, in each protocol."""
+    tune_words: int = 4_000
+    """Validation words of one such evaluation."""
+    resamples: int = 9999
+    """Bootstrap resamples of the articles."""
