@@ -393,8 +393,8 @@ def grouped(tensors: Mapping[str, Tensor], prefix: str = "") -> Found:
 
 
 def learn_the_bases() -> Found:
-    """Directions of inputs and of related words; then what a rule reads with them."""
-    memory = learn_bases(extended("related"), made_up_text(8, 3), 300)
+    """Directions of inputs and of related words, two steps; then what a rule reads with them."""
+    memory = learn_bases(extended("related"), made_up_text(44, 3), 1800)
     bound = bound_rule("three_levels", memory)
     found = {n: memory.weights[n] for n in memory.weights.keys() - rich_memory().static.keys()}
     return {
@@ -404,14 +404,13 @@ def learn_the_bases() -> Found:
 
 
 def learn_the_read_out() -> Found:
-    """From a made-up one, with surprise; and from nothing."""
-    some = extended("phrases", "read_out", "surprise")
-    none = extended("phrases", "at_once")
-    found = {}
-    for title, memory in {"some": some, "none": none}.items():
-        own = learn_read_out(
-            memory, bound_rule("three_levels", memory), made_up_text(10, 4), 500, 1
-        )
+    """Two steps from a made-up one, with surprise; and one from nothing."""
+    some = extended("phrases", "read_out", "surprise"), 5000
+    none = extended("phrases", "at_once"), 500
+    found, text = {}, made_up_text(120, 4)
+    for title, (memory, words) in {"some": some, "none": none}.items():
+        bound = bound_rule("three_levels", memory)
+        own = learn_read_out(memory, bound, text, words, 1)
         found |= {f"{title}/{n}": t for n, t in own._asdict().items()}
     return found
 
