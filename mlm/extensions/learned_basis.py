@@ -1,6 +1,6 @@
-"""Learned bases: through which directions a matrix of full rank is read and rewritten.
+"""Learned basis: through which directions a matrix of full rank is read and rewritten.
 
-    output = T L (P x)        T = I + Q Q^T (`mlm.extensions.related`, else I),  L = theta_0 + D
+    output = T L (P x),   L = theta_0 + D,   T = I + Q Q^T (`mlm.extensions.word_coupling`) or I
 
 L (O, I) is a lane's own, P (I, I) and Q (O, S) are shared. A gradient step on L moves the outputs
 at x' by T T^T g (x . P^T P x'): P says which inputs are alike, T which outputs go together. Both
@@ -18,9 +18,10 @@ Letters: O outputs, I inputs, S directions of Q.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,56 +29,81 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError
 from mlm.base.schedule import cosine
-from mlm.extensions.ngrams import NAMES
-from mlm.extensions.related import untangled
+from mlm.extensions.word_coupling import COUPLING, uncoupled
 from mlm.kernels import buffers
-from mlm.models.base import RELATED, AdaptationBase
+from mlm.models.base import AdaptationBase, fold_low_rank
+from mlm.models.extension import Extension, Making, Plan
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, base_of
-from mlm.reading.step import begin, learning_at_once, step
+from mlm.reading.step import begin, prepared, step
 from mlm.rules.hand_made import RMS
 from mlm.rules.protocol import as_parameters
 from mlm.text.streams import MixedLanes, Segment, Text
 
 TURN = ".turn"
 """Ending of R's name."""
-
-
 LANES = 16
-
-
 TOKENS = 64
 """Of every lane, between two steps: so many, or one segment."""
-
-
 PEAK = 4e-4
 """Of Adam's rate; cosine to zero."""
-
-
 SETTING = {"rate": 1.5e-3, "decay": 5e-3}
 """Of RMS, under which the text is read, at 32 tokens per segment."""
 
 
-def warped_matrices(base: AdaptationBase) -> list[str]:
+@dataclass(frozen=True)
+class LearnedBasis(Extension):
+    """Bases of matrices, and the coupling, learned from held-out text while RMS reads it."""
+
+    words: int = 0
+    """Held-out training words from which the bases of `.low` at full rank, and how words are
+    coupled, are learned while reading, with the same static model; 0 = principal directions."""
+    name: ClassVar[str] = "learned_basis"
+    makes_base: ClassVar[bool] = True
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the settings ask for it."""
+        return self.words > 0
+
+    def problems(self, plan: Plan) -> Sequence[str]:
+        """There must be a basis, and theta_0 must stay."""
+        found = []
+        if not plan.folded:
+            found.append(
+                "--learned-basis.words needs a matrix that adapts in a basis of its own: name "
+                "softmax.low or lstm.*.input.low in --dynamic, with an --adapt.rank of all its "
+                "inputs"
+            )
+        if plan.learn != ("rule",):
+            found.append("--learned-basis.words goes with --meta.learn rule only")
+        return found
+
+    def make(self, base: AdaptationBase, making: Making) -> AdaptationBase:
+        """With bases learned from the held-out articles."""
+        return learn_bases(fold_low_rank(base), making.text, self.words, making.quiet)
+
+
+def folded_matrices(base: AdaptationBase) -> list[str]:
     """Names of the matrices that adapt in a basis of their own."""
     return [name.removesuffix(BASIS) for name in base.weights if name.endswith(BASIS)]
 
 
 def basis_parameters(base: AdaptationBase) -> Weights:
-    """What is learned: R of every such matrix, and Q where words are related."""
+    """What is learned: R of every such matrix, and Q where words are coupled."""
     found = {}
-    for name in warped_matrices(base):
+    for name in folded_matrices(base):
         basis = base.weights[name + BASIS]
         found[name + TURN] = torch.eye(len(basis), dtype=basis.dtype, device=basis.device)
-    if RELATED in base.weights:
-        found[RELATED] = base.weights[RELATED].clone()
+    if COUPLING in base.weights:
+        found[COUPLING] = base.weights[COUPLING].clone()
     return found
 
 
-def _theta_0(matrix_OI: Tensor, basis: Tensor, related: Tensor | None) -> Tensor:
+def _theta_0(matrix_OI: Tensor, basis: Tensor, coupling: Tensor | None) -> Tensor:
     """L_0 = T^-1 W P^-1."""
     start = torch.linalg.solve(basis.t(), matrix_OI.t()).t()
-    return (start if related is None else untangled(start, related)).contiguous()
+    return (start if coupling is None else uncoupled(start, coupling)).contiguous()
 
 
 def with_bases(base: AdaptationBase, parameters: Mapping[str, Tensor]) -> AdaptationBase:
@@ -86,36 +112,37 @@ def with_bases(base: AdaptationBase, parameters: Mapping[str, Tensor]) -> Adapta
     `base` holds P_0: one whose bases have not been learned.
     """
     moved: Weights = {}
-    for name in warped_matrices(base):
+    for name in folded_matrices(base):
         basis = parameters[name + TURN] @ base.weights[name + BASIS]
-        related = parameters.get(RELATED) if name == "softmax" else None
+        coupling = parameters.get(COUPLING) if name == "softmax" else None
         moved[name + BASIS] = basis
-        if related is not None:
-            moved[RELATED] = related.clone()
-        moved[name + LOW] = _theta_0(base.weights[base_of(name)], basis, related)
-    return dataclasses.replace(base, weights={**base.weights, **moved})
+        if coupling is not None:
+            moved[COUPLING] = coupling.clone()
+        moved[name + LOW] = _theta_0(base.weights[base_of(name)], basis, coupling)
+    return base.with_weights(moved)
 
 
 @torch.no_grad()
-def followed(base: AdaptationBase, weights: Mapping[str, Tensor]) -> AdaptationBase:
+def follow_weights(base: AdaptationBase, weights: Mapping[str, Tensor]) -> AdaptationBase:
     """The long-term memory of another language model, in the same bases: theta_0 is `weights`, by
-    its plain names, and L_0 = T^-1 W P^-1 with them; the Fisher and all else stay.
-    N-gram embeddings come along.
+    its plain names, and L_0 = T^-1 W P^-1 with them; the Fisher and all else stay. What extensions
+    learned with that model comes along.
 
     Raises:
         KeyError: a weight of the memory's model is not among them.
     """
-    moved = {n: weights[n].detach() for n in (*base.static, *(n for n in NAMES if n in weights))}
-    for name in warped_matrices(base):
-        related = base.weights.get(RELATED) if name == "softmax" else None
-        moved[name + LOW] = _theta_0(moved[base_of(name)], base.weights[name + BASIS], related)
-    return dataclasses.replace(base, weights={**base.weights, **moved})
+    names = (*base.static, *(n for n in weights if "/" in n))
+    moved = {n: weights[n].detach() for n in names}
+    for name in folded_matrices(base):
+        coupling = base.weights.get(COUPLING) if name == "softmax" else None
+        moved[name + LOW] = _theta_0(moved[base_of(name)], base.weights[name + BASIS], coupling)
+    return base.with_weights(moved)
 
 
 def read_by(base: AdaptationBase) -> tuple[str, ...]:
     """The weights by which the loss is to be differentiated for `basis_gradients`."""
-    names = [name + ending for name in warped_matrices(base) for ending in (BASIS, LOW)]
-    return (*names, RELATED) if RELATED in base.weights else tuple(names)
+    names = [name + ending for name in folded_matrices(base) for ending in (BASIS, LOW)]
+    return (*names, COUPLING) if COUPLING in base.weights else tuple(names)
 
 
 def basis_gradients(
@@ -128,22 +155,22 @@ def basis_gradients(
         gradients: by `read_by`, each with the others held; of L the sum over lanes.
     """
     found: Weights = {}
-    for name in warped_matrices(base):
+    for name in folded_matrices(base):
         basis, low = base.weights[name + BASIS], base.weights[name + LOW]
         of_low = gradients[name + LOW]
         follows = torch.linalg.solve(basis, (low.t() @ of_low).t()).t()  # L_0^T G P^-T
         of_basis = gradients[name + BASIS] - follows
         found[name + TURN] = of_basis @ first.weights[name + BASIS].t()
-        if name == "softmax" and RELATED in base.weights:
-            q_OS = base.weights[RELATED]
+        if name == "softmax" and COUPLING in base.weights:
+            q_OS = base.weights[COUPLING]
             # L_0 moves by -T^-1 (dQ Q^T + Q dQ^T) L_0
-            straight = untangled(of_low, q_OS)
+            straight = uncoupled(of_low, q_OS)
             pull = straight @ (low.t() @ q_OS) + low @ (straight.t() @ q_OS)
-            found[RELATED] = gradients[RELATED] - pull
+            found[COUPLING] = gradients[COUPLING] - pull
     return found
 
 
-class Bases:
+class BasisTrainer:
     """R and Q while they are learned, and the lanes that read."""
 
     def __init__(self, base: AdaptationBase, lanes: int) -> None:
@@ -160,7 +187,7 @@ class Bases:
         """Read on, then one step of Adam; returns the nats of the segments."""
         wanted, total = read_by(self.base), 0.0
         sums = {name: torch.zeros_like(self.base.weights[name]) for name in wanted}
-        base = learning_at_once(self.base, self.rule)
+        base = prepared(self.base, self.rule)
         for segment in segments:
             now = step(base, self.rule, self.reader, segment, learn=wanted)
             for name, value in sums.items():
@@ -179,7 +206,7 @@ class Bases:
     def _move(self) -> None:
         """The lanes keep what they have learned."""
         before, self.base = self.base, with_bases(self.first, self.parameters)
-        for name in warped_matrices(self.base):
+        for name in folded_matrices(self.base):
             low = name + LOW
             self.reader.weights[low].add_(self.base.weights[low] - before.weights[low])
         self.rule = RMS().bind(self.setting, self.base)
@@ -192,19 +219,16 @@ def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool = True
     Half of the lanes read article by article, the others one text each.
 
     Args:
-        base: `mlm.models.base.turned`; its Fisher stays as it is.
+        base: `mlm.models.base.fold_low_rank`; its Fisher stays as it is.
 
     Raises:
-        UserError: no matrix adapts in a basis of its own; the loss is not finite.
+        ValueError: no matrix adapts in a basis of its own.
+        UserError: the loss is not finite.
     """
-    if not warped_matrices(base):
-        raise UserError(
-            "--adapt.basis-words needs a matrix that adapts in a basis of its own: name "
-            "softmax.low or lstm.*.input.low in --adapt.dynamic, with an --adapt.rank of all its "
-            "inputs"
-        )
+    if not folded_matrices(base):
+        raise ValueError("no matrix adapts in a basis of its own")
     lanes = MixedLanes(text, LANES, 0.5, base.segment, 0)
-    bases, tokens = Bases(base, LANES), 0
+    bases, tokens = BasisTrainer(base, LANES), 0
     wanted = min(text.tokens, int(words * text.tokens_per_word))
     device = base.rms[base.dynamic[0]].device
     with tqdm(total=wanted, desc="bases", unit="tok", unit_scale=True, disable=quiet) as bar:
@@ -213,7 +237,7 @@ def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool = True
             nats = bases.learn(pieces, PEAK * cosine(tokens, wanted))
             if not all(bool(p.isfinite().all()) for p in bases.parameters.values()):
                 raise UserError(
-                    f"--adapt.basis-words: after {tokens:,} tokens the loss is {nats} nats; the "
+                    f"--learned-basis.words: after {tokens:,} tokens the loss is {nats} nats; the "
                     "language model's loss is NaN, train it again"
                 )
             read = sum(int(piece.mask.sum()) for piece in pieces)
