@@ -25,7 +25,7 @@ from mlm.extensions.ngram_memory import NGramMemory, inverse_square_length
 from mlm.extensions.surprise_weighting import SurpriseWeighting
 from mlm.extensions.word_coupling import COUPLING, uncoupled
 from mlm.kernels import buffers
-from mlm.models.base import AdaptationBase, choose_dynamic, has_low_rank
+from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, base_of
 from mlm.models.recurrent import BaseModel
@@ -55,12 +55,6 @@ class ThroughTrainer(LMTrainer):
 
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         super().__init__(config, shape, text, device)
-        s = config.lm
-        if any((*vars(self.dropout).values(), s.ar, s.tar)):
-            raise UserError(
-                f"--lm.through {s.through} trains without dropout, AR and TAR; set --lm.dropout-*, "
-                "--lm.weight-drop, --lm.ar and --lm.tar to 0"
-            )
         self.precision = torch.float32
 
     def base(self) -> AdaptationBase:
@@ -104,7 +98,7 @@ class ThroughTrainer(LMTrainer):
             other = " or --lm.through-rate" if self.settings.through == "rms" else ""
             raise UserError(
                 f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
-                f"lower --lm.learning-rate (now {self.settings.learning_rate}){other}, "
+                f"lower --learning-rate (now {self.settings.learning_rate}){other}, "
                 "then --resume"
             )
         scale = segment.inputs.shape[1] / count
@@ -157,10 +151,6 @@ class ThroughRMS(ThroughTrainer):
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         super().__init__(config, shape, text, device)
         s = config.lm
-        if has_low_rank(config.adapt.dynamic):
-            raise UserError(
-                "--lm.through rms trains full matrices only; leave .low out of --adapt.dynamic"
-            )
         self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
         self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
         """Running mean of squared gradients, biased towards zero until corrected."""

@@ -54,6 +54,7 @@ class Boundaries(Extension):
     learned from the article before."""
     name: ClassVar[str] = "boundaries"
     makes_base: ClassVar[bool] = True
+    of_hidden_states: ClassVar[bool] = True
 
     @property
     def enabled(self) -> bool:

@@ -69,10 +69,10 @@ class LearnedBasis(Extension):
     def problems(self, plan: Plan) -> Sequence[str]:
         """There must be a basis, and theta_0 must stay."""
         found = []
-        if not plan.folded:
+        if plan.folded == ():
             found.append(
                 "--learned-basis.words needs a matrix that adapts in a basis of its own: name "
-                "softmax.low or lstm.*.input.low in --dynamic, with an --adapt.rank of all its "
+                "softmax.low or lstm.*.input.low in --dynamic, with a --rank of all its "
                 "inputs"
             )
         if plan.learn != ("rule",):

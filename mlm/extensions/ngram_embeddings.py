@@ -36,7 +36,7 @@ from torch import Tensor
 
 from mlm.extensions.ngram_memory import inverse_square_length
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Told
+from mlm.models.extension import Extension, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.text.streams import Segment, Text
 
@@ -173,6 +173,15 @@ class NGramEmbeddings(Extension):
     def enabled(self) -> bool:
         """Whether the settings ask for it."""
         return self.contexts > 0
+
+    def problems(self, plan: Plan) -> Sequence[str]:
+        """Another language model must have been trained before."""
+        if plan.goes_on and plan.through != "rms":
+            return ()
+        return (
+            f"--ngram-embeddings.contexts is {self.contexts}; they are learned by a language model "
+            "that goes on from another one (--lm.init), as usual or with --lm.through learned",
+        )
 
     def active(self, weights: Weights) -> bool:
         """Where the language model has learned some."""

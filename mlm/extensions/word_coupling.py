@@ -17,6 +17,7 @@ Letters: A articles, V vocabulary, E embedding, S directions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -42,9 +43,9 @@ COUPLING = "word_coupling/directions"
 def output_layer_problem(flag: str, plan: Plan) -> list[str]:
     """Why what needs an output layer in a basis of its own cannot work in such a run."""
     found = []
-    if "softmax" not in plan.folded:
+    if plan.folded is not None and "softmax" not in plan.folded:
         found.append(
-            f"{flag} needs --dynamic softmax.low with an --adapt.rank of at least the LSTM's "
+            f"{flag} needs --dynamic softmax.low with a --rank of at least the LSTM's "
             "outputs, no adaptive softmax, and no embedding that adapts"
         )
     if plan.learn != ("rule",):
@@ -117,6 +118,5 @@ def couple(base: AdaptationBase, coupling: Tensor) -> AdaptationBase:
         raise ValueError("the output layer does not adapt in a basis of its own")
     low = "softmax" + LOW
     coupling = coupling.to(weights[low])
-    return base.with_weights(
-        {**weights, low: uncoupled(weights[low], coupling), COUPLING: coupling}
-    )
+    weights |= {low: uncoupled(weights[low], coupling), COUPLING: coupling}
+    return dataclasses.replace(base, weights=weights)

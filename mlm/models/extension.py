@@ -14,6 +14,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
@@ -23,6 +24,18 @@ from mlm.text.streams import Segment, Text
 
 if TYPE_CHECKING:
     from mlm.models.base import AdaptationBase
+
+
+def numbers_of(module: ModuleType) -> dict[str, Any]:
+    """The numbers, tuples and tables of numbers that a module names in capital letters."""
+
+    def is_number(value: Any) -> bool:
+        if isinstance(value, tuple | dict):
+            values = value.values() if isinstance(value, dict) else value
+            return bool(value) and all(map(is_number, values))
+        return isinstance(value, int | float)
+
+    return {n: v for n, v in vars(module).items() if n.isupper() and is_number(v)}
 
 
 class LaneValue(Protocol):
@@ -94,12 +107,17 @@ class Plan(NamedTuple):
 
     dynamic: tuple[str, ...]
     """The weights that adapt."""
-    folded: tuple[str, ...]
-    """Matrices that adapt in a basis of their own (`mlm.models.low_rank.folds`)."""
+    folded: tuple[str, ...] | None
+    """Matrices that adapt in a basis of their own (`mlm.models.low_rank.folds`); None = the sizes of
+    the model are not known yet."""
     learn: tuple[str, ...]
     """--meta.learn."""
     gradient: str
     """--meta.gradient."""
+    through: str
+    """--lm.through."""
+    goes_on: bool
+    """Whether stage 1 goes on from another language model (--lm.init)."""
     extensions: tuple[Extension, ...]
     """All that are enabled."""
 
@@ -137,7 +155,10 @@ class Extension:
     of_model: ClassVar[bool] = False
     """Whether it belongs to the language model: static reading uses it, too."""
     makes_base: ClassVar[bool] = False
-    """Whether `fold` or `make` changes the adaptation base."""
+    """Whether `fold` or `make` changes the adaptation base, which then depends on this extension and on
+    those before it."""
+    of_hidden_states: ClassVar[bool] = False
+    """Whether `make` fits the very language model, and is called for another one in the same base."""
     reweights: ClassVar[bool] = False
     """Whether rules follow another gradient than that of the loss: meta-training then asks for
     both."""
@@ -157,15 +178,14 @@ class Extension:
         """Why it cannot work in such a run, one message each, before anything is trained."""
         return ()
 
+    @classmethod
+    def constants(cls) -> dict[str, Any]:
+        """The numbers in capital letters of its module: all that moves a loss besides settings."""
+        return numbers_of(sys.modules[cls.__module__])
+
     def fingerprint(self) -> dict[str, Any]:
-        """Settings, and every constant of its module: all that moves a loss."""
-        found = vars(sys.modules[type(self).__module__])
-        constants = {
-            name: value
-            for name, value in found.items()
-            if name.isupper() and isinstance(value, int | float | str | tuple | dict)
-        }
-        return {**dataclasses.asdict(self), **constants}
+        """Settings and constants, for files."""
+        return {**dataclasses.asdict(self), **self.constants()}
 
     def key(self, what: str) -> str:
         """The name of one of its weights."""

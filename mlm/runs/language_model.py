@@ -7,6 +7,7 @@ import torch
 from mlm.base.errors import UserError
 from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
+from mlm.rules.protocol import LoadedRule
 from mlm.runs.base import through_run
 from mlm.runs.rules import load_learned
 from mlm.runs.run import Run, say
@@ -44,20 +45,31 @@ def through_trainer(
     """
     if config.lm.through == "rms":
         return ThroughRMS(config, shape, text, device)
+    learned = rule_of_through_run(config, shape, vocabulary_hash, device)
+    return ThroughLearned(config, shape, text, device, learned)
+
+
+def rule_of_through_run(
+    config: Config, shape: BaseModel, vocabulary_hash: str, device: torch.device
+) -> LoadedRule:
+    """The learned rule that stage 1 goes through.
+
+    Raises:
+        UserError: --lm.through-run holds no rule, or one for another vocabulary or other sizes.
+    """
     run = through_run(config, vocabulary_hash, device)
     path, other = run.folder.path, run.config
     if not other.meta.rules:
-        raise UserError(f"--lm.through-run {path}: no rule was learned there (--meta.rules)")
+        raise UserError(f"--lm.through-run {path}: no rule was learned there (--train-rules)")
     base = run.base
-    if base.shape != shape:
+    if base.model != shape:
         raise UserError(
-            f"--lm.through-run {path}: its model is {base.shape}, but the settings say {shape}; "
+            f"--lm.through-run {path}: its model is {base.model}, but the settings say {shape}; "
             "use the same --model.* settings"
         )
-    if other.adapt.segment != config.lm.segment:
+    if other.adapt.update_every != config.lm.segment:
         raise UserError(
-            f"--lm.through-run {path} reads {other.adapt.segment} tokens per update; use "
-            f"--lm.segment {other.adapt.segment}"
+            f"--lm.through-run {path} reads {other.adapt.update_every} tokens per update; use "
+            f"--lm.segment {other.adapt.update_every}"
         )
-    learned = load_learned(run, other.meta.rules[0], base)
-    return ThroughLearned(config, shape, text, device, learned)
+    return load_learned(run, other.meta.rules[0], base)

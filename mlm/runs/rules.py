@@ -1,4 +1,4 @@
-"""runs.rules"""
+"""Rules of a run, ready to read: hand-made ones tuned, learned ones loaded from the run folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
-from mlm.extensions.read_out import taken, with_read_out
-from mlm.models.base import AdaptationBase, plain
+from mlm.models.base import AdaptationBase, unfold_low_rank
+from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
 from mlm.rules.family import (
     HAND_MADE_RULES,
@@ -26,7 +26,7 @@ from mlm.rules.family import (
 )
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, UpdateRule, as_parameters
-from mlm.runs.base import _made_from, through_run
+from mlm.runs.base import made_from, through_run
 from mlm.runs.identity import base_identity, identity
 from mlm.runs.run import Run, say
 from mlm.settings.sections import MetaConfig
@@ -35,7 +35,7 @@ from mlm.training.cache_tuning import tune_cache
 from mlm.training.tuning import Trial, tune
 
 WEIGHTS = "weights/"
-"""Beginning of the names of the language model's weights beside a rule's parameters."""
+"""Beginning of the names of weights beside a rule's parameters."""
 
 
 def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
@@ -64,25 +64,11 @@ def tuned_rule(
 ) -> tuple[UpdateRule, dict[str, float]]:
     """A hand-made rule and its best settings on validation."""
     rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
-    base = seen_by(rule, base)
+    base = base.for_rule(rule)
     setting = _tuned(
         run, f"{name}/{protocol}", lambda: tune(base, rule, run.tune_text, protocol, budget)
     )
     return rule, setting
-
-
-def seen_by(rule: UpdateRule, base: AdaptationBase) -> AdaptationBase:
-    """The long-term memory as a rule reads with it: borders open FLUSH, where it is learned, and
-    hand-made rules read as they were published."""
-    learned = isinstance(rule, LinearGates)
-    borders = base.borders if learned and rule.flush else None
-    return dataclasses.replace(
-        base,
-        borders=borders,
-        at_once=base.at_once and learned,
-        surprise=base.surprise if learned else 0.0,
-        phrases=base.phrases if learned else base.phrases and base.phrases.of_corpus(),
-    )
 
 
 def starting_point(run: Run, base: AdaptationBase) -> LoadedRule:
@@ -103,7 +89,18 @@ def starting_point(run: Run, base: AdaptationBase) -> LoadedRule:
 
 
 def new_rule(meta: MetaConfig, name: str, start: LoadedRule) -> tuple[LinearGates, Parameters]:
-    """The learned rule of this name as these settings want it, and where its training starts.
+    """The learned rule of this name as these settings want it, and where its training starts."""
+    rule = rule_to_train(meta, name, start.rule)
+    parameters = start_at(rule, start.rule, start.parameters, start.base)
+    if rule.slow and not as_gates(start.rule).slow:
+        open_slow(parameters)
+    if meta.fisher == "flush" and rule.flush and "fisher" in rule.columns:
+        parameters["flush"][:, rule.columns["fisher"]] = 1.0
+    return rule, parameters
+
+
+def rule_to_train(meta: MetaConfig, name: str, start: UpdateRule) -> LinearGates:
+    """The learned rule of this name as these settings want it, able to start as `start` does.
 
     Raises:
         UserError: it cannot be trained in this way.
@@ -121,24 +118,19 @@ def new_rule(meta: MetaConfig, name: str, start: LoadedRule) -> tuple[LinearGate
         free_copy=meta.free_copy,
         hidden=meta.hidden,
         fixed=fixed,
-        start=start.rule,
+        start=start,
     )
-    parameters = start_at(rule, start.rule, start.parameters, start.base)
-    if rule.slow and not as_gates(start.rule).slow:
-        open_slow(parameters)
     if (rule.per_weight or rule.per_unit) and meta.gradient == "forward":
         own = "weight" if rule.per_weight else "row and column"
         raise UserError(
             f"--meta.gradient forward: {name} has a parameter per {own}, and forward mode holds a "
             "copy of the weights for each; use reverse or checkpoint"
         )
-    if meta.fisher == "flush" and rule.flush and "fisher" in rule.columns:
-        parameters["flush"][:, rule.columns["fisher"]] = 1.0
-    return rule, parameters
+    return rule
 
 
-def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A rule's parameters, and the language model's weights beside them, by their own names."""
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A rule's parameters, and weights of the model and of extensions beside them, by their names."""
     own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
     return {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}, own
 
@@ -162,13 +154,13 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
             f"{path}: {', '.join(broken)} of rule {name} are not finite; run `--stages meta` again"
         )
     tensors = {n: t.to(run.device) for n, t in tensors.items()}
-    read_out, tensors = taken(tensors)
-    parameters, own = _parted(tensors)
-    if own:
-        base = plain(base)
-        base = dataclasses.replace(base, weights={**base.weights, **own})
+    parameters, own = parted(tensors)
+    if own_weights(own):
+        base = unfold_low_rank(base)
+    base = base.with_weights(own)
+    base = dataclasses.replace(base, extensions=run.config.extensions.active(base.weights))
     rule = rule_of(name, about["rule"])
-    return LoadedRule(rule, parameters, with_read_out(seen_by(rule, base), read_out))
+    return LoadedRule(rule, parameters, base.derived().for_rule(rule))
 
 
 def check_learned(run: Run) -> None:
@@ -178,7 +170,7 @@ def check_learned(run: Run) -> None:
         UserError: the memory was made with other settings, or see `Run.memory` and `load_learned`.
     """
     base, path = run.base, run.folder.checkpoint("memory")
-    if not _made_from(path, base_identity(run)):
+    if not made_from(path, base_identity(run)):
         raise UserError(
             f"{path} was made with other settings of --adapt or --text than these, or from another "
             "language model; run `--stages meta` again"
@@ -224,7 +216,7 @@ def _ready(run: Run, name: str, protocol: str) -> Ready:
         return Ready(base, None, (), {})
     if name in HAND_MADE:
         rule, setting = tuned_rule(run, base, name, protocol)
-        base = seen_by(rule, base)
+        base = base.for_rule(rule)
         return Ready(base, rule.bind(as_parameters(setting, base), base), (), dict(setting))
     learned = load_learned(run, name, base)
     rule = learned.rule

@@ -14,13 +14,11 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError
-from mlm.extensions.phrases import of_corpus, phrases
-from mlm.extensions.related import no_basis
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
 from mlm.kernels.processor import multiplies_bfloat16
-from mlm.models.base import RELATED, AdaptationBase, choose_dynamic, turned
-from mlm.models.low_rank import BASIS, check_rank
+from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
+from mlm.models.low_rank import check_rank
 from mlm.settings.config import Config
 from mlm.settings.sections import AdaptConfig
 from mlm.store.models import check_vocabulary, load_base
@@ -153,23 +151,13 @@ class Run:
         path, adapt = self.folder.checkpoint("memory"), self.config.adapt
         base = load_base(path, self.vocabulary.hash).to(self.device)
         wanted = choose_dynamic(base.weights, adapt.dynamic)
-        if (base.segment, base.dynamic) != (adapt.segment, wanted):
+        if (base.segment, base.dynamic) != (adapt.update_every, wanted):
             raise UserError(
                 f"{path} was made for M = {base.segment} and the weights "
-                f"{', '.join(base.dynamic)}, but the settings say M = {adapt.segment} and "
+                f"{', '.join(base.dynamic)}, but the settings say M = {adapt.update_every} and "
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, base.weights, adapt.rank)
-        found = {
-            "--adapt.related": (RELATED in base.weights, adapt.related > 0),
-            "--adapt.borders": (base.borders is not None, adapt.borders),
-        }
-        for flag, (made, wanted) in found.items():
-            if made != wanted:
-                raise UserError(
-                    f"{path} was made with{'' if made else 'out'} {flag}, but the settings say "
-                    "otherwise; run `--stages meta` again"
-                )
         return self.ready(base)
 
     def ready(self, base: AdaptationBase) -> AdaptationBase:
@@ -177,16 +165,9 @@ class Run:
         base = guarded(base, self.config.adapt, self.vocabulary.size)
         # What else is learned, or was, is stored in terms of the plain form.
         if set(self.config.meta.learn) <= {"rule"}:
-            base = turned(base)
-        if self.config.adapt.at_once and "softmax" + BASIS not in base.weights:
-            raise no_basis("--adapt.at-once")
-        adapt = self.config.adapt
-        own = of_corpus(base.weights)
-        if adapt.phrases:
-            own = phrases(base.weights["embedding"], adapt.phrases, own and own.ngrams)
-        return dataclasses.replace(
-            base, at_once=adapt.at_once, surprise=adapt.surprise, phrases=own
-        )
+            base = fold_low_rank(base)
+        extensions = self.config.extensions.active(base.weights)
+        return dataclasses.replace(base, extensions=extensions).derived()
 
 
 def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:
@@ -211,13 +192,23 @@ def open_run(config: Config, quiet: bool = False) -> Run:
         say(
             "--adapt.precision bfloat16: this processor is faster in float32, which is used instead"
         )
-    use_threads(config.threads if "lm" in config.stages else config.adapt.threads or config.threads)
+    use_threads(threads_of(config, first="lm" in config.stages))
     return Run(config, RunFolder(run_path(config)), device, quiet)
 
 
 def in_half(adapt: AdaptConfig) -> bool:
     """Whether lanes' products have bfloat16 factors: asked for, and the processor is fast at it."""
     return adapt.precision == "bfloat16" and multiplies_bfloat16()
+
+
+MANY_UNITS = 256
+"""Models of fewer units are faster on one thread, except in stage 1 with its many lanes."""
+
+
+def threads_of(config: Config, first: bool) -> int:
+    """CPU threads of stage 1 (`first`) or of the stages after it; 0 = PyTorch's choice."""
+    few = max(config.model.embedding, config.model.hidden) < MANY_UNITS
+    return config.threads or (1 if few and not first else 0)
 
 
 def use_threads(number: int) -> None:

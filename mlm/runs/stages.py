@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mlm.runs.checks import check_folder, check_text, clear
+from mlm.runs.checks import check_folder, check_plan, check_text, clear
 from mlm.runs.evaluate import draw, show, stage_evaluate
 from mlm.runs.language_model import stage_lm
 from mlm.runs.meta import stage_meta
 from mlm.runs.rules import check_learned
-from mlm.runs.run import Run, open_run, use_threads
+from mlm.runs.run import Run, open_run, threads_of, use_threads
 from mlm.settings.config import Config
 from mlm.store.models import load_lm
 
@@ -18,6 +18,7 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
     check_folder(run)
     if {"lm", "meta"} & set(config.stages):
         check_text(run)
+        check_plan(run)
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:
@@ -26,7 +27,7 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
         run.folder.save_config(config)
     if "lm" in config.stages:
         stage_lm(run)
-    use_threads(config.adapt.threads)
+    use_threads(threads_of(config, first=False))
     if "meta" in config.stages:
         stage_meta(run)
     if "evaluate" in config.stages:

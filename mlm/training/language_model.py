@@ -65,6 +65,27 @@ def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
+def initial_weights(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> Weights:
+    """The weights of another run's language model, to go on from.
+
+    Raises:
+        UserError: missing, damaged, of other sizes, or from another vocabulary.
+    """
+    weights, its, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
+    others = sorted({name.partition("/")[0] for name in weights if "/" in name})
+    if others:
+        raise UserError(
+            f"--lm.init {run.path}: its model was trained with {', '.join(others)}, without which "
+            "it is another; go on from one that has none"
+        )
+    if its != shape:
+        raise UserError(
+            f"--lm.init {run.path}: its model is {its}, but the settings say {shape}; use the same "
+            "--model.* and --text.* settings"
+        )
+    return weights
+
+
 def unigram_biases(shape: BaseModel, text: Text) -> Weights:
     """Softmax biases that predict every token by its share of `text`, whatever the layers say.
 
@@ -162,7 +183,7 @@ class LMTrainer:
         if not math.isfinite(value):
             raise UserError(
                 f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
-                f"lower --lm.learning-rate (now {self.settings.learning_rate}) or use "
+                f"lower --learning-rate (now {self.settings.learning_rate}) or use "
                 "--lm.precision float32, then --resume"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -184,24 +205,8 @@ class LMTrainer:
         self.optimizer.step()
 
     def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
-        """Begin with the language model of another run.
-
-        Raises:
-            UserError: missing, damaged, of other sizes, or from another vocabulary.
-        """
-        path = run.checkpoint("lm")
-        weights, shape, _ = load_lm(path, vocabulary_hash)
-        others = sorted({name.partition("/")[0] for name in weights if "/" in name})
-        if others:
-            raise UserError(
-                f"--lm.init {run.path}: its model was trained with {', '.join(others)}, without "
-                "which it is another; go on from one that has none"
-            )
-        if shape != self.shape:
-            raise UserError(
-                f"--lm.init {run.path}: its model is {shape}, but the settings say {self.shape}; "
-                "use the same --model.* and --text.* settings"
-            )
+        """Begin with the language model of another run (see `initial_weights`)."""
+        weights = initial_weights(run, self.shape, vocabulary_hash)
         for name, weight in self.weights.items():
             weight.data.copy_(weights[name])
 
@@ -375,7 +380,7 @@ def _validate(
     if not math.isfinite(loss):
         raise UserError(
             f"stage 1, step {trainer.step}: the validation loss is {loss}. The last checkpoint is "
-            f"kept; lower --lm.learning-rate (now {s.learning_rate}), then --resume"
+            f"kept; lower --learning-rate (now {s.learning_rate}), then --resume"
         )
     nats, tokens = trainer.window
     row: dict[str, Any] = {
