@@ -26,7 +26,7 @@ from mlm.base.errors import UserError, run_cli
 from mlm.base.names import PROTOCOLS
 from mlm.extensions.phrases import phrases
 from mlm.extensions.read_out import read_out_of, with_read_out
-from mlm.kernels.bfloat16 import half
+from mlm.kernels.bfloat16 import bfloat16_products
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_protocol
 from mlm.rules.protocol import Bound
@@ -108,7 +108,7 @@ def main() -> None:
             text = run.tune_text
             words = run.validation_text(run.config.evaluation.tune_words).words
             lower = in_half(run.config.adapt) and not name.endswith(EXACT)
-            with half(lower):
+            with bfloat16_products(lower):
                 total = score_protocol(
                     base, bound, text.articles, text.eos, protocol, text.lanes, name
                 ).total

@@ -558,7 +558,7 @@ def test_gates_that_ruin_the_weights_are_reported(
     save_tensors(path, {n: torch.full_like(t, 30.0) for n, t in tensors.items()}, about)
     done = command("evaluate", folder, "--rules", "two_levels")
     assert done.code == 0
-    assert "two_levels, protocol article: the guard reset the weights" in done.err
+    assert "2 levels, protocol article: the guard reset the weights" in done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     total = next(r for r in rows if (r["kind"], r["rule"]) == ("total", "two_levels"))
     assert total["settings"]["guard resets"] > 10

@@ -21,7 +21,8 @@ class LanePooling(torch.autograd.Function):
 
     z = tanh, f and o = sigmoid of the convolution. No weights are in the loop: forward saves the
     activated gates and cells, backward walks the steps once. On a CPU in a compiled kernel
-    (`mlm.kernels.compile`), elsewhere `eager_forward` and `eager_backward` take all lanes step by step.
+    (`mlm.kernels.compile`), elsewhere `qrnn_eager_forward` and `qrnn_eager_backward` take all lanes
+    step by step.
     """
 
     @staticmethod
@@ -35,7 +36,7 @@ class LanePooling(torch.autograd.Function):
         c_BTH[:, 0] = c_BH
         y_BTH = gates_BTG.new_empty(lanes, steps, hidden)
         gates_BTG = gates_BTG.clone(memory_format=torch.contiguous_format)
-        _run(kernels.qrnn_forward, eager_forward, gates_BTG, c_BTH, y_BTH)
+        _run(kernels.qrnn_forward, qrnn_eager_forward, gates_BTG, c_BTH, y_BTH)
         ctx.save_for_backward(gates_BTG, c_BTH)
         return y_BTH, c_BTH[:, -1].clone()
 
@@ -47,7 +48,7 @@ class LanePooling(torch.autograd.Function):
         dc_BH = dc_last.clone(memory_format=torch.contiguous_format)
         dgates_BTG = torch.empty_like(gates_BTG)
         own = (gates_BTG, c_BTH, dy_BTH.contiguous(), dc_BH, dgates_BTG)
-        _run(kernels.qrnn_backward, eager_backward, *own)
+        _run(kernels.qrnn_backward, qrnn_eager_backward, *own)
         return dgates_BTG, dc_BH
 
 
@@ -59,7 +60,7 @@ def _run(kernel: Any, eager: Any, gates_BTG: Tensor, *lane_tensors: Tensor) -> N
         eager(gates_BTG, *lane_tensors)
 
 
-def eager_forward(gates_BTG: Tensor, c_BTH: Tensor, y_BTH: Tensor) -> None:
+def qrnn_eager_forward(gates_BTG: Tensor, c_BTH: Tensor, y_BTH: Tensor) -> None:
     """`kernels.qrnn_forward` for all lanes with tensor operations; arguments as there."""
     hidden = y_BTH.shape[2]
     z, f, o = gates_BTG.split(hidden, 2)
@@ -70,7 +71,7 @@ def eager_forward(gates_BTG: Tensor, c_BTH: Tensor, y_BTH: Tensor) -> None:
     torch.mul(o, c_BTH[:, 1:], out=y_BTH)
 
 
-def eager_backward(
+def qrnn_eager_backward(
     gates_BTG: Tensor, c_BTH: Tensor, dy_BTH: Tensor, dc_BH: Tensor, dgates_BTG: Tensor
 ) -> None:
     """`kernels.qrnn_backward` for all lanes with tensor operations; arguments as there."""

@@ -17,8 +17,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from mlm.base.errors import UserError
+from mlm.base.names import rule_label
 from mlm.report.drawing import new_figure, project_style, save_figure, short_title
-from mlm.report.losses import EOS, LossTable, rule_label
+from mlm.report.losses import EOS, LossTable
 
 BETTER, NEUTRAL, WORSE = (0x43, 0x93, 0xC3), (0xFF, 0xFF, 0xFF), (0xD6, 0x60, 0x4D)
 

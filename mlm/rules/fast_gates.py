@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from mlm import kernels
-from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
 from mlm.rules.forward import Tangent, dots, push_tensor, zero_tangent
-from mlm.rules.hand_made import relax
-from mlm.rules.moments import Filter
+from mlm.rules.hand_made import relax_weights
 from mlm.rules.protocol import ByFormula, Parameters, Signal, UpdateRule, of_tensor
 
 LANE = ("loss", "age")
@@ -37,7 +35,7 @@ UNIT_STEP = 0.5
 """The steps of rows and columns are learned in halves: they are many, and each is seen little."""
 
 
-class SeparableRule(UpdateRule):
+class FastGatesRule(UpdateRule):
     """What the fast forms ask of a rule with gates; `mlm.rules.gates` holds its equations."""
 
     flush: bool
@@ -75,13 +73,13 @@ class SeparableRule(UpdateRule):
         """Logarithm of a gate's factor per weight: the tensor's shape."""
 
     @abstractmethod
-    def filter_numbers(
+    def moment_numbers(
         self, parameters: Parameters, base: AdaptationBase, name: str
     ) -> tuple[Tensor | None, Tensor | None]:
         """(mu, a) of a tensor's moments, None = without."""
 
 
-class SeparableGates(ByFormula):
+class FastGates(ByFormula):
     """`LinearGates` whose gates are a factor per weight times a factor per lane.
 
     The factors per weight are computed once; an update is then three passes over the weights, the
@@ -89,9 +87,9 @@ class SeparableGates(ByFormula):
     gate touches its clip take the formula instead.
     """
 
-    rule: SeparableRule
+    rule: FastGatesRule
 
-    def __init__(self, rule: SeparableRule, parameters: Parameters, base: AdaptationBase) -> None:
+    def __init__(self, rule: FastGatesRule, parameters: Parameters, base: AdaptationBase) -> None:
         super().__init__(rule, parameters, base)
         self._step: Weights = {}
         self._flush: Weights = {}
@@ -120,7 +118,7 @@ class SeparableGates(ByFormula):
         part = self.rule.lane_part(row, self.base, signal)
         return None if part is None else part.exp()
 
-    filters = False
+    has_moments = False
     """Whether it acts on another gradient than the segment's."""
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -192,7 +190,7 @@ class SeparableGates(ByFormula):
         """One tensor's update with this gradient, into `out`; `z_B` is FLUSH's factor per lane."""
         step_B = self._factor(name, signal)
         rest = self._step[name], self._z[name], step_B, z_B, out[name]
-        relax(weights[name], gradient, self.base.weights[name], *rest)
+        relax_weights(weights[name], gradient, self.base.weights[name], *rest)
 
     def pullback(
         self,
@@ -424,80 +422,3 @@ class SeparableGates(ByFormula):
             sums,
         )
         return sums.sum((0, 1))[:, : columns + bool(fishers)]
-
-
-class FilteredGates(SeparableGates):
-    """`SeparableGates` that act on a filtered gradient, or have a factor of their own per weight.
-
-    Update and pullback are fast; forward mode differentiates the formula.
-    """
-
-    def __init__(self, rule: SeparableRule, parameters: Parameters, base: AdaptationBase) -> None:
-        super().__init__(rule, parameters, base)
-        self._filters: dict[str, Filter] = {}
-        for name in base.dynamic:
-            mu, a = rule.filter_numbers(parameters, base, name)
-            given = {"momentum": mu, "square": a, "rms": base.rms[name], "eps": rule.eps}
-            self._filters[name] = Filter(name, **given)
-        self.filters = rule.momentum or rule.square
-
-    def _push(
-        self,
-        name: str,
-        weights: Weights,
-        gradient: Tensor,
-        signal: Signal,
-        z_B: Tensor | None,
-        out: Weights,
-    ) -> None:
-        with self._filters[name].pushed(weights, gradient, out) as move:
-            super()._push(name, weights, move, signal, z_B, out)
-
-    def _pull(
-        self,
-        name: str,
-        weights: Weights,
-        gradient: Tensor,
-        cotangent: Weights,
-        signal: Signal,
-        z_B: Tensor | None,
-        own: float,
-        found: Parameters,
-    ) -> Weights:
-        filter, lam = self._filters[name], cotangent[name]
-        step, step_B = self._step[name], self._factor(name, signal)
-        move, state, sums = filter.pull(weights, gradient, lam, step, step_B, cotangent)
-        group = self.rule.group(self.base, name)
-        for part, unit, value in zip(("momentum", "square"), (1, SQUARE_UNIT), sums, strict=True):
-            if part in found:
-                found[part][group] += unit * value
-        if self.rule.per_weight or self.rule.per_unit:
-            self._collect_steps(name, step * _products(lam, move, step_B), found)
-        back = super()._pull(name, weights, move, {name: lam}, signal, z_B, 0.0, found)
-        back[name].add_(gradient, alpha=own)
-        buffers.give([move])
-        return back | state
-
-    def _collect_steps(self, name: str, products: Tensor, found: Parameters) -> None:
-        """Add what a tensor's moves say about steps of weights, rows and columns to `found`."""
-        if self.rule.per_weight:
-            found[f"step/{name}"] -= products
-        if self.rule.per_unit:
-            moves = UNIT_STEP * products
-            if moves.dim() > 1:
-                found[f"column/{name}"] -= moves.sum(0)
-                moves = moves.flatten(1).sum(1)
-            found[f"row/{name}"] -= moves
-
-    tangent = ByFormula.tangent
-    advance = ByFormula.advance
-    owed = ByFormula.owed
-
-
-def _products(a: Tensor, b: Tensor, factor_B: Tensor | None) -> Tensor:
-    """sum over lanes of factor_B a b: (B, ...) -> (...)."""
-    total = torch.zeros_like(a[0])
-    factors = [1.0] * len(a) if factor_B is None else factor_B.tolist()
-    for k, factor in enumerate(factors):
-        total.addcmul_(a[k], b[k], value=factor)
-    return total

@@ -78,7 +78,7 @@ def check_text(run: Run) -> None:
     choose_dynamic(shape.layout(), config.adapt.dynamic)
 
 
-def clear(run: Run) -> None:
+def remove_results(run: Run) -> None:
     """Remove what an earlier run left, so that no file of one model stands beside another's."""
     for file in run.folder.results():
         file.unlink()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlm.base.names import PROTOCOLS, LearnedRule
+from mlm.base.names import PROTOCOLS, LearnedName
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class AdaptConfig:
 class MetaConfig:
     """Stage 2: the meta-learner."""
 
-    rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
+    rules: tuple[LearnedName, ...] = ("two_levels", "three_levels")
     """Which to train: tensor_steps (a step size and a decay per tensor), weight_steps (a step size
     per weight), two_levels (linear gates without FLUSH), three_levels (with FLUSH), unit_steps (and
     a step size per row and column), four_levels (that in two memories, a fast and a slow one),
