@@ -2,8 +2,10 @@
 
 from mlm.base.errors import UserError, run_cli, uninterrupted
 from mlm.base.files import atomic_path, naming, write_text
+from mlm.base.lazy import lazily
 from mlm.base.names import (
     CACHE,
+    EOS,
     HAND_MADE,
     LEARNED,
     PROTOCOLS,
@@ -20,6 +22,7 @@ from mlm.base.schedule import cosine
 
 __all__ = [
     "CACHE",
+    "EOS",
     "HAND_MADE",
     "LEARNED",
     "PROTOCOLS",
@@ -31,6 +34,7 @@ __all__ = [
     "UserError",
     "atomic_path",
     "cosine",
+    "lazily",
     "naming",
     "rule_label",
     "rule_order",

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Literal, NamedTuple, get_args
 
+EOS = "<eos>"
+"""A line end, as a word."""
+
+
 STATIC = "static"
 
 

@@ -1,1 +1,1 @@
-"""extensions"""
+"""Optional parts of the memory, plugged in by name."""

@@ -1,4 +1,4 @@
-"""models.language_model"""
+"""What a language model is: a function of explicit weights, with a state for every lane."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""models.low_rank"""
+"""Low-rank changes of a matrix, and matrices in a basis, applied lane by lane."""
 
 from __future__ import annotations
 

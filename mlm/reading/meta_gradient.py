@@ -1,4 +1,4 @@
-"""reading.meta_gradient"""
+"""The first-order meta-gradient of an unroll: reverse, with checkpoints, or forward."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from scipy import stats
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, LEARNED, PROTOCOLS, STATIC, rule_order
-from mlm.report.losses import EOS, LossTable
+from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
+from mlm.report.losses import LossTable
 from mlm.report.tables import Row, evaluation_markdown
 
 #: Pairs (rule, against) whose gains are compared, where both were measured.

@@ -19,9 +19,6 @@ from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
 from mlm.base.names import PROTOCOLS, STATIC, rule_order
 
-EOS = "<eos>"
-
-
 _KEYS = {
     "split": pa.string(),
     "article": pa.int32(),

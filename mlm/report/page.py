@@ -18,10 +18,10 @@ import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import rule_label, rule_texts
+from mlm.base.names import EOS, rule_label, rule_texts
 from mlm.report.figure2 import panels_of
-from mlm.report.losses import EOS, LossTable, column_name
-from mlm.report.word_picture import BETTER, CLIP_PERCENTILE, POWER, WORSE
+from mlm.report.losses import LossTable, column_name
+from mlm.report.word_picture import BETTER, CLIP_PERCENTILE, COLOUR_POWER, WORSE
 
 WORD_LIMIT = 60_000
 
@@ -101,7 +101,7 @@ class WordLossPage:
             ],
             "about": {text.label: text.about for text in texts},
             "colours": {"better": BETTER, "worse": WORSE},
-            "power": POWER,
+            "power": COLOUR_POWER,
             "percentile": CLIP_PERCENTILE,
         }
 

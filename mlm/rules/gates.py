@@ -24,14 +24,14 @@ from mlm.rules.fast_gates import (
     SQUARE_UNIT,
     UNIT_STEP,
     FastGates,
-    FastGatesRule,
+    MomentGates,
 )
-from mlm.rules.moment_gates import MomentGates
 from mlm.rules.moments import with_moments
 from mlm.rules.networks import LSTM, MLP, Network
 from mlm.rules.protocol import (
     Bound,
     ByFormula,
+    FastGatesRule,
     LaneByLane,
     Parameters,
     Signal,

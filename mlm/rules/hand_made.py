@@ -1,4 +1,4 @@
-"""rules.hand_made"""
+"""Hand-made rules, whose few settings are tuned: SGD, momentum, RMS and Adam."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runs.base"""
+"""The base of adaptation that a run reads from: made in stage 2, kept, found again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runs.checks"""
+"""What must hold before the first stage: the folder, the text, the weights that adapt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runs.identity"""
+"""What results depend on, as hashes: a result of other settings is not used again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""runs.rules"""
+"""The rules of a run: tuned or trained, kept in its folder, loaded for scoring."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""store.tensors"""
+"""Tensors in safetensors files, with a JSON description and checked when loaded."""
 
 from __future__ import annotations
 

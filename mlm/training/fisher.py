@@ -1,4 +1,4 @@
-"""training.fisher"""
+"""The Fisher of the weights that adapt, estimated on held-out text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""training.judge"""
+"""What a rule gains on validation text while it is trained."""
 
 from __future__ import annotations
 
