@@ -19,10 +19,10 @@ from mlm.experimental.through import ThroughTrainer
 from mlm.extensions.boundaries import learn_borders
 from mlm.extensions.ngrams import (
     AFTER,
-    COLOUR_POWER,
     MOST,
     NAMES,
     ORDERS,
+    POWER,
     STEP,
     Learning,
     NGrams,
@@ -174,7 +174,7 @@ def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
             for row in at[b, t].tolist():
                 if row < 20:
                     again = sum(r == row for r in at.flatten().tolist())
-                    eta = min(STEP / (AFTER + visits[row]) ** COLOUR_POWER, MOST / again)
+                    eta = min(STEP / (AFTER + visits[row]) ** POWER, MOST / again)
                     want[row] -= eta * gradient[b, t] * own.scale
         learning.learn(at, gradient, own.scale)
         torch.testing.assert_close(learning.ngrams.rows, want, rtol=1e-6, atol=1e-9)
@@ -218,7 +218,7 @@ def test_without_adaptation_they_learn_from_the_model_and_themselves() -> None:
         w = model["embedding"].square().sum(1).mean()
         for (b, t), each in zip(np.ndindex(4, 10), read, strict=True):
             for at in each:
-                eta = min(STEP / (AFTER + visits[at]) ** COLOUR_POWER, MOST / now[at])
+                eta = min(STEP / (AFTER + visits[at]) ** POWER, MOST / now[at])
                 rows[at] -= eta * gradient[b, t] / w
         trainer.train_step()
         torch.testing.assert_close(ngrams.rows, rows, rtol=1e-4, atol=1e-6)
