@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -78,7 +79,7 @@ def format_totals(rows: Sequence[Row]) -> str:
             f"{first.get('corpus', '')} {split}, protocol {protocol} "
             f"({_PROTOCOL_MEANING.get(protocol, '')}): {first['words']:,} words, "
             f"{first.get('articles', 0):,} articles".lstrip(),
-            f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>32}"
+            f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>25}"
             f"{'words/s':>10}",
         ]
         for row in totals:
@@ -89,11 +90,12 @@ def format_totals(rows: Sequence[Row]) -> str:
             )
             lines.append(
                 f"  {rule_label(row['rule']):<{width}}{_number(row['word_perplexity']):>11}"
-                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>32}"
+                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}"
                 f"{_number(row['words_per_second'], ',.0f'):>10}"
             )
         lines.append("")
-    lines += [f"{text.label}: {text.about}" for text in rule_texts(names)]
+    for text in rule_texts(names):
+        lines += textwrap.wrap(f"{text.label}: {text.about}", 100, subsequent_indent="  ")
     return "\n".join(lines).rstrip()
 
 
