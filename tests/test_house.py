@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "mlm"
+TESTS = Path(__file__).parent
+PACKAGE = TESTS.parent / "mlm"
 ROOMS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCE = {path: path.read_text(encoding="utf-8") for path in MODULES}
@@ -111,3 +112,11 @@ def test_a_public_name_has_one_meaning() -> None:
             homes[name].append(_name(path))
     allowed = SHARED | LEAVING_NAMES
     assert {n: at for n, at in homes.items() if len(at) > 1 and n not in allowed} == {}
+
+
+def test_tests_mirror_the_rooms() -> None:
+    """Above the rooms' folders: what is about the repository, its pages and every room at once."""
+    folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
+    assert folders <= {".", "benchmarks", "golden", *ROOMS}
+    about_all = {"docs", "gpu", "house", "links", "package", "readme", "results"}
+    assert {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")} <= about_all

@@ -28,7 +28,7 @@ from mlm.text.tokens import (
     write_token_file,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"bpe": 360, "unigram": 300, "word": 0}
 SENTENCE = (
     "the keeper of a small light house walks to sea each night ; his lamp , made from brass "

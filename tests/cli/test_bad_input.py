@@ -30,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors, save_tensors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Contents = Callable[[Path], dict[str, bytes]]
 ONE_STAGE: dict[str, Any] = {"stages": ("lm",), "lm__epochs": 0.2, "lm__validations": 1}
 STATIC = ("--rules", "static", "--protocols", "article", "--no-draw")

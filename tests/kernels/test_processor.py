@@ -18,7 +18,7 @@ from mlm.kernels import bfloat16, processor
 from mlm.runs.run import open_run
 from mlm.training.language_model import resolve_precision
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 X86 = pytest.mark.skipif(
     platform.machine().lower() not in ("x86_64", "amd64"), reason="oneDNN is limited on x86-64 only"
