@@ -75,7 +75,7 @@ BAD_TEXT: dict[str, tuple[dict[str, bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXT)
-def test_bad_text(case: str, command: Command, tmp_path: Path) -> None:
+def test_bad_text_is_refused_before_the_run(case: str, command: Command, tmp_path: Path) -> None:
     files, message = BAD_TEXT[case]
     corpus = write_corpus(tmp_path / "toy")
     for name, body in files.items():
@@ -212,7 +212,9 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_setting(case: str, finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_bad_setting_is_refused_before_the_run(
+    case: str, finished: Finished, command: Command, tmp_path: Path
+) -> None:
     words, message = BAD_FLAGS[case]
     plain = flags_for(finished.corpus, tmp_path / "run")
     error = command("train", *plain, *words).error
@@ -278,7 +280,7 @@ def test_evaluate_without_a_run(
         (("--lanes", "0"), "it must be at least 1"),
     ],
 )
-def test_bad_evaluation(
+def test_a_bad_evaluation_leaves_the_folder_alone(
     words: tuple[str, ...],
     message: str,
     finished: Finished,

@@ -201,7 +201,7 @@ def test_unknown_words_teach_no_pieces(kind: str) -> None:
     assert fitted[0] == fitted[1]
 
 
-def test_unknown_kind() -> None:
+def test_an_unknown_kind_of_vocabulary_is_refused() -> None:
     assert "'letters'" in error_of(lambda: fit_vocabulary(articles_of(1), "letters", 300))
 
 
