@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -120,3 +122,16 @@ def test_tests_mirror_the_rooms() -> None:
     assert folders <= {".", "benchmarks", "golden", *ROOMS}
     about_all = {"docs", "gpu", "house", "links", "package", "readme", "results"}
     assert {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")} <= about_all
+
+
+@pytest.mark.parametrize(
+    ("line", "heavy"),
+    [
+        ("import mlm", "torch numpy"),
+        ("from mlm.text import open_corpus", "torch"),
+        ("from mlm.report import format_totals, read_evaluation", "matplotlib torch"),
+    ],
+)
+def test_light_names_load_no_heavy_library(line: str, heavy: str) -> None:
+    check = f"import sys; {line}; assert not set({heavy.split()}) & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", check], check=True, cwd=TESTS.parent)

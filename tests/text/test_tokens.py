@@ -328,9 +328,7 @@ def test_processes_only_make_it_faster(
 SCRIPT = """
 import sys
 from pathlib import Path
-from mlm import encoding
-from mlm.text import open_corpus
-from mlm.tokens import prepare
+from mlm.text import encoding, open_corpus, prepare
 
 print("started", flush=True)
 encoding._ALONE, encoding._BATCH, encoding._cores = 1, 2000, lambda: 2
