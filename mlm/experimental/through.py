@@ -90,7 +90,7 @@ class ThroughTrainer(LMTrainer):
         """
         segment = next(self.stream).to(self.device)
         base = self.base()
-        out = {n: buffers.take(tuple(w.shape), w) for n, w in self.reader.weights.items()}
+        out = {n: buffers.acquire(tuple(w.shape), w) for n, w in self.reader.weights.items()}
         now = step(base, self.bound(base), self.reader, segment, out, self.shared())
         count = int(segment.mask.sum())
         value = float(now.scored.nll.sum()) / count
@@ -111,8 +111,8 @@ class ThroughTrainer(LMTrainer):
         self.follow()  # the memory's weights are the trained ones, or follow them in place
         for n, old in before.items():  # delta is kept, theta_0 moves under it
             now.after.weights[n] += base.weights[n] - old
-        now.give(self.reader)
-        buffers.give(self.reader.weights.values())
+        now.release(self.reader)
+        buffers.release(self.reader.weights.values())
         self.reader, self.step = now.after, self.step + 1
         return value, count
 

@@ -192,7 +192,7 @@ class BasisTrainer:
             now = step(base, self.rule, self.reader, segment, learn=wanted)
             for name, value in sums.items():
                 value += now.scored.of_all_lanes(name)
-            now.give(self.reader)
+            now.release(self.reader)
             self.reader = now.after
             total += float(now.scored.nll.sum())
         for name, gradient in basis_gradients(self.base, self.first, sums).items():

@@ -179,7 +179,7 @@ class ReadOutTrainer:
         found: Lookup = now.scored.told.notes[NGramMemory.name]
         gradient = now.scored.by_added
         assert gradient is not None
-        now.give(self.reader)
+        now.release(self.reader)
         self.reader = now.after
         share = torch.full_like(now.scored.nll, 1 / segment.inputs.shape[1])
         weighs = gradient_share(now.scored.nll, share, now.scored.told.terms.slope)

@@ -174,7 +174,7 @@ def reset_lanes(weights: Weights, start: Weights, new_B: Tensor) -> Weights:
         return weights
     out = {}
     for name, w in weights.items():
-        out[name] = buffers.take(tuple(w.shape), w).copy_(w)
+        out[name] = buffers.acquire(tuple(w.shape), w).copy_(w)
         out[name][new_B] = start[name]
     return out
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import kernels
-from mlm.kernels.bfloat16 import done, lowered, product
-from mlm.kernels.buffers import give, take
+from mlm.kernels.bfloat16 import release_lowered, lowered, product
+from mlm.kernels.buffers import release, acquire
 from mlm.models.language_model import OutputTerms, Weights, WithinSegment
 from mlm.models.low_rank import along_directions, is_folded, linear, low_rank_product
 from mlm.models.recurrence import is_plain
@@ -79,7 +79,7 @@ def taught_logits(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     """What the logits lose before it is bounded, (B, T, V), of errors e; no gradient."""
     similar_BTT = similarity(keys_BTI, by.within.columns)
     lower_BTV = lowered(error_BTV)
-    lost_BTV = product(similar_BTT, lower_BTV, take(tuple(error_BTV.shape), error_BTV))
+    lost_BTV = product(similar_BTT, lower_BTV, acquire(tuple(error_BTV.shape), error_BTV))
     if by.coupling is not None and by.within.square is not None:
         along_NS = similar_BTT.new_empty(similar_BTT[..., 0].numel(), by.coupling.shape[1])
         product(lower_BTV.flatten(0, 1), by.coupling, along_NS)
@@ -88,7 +88,7 @@ def taught_logits(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     lost_BTV.mul_(by.within.rows)
     if by.repeats is not None:  # e weighs 1/T
         product(by.repeats * by.repeats.shape[1], lower_BTV, lost_BTV, add=True)
-    done(lower_BTV, error_BTV)
+    release_lowered(lower_BTV, error_BTV)
     return lost_BTV
 
 
@@ -280,14 +280,14 @@ class _WeightedNLL(torch.autograd.Function):
         names = ("output", *Layer._fields[:-1], "projected")
         inputs = zip(names, (output, *layer.tensors(), projected), strict=True)
         found = {
-            name: torch.zeros_like(x) if name in SUMS else take(tuple(x.shape), x)
+            name: torch.zeros_like(x) if name in SUMS else acquire(tuple(x.shape), x)
             for (name, x), want in zip(inputs, ctx.needs_input_grad, strict=False)
             if want and x is not None
         }
         nll = output.new_empty(lanes, steps)
         group = max(1, min(lanes, LOGITS // (steps * head.shape[-2])))
-        buffer = take((group, steps, head.shape[-2]), output)
-        spare = None if teaching is None else take(tuple(buffer.shape), buffer)
+        buffer = acquire((group, steps, head.shape[-2]), output)
+        spare = None if teaching is None else acquire(tuple(buffer.shape), buffer)
         for lo in range(0, lanes, group):
             block = slice(lo, min(lo + group, lanes))
             own = Layer(
@@ -308,7 +308,7 @@ class _WeightedNLL(torch.autograd.Function):
                 _rows(error, own, *here, None, teaching.within.slope, True)
                 lost = taught_logits(error, keys, teaching.of(block))
                 _lose(logits, lost, own, targets[block], nll[block])
-                give([lost])
+                release([lost])
             _rows(logits, own, *here, some.get("bias"), slope, bool(found))
             if coupling is not None and found:  # the gradient is spread: the map is symmetric
                 spreads.append(_spread(logits, coupling, "coupling" in some))
@@ -325,9 +325,9 @@ class _WeightedNLL(torch.autograd.Function):
                 torch.bmm(logits.transpose(1, 2), projected[block], out=some["low"])
             if own.low is not None and "projected" in some:
                 torch.matmul(logits, own.low, out=some["projected"])
-            done(moves, logits)
-            done(table, own.head)
-        give([buffer] if spare is None else [buffer, spare])
+            release_lowered(moves, logits)
+            release_lowered(table, own.head)
+        release([buffer] if spare is None else [buffer, spare])
         ctx.found = [found.get(name) for name in names]
         ctx.mark_non_differentiable(nll)
         return nll, weighted_total(nll, weights, slope)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.kernels.bfloat16 import product
-from mlm.kernels.buffers import take
+from mlm.kernels.buffers import acquire
 
 CACHE_BYTES = 8 << 20
 
@@ -100,7 +100,7 @@ class LaneRecurrence(torch.autograd.Function):
         if low is None or directions is None:
             low, directions = gates_BTG.new_empty(lanes, 0, 0), gates_BTG.new_empty(0, hidden)
         own = (gates_BTG, h_BTH, c_BTH, tanh_c_BTH)
-        _run(kernels.lstm_forward, eager_forward, recurrent, (low, directions), *own)
+        _run(kernels.lstm_forward, lstm_eager_forward, recurrent, (low, directions), *own)
         ctx.save_for_backward(recurrent, low, directions, *own)
         return h_BTH[:, 1:], h_BTH[:, -1].clone(), c_BTH[:, -1].clone()
 
@@ -112,17 +112,17 @@ class LaneRecurrence(torch.autograd.Function):
         dh, dc = (g.clone(memory_format=torch.contiguous_format) for g in (dh_last, dc_last))
         dgates_BTG = torch.empty_like(gates_BTG)
         own = (gates_BTG, c_BTH, tanh_c_BTH, dy_BTH.contiguous(), dh, dc, dgates_BTG)
-        _run(kernels.lstm_backward, eager_backward, recurrent, (low, directions), *own)
+        _run(kernels.lstm_backward, lstm_eager_backward, recurrent, (low, directions), *own)
         before = h_BTH[:, :-1]
         drecurrent = dlow = None
         if ctx.needs_input_grad[1]:
             if recurrent.dim() == 2:
                 drecurrent = dgates_BTG.flatten(0, 1).t() @ before.flatten(0, 1)
             else:
-                drecurrent = take(tuple(recurrent.shape), recurrent)
+                drecurrent = acquire(tuple(recurrent.shape), recurrent)
                 product(dgates_BTG.transpose(1, 2), before, drecurrent)
         if any(ctx.needs_input_grad[4:5]):
-            dlow = take(tuple(low.shape), low)
+            dlow = acquire(tuple(low.shape), low)
             torch.bmm(dgates_BTG.transpose(1, 2), before @ directions.t(), out=dlow)
         return dgates_BTG, drecurrent, dh, dc, dlow, None
 
@@ -149,7 +149,7 @@ def _run(
         eager(weights, low[block], directions, *own)
 
 
-def eager_forward(
+def lstm_eager_forward(
     recurrent: Tensor,
     low: Tensor,
     directions: Tensor,
@@ -174,7 +174,7 @@ def eager_forward(
         torch.mul(o, tanh_c_BTH[:, t], out=h_BTH[:, t + 1])
 
 
-def eager_backward(
+def lstm_eager_backward(
     recurrent: Tensor,
     low: Tensor,
     directions: Tensor,
@@ -236,7 +236,7 @@ class LaneLinear(torch.autograd.Function):
         dx = torch.bmm(dy_BTO, weight) if ctx.needs_input_grad[0] else None
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = take(tuple(weight.shape), weight)
+            dweight = acquire(tuple(weight.shape), weight)
             product(dy_BTO.transpose(1, 2), x_BTI, dweight)
         if ctx.needs_input_grad[2]:
             dbias = dy_BTO.sum(1 if ctx.bias_dim == 2 else (0, 1))

@@ -80,7 +80,7 @@ class _Unroll:
     ) -> tuple[_Past, Reader]:
         """Segment `t`: one update and the reader after it; `again` counts nothing."""
         learn = () if again or not t else self.learn
-        out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
+        out = {n: buffers.acquire(tuple(w.shape), w) for n, w in reader.weights.items()}
         now = step(self.base, self.rule, reader, segment, out, learn)
         objective = now.scored
         if self.base.reweights:
@@ -173,11 +173,11 @@ def snapshot_spacing(updates: int) -> int:
 
 def _recycle(now: _Past, weights: bool) -> None:
     """What an update was made of is memory for the next ones."""
-    buffers.give(now.gradients.values())
+    buffers.release(now.gradients.values())
     if now.objective is not now.gradients:
-        buffers.give(now.objective.values())
+        buffers.release(now.objective.values())
     if weights:
-        buffers.give(now.weights.values())
+        buffers.release(now.weights.values())
 
 
 def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:

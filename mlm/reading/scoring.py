@@ -88,7 +88,7 @@ class _Adapting:
     def read(self, segment: Segment) -> _Predicted:
         """Predict a segment, then learn from it."""
         now = step(self.base, self.rule, self.reader, segment, self.spare)
-        now.give(self.reader)
+        now.release(self.reader)
         self.reader = now.after
         self.spare, self.other = self.other, self.spare
         flushed = now.flushed.nonzero().flatten().tolist()

@@ -246,12 +246,12 @@ class Step(NamedTuple):
     flushed: Tensor
     """(B,) lanes that the guard resets, now or before the next segment: report them."""
 
-    def give(self, reader: Reader) -> None:
+    def release(self, reader: Reader) -> None:
         """Let gradients, and weights that only lanes reset before the segment needed, be memory for
         others; `reader` is the one that the step was given."""
-        buffers.give(self.scored.gradients.values())
+        buffers.release(self.scored.gradients.values())
         kept = {w.data_ptr() for some in (reader, self.after) for w in some.weights.values()}
-        buffers.give(w for w in self.before.weights.values() if w.data_ptr() not in kept)
+        buffers.release(w for w in self.before.weights.values() if w.data_ptr() not in kept)
 
 
 @torch.no_grad()
@@ -283,7 +283,7 @@ def step(
     broken = ~(whole & scored.loss.isfinite() & _finite(scored.gradients))
     if bool(broken.any()):
         reader = open_articles(base, start, reader, broken)
-        buffers.give(scored.gradients.values())
+        buffers.release(scored.gradients.values())
         scored = score_segment(base, reader, segment, learn)
         new = new | broken
     restart, reader = find_restart(base, reader, segment)
@@ -291,7 +291,7 @@ def step(
     if restart is not None:
         taught = taught & restart.taught
         reader = open_articles(base, start, reader, torch.zeros_like(new), restart.lanes)
-        buffers.give(scored.gradients.values())
+        buffers.release(scored.gradients.values())
         scored = _joined(restart, scored, score_segment(base, reader, segment, learn, taught))
         new = new | restart.lanes
     signal = Signal(scored.loss, reader.age)
@@ -345,5 +345,5 @@ def read(
         the reader after the segment, and the losses (B, M) in nats.
     """
     now = step(base, rule, reader, segment, out)
-    now.give(reader)
+    now.release(reader)
     return now.after, now.scored.nll

@@ -10,7 +10,7 @@ from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
 from mlm.models.base import choose_dynamic, has_low_rank
 from mlm.models.low_rank import folds
-from mlm.rules.family import HAND_MADE_RULES, rule_of
+from mlm.rules.family import HAND_MADE_RULES, rule_from_description
 from mlm.runs.base import base_of_through_run
 from mlm.runs.language_model import rule_of_through_run
 from mlm.runs.rules import rule_to_train
@@ -195,7 +195,7 @@ def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
                 f"train it first (--stages meta --train-rules {meta.start}), or start from "
                 f"{', '.join(HAND_MADE)}"
             )
-        start = rule_of(meta.start, _about(run, meta.start, dynamic)["rule"])
+        start = rule_from_description(meta.start, _about(run, meta.start, dynamic)["rule"])
     for name in meta.rules if start else ():
         rule_to_train(meta, name, start)
     scored = {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED)
@@ -220,7 +220,7 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
     return about
 
 
-def clear(run: Run) -> None:
+def remove_results(run: Run) -> None:
     """Remove what an earlier run left, so that no file of one model stands beside another's."""
     for file in run.folder.results():
         file.unlink()

@@ -21,7 +21,7 @@ from mlm.rules.family import (
     as_gates,
     learned_rule,
     open_slow,
-    rule_of,
+    rule_from_description,
     start_at,
 )
 from mlm.rules.gates import Feature, LinearGates
@@ -159,7 +159,7 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
         base = unfold_low_rank(base)
     base = base.with_weights(own)
     base = dataclasses.replace(base, extensions=run.config.extensions.active(base.weights))
-    rule = rule_of(name, about["rule"])
+    rule = rule_from_description(name, about["rule"])
     return LoadedRule(rule, parameters, base.derived().for_rule(rule))
 
 

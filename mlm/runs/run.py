@@ -186,7 +186,7 @@ def open_run(config: Config, quiet: bool = False) -> Run:
     if "lm" in config.stages:
         resolve_precision(config.lm.precision, device)
     use_kernels(config.adapt.kernels == "auto")
-    lower = in_half(config.adapt)
+    lower = in_bfloat16(config.adapt)
     use_bfloat16(lower)
     if config.adapt.precision == "bfloat16" and not lower and device.type == "cpu":
         say(
@@ -196,7 +196,7 @@ def open_run(config: Config, quiet: bool = False) -> Run:
     return Run(config, RunFolder(run_path(config)), device, quiet)
 
 
-def in_half(adapt: AdaptConfig) -> bool:
+def in_bfloat16(adapt: AdaptConfig) -> bool:
     """Whether lanes' products have bfloat16 factors: asked for, and the processor is fast at it."""
     return adapt.precision == "bfloat16" and multiplies_bfloat16()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlm.base.names import PROTOCOLS, LearnedRule
+from mlm.base.names import PROTOCOLS
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class AdaptConfig:
 class MetaConfig:
     """Stage 2: the meta-learner."""
 
-    rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
+    rules: tuple[LearnedName, ...] = ("two_levels", "three_levels")
     """Rules that stage 2 trains: tensor_steps, weight_steps, two_levels, three_levels, unit_steps,
     four_levels, surprise, adaptive, mlp, lstm."""
     features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (

@@ -1,4 +1,4 @@
-"""The run folder: config, metrics, checkpoints; atomic save, checked load."""
+"""Language models and bases of adaptation as files, saved and loaded with checks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""store.run_folder"""
+"""The run folder: its paths, settings, metrics and what it says about how it was made."""
 
 from __future__ import annotations
 

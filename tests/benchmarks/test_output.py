@@ -17,7 +17,7 @@ from benchmarks.output import HOME
 from benchmarks.timing import SIZES
 from mlm.models.recurrent import RecurrentLM
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
 #: The benchmarks that write nothing of their own accord: both ask for a folder.
 ASKING = {"publish": "to", "unread": "out"}

@@ -77,7 +77,7 @@ def test_every_line_belongs_to_one_article() -> None:
         " \n = \n \n = = \n \n",  # signs alone
     ],
 )
-def test_what_is_no_title(body: str) -> None:
+def test_lines_that_only_look_like_titles_begin_no_article(body: str) -> None:
     text = " = Only = \n \n" + body + article("Next", "z")
     articles = list(split_articles(text.splitlines(keepends=True)))
     assert [a.title for a in articles] == ["Only", "Next"]
@@ -266,7 +266,7 @@ def test_directory_of_directories(tmp_path: Path) -> None:
     assert "second, text" in message
 
 
-def test_empty_file(tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "test.txt"
     path.touch()
     message = error_of(lambda: list(open_corpus(str(path)).articles("test")))

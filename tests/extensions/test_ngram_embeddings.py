@@ -11,12 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from through_world import as_usual, flags_through, through
-from tiny import as_flags
-from worlds import EOS, check_resumed, tiny_base
-
-from mlm.experimental.through import ThroughTrainer
-from mlm.extensions.boundaries import learn_borders
 from mlm.extensions.ngrams import (
     AFTER,
     MOST,
@@ -31,6 +25,12 @@ from mlm.extensions.ngrams import (
     ngrams_of,
 )
 from mlm.extensions.phrases import phrases
+from through_world import as_usual, flags_through, through
+from tiny import as_flags
+from worlds import EOS, check_resumed, tiny_base
+
+from mlm.experimental.through import ThroughTrainer
+from mlm.extensions.boundaries import learn_borders
 from mlm.reading.scoring import score_articles, static_loss
 from mlm.reading.step import begin, step
 from mlm.rules.hand_made import RMS

@@ -10,10 +10,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from tiny import perplexities
-from worlds import EOS, TinyBase, tiny_base
-
-from mlm.base.errors import UserError
 from mlm.extensions.phrases import AGAIN, SAID, STEPS, ReadOut, phrases
 from mlm.extensions.read_out import (
     NAMES,
@@ -25,6 +21,10 @@ from mlm.extensions.read_out import (
     taken,
     with_read_out,
 )
+from tiny import perplexities
+from worlds import EOS, TinyBase, tiny_base
+
+from mlm.base.errors import UserError
 from mlm.models.language_model import Weights
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import learning_at_once, recollection, score_segment

@@ -11,11 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from worlds import EOS, articles, segments, tiny_base
-
-from mlm import kernels
-from mlm.base.errors import UserError
-from mlm.extensions import warp
 from mlm.extensions.related import relate
 from mlm.extensions.warp import (
     Bases,
@@ -26,6 +21,11 @@ from mlm.extensions.warp import (
     read_by,
     with_bases,
 )
+from worlds import EOS, articles, segments, tiny_base
+
+from mlm import kernels
+from mlm.base.errors import UserError
+from mlm.extensions import warp
 from mlm.models.base import AdaptationBase, turned
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import begin, step

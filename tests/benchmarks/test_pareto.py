@@ -23,7 +23,7 @@ def test_front_holds_what_nothing_beats_in_both() -> None:
     assert pareto_front([]) == []
 
 
-def test_choices() -> None:
+def test_choices_are_every_set_at_every_segment() -> None:
     sets = ("softmax.bias", "softmax.low@8", "low", "lstm.last.*")
     options = Options(Path("run"), sets=sets, segment=(20, 64))
     found = choices(options, layers=1, rank=32)
@@ -113,7 +113,7 @@ def test_rows_are_measured_once(
     assert [r["rule"] for r in rows] == ["three_levels"] * 3 + ["four_levels"]
 
 
-def test_damage_is_told(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_damaged_table_is_named(finished: Finished, command: Command, tmp_path: Path) -> None:
     (tmp_path / "pareto.json").write_text("{", encoding="utf-8")
     words = ("benchmarks.pareto", finished.folder, "--out", tmp_path, "--sets", "softmax.bias")
     assert "pareto.json is damaged" in command(*words).error

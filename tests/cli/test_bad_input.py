@@ -30,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors, save_tensors
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 Contents = Callable[[Path], dict[str, bytes]]
 ONE_STAGE: dict[str, Any] = {"stages": ("lm",), "lm__epochs": 0.2, "lm__validations": 1}
 STATIC = ("--rules", "static", "--protocols", "article", "--no-draw")
@@ -75,7 +75,7 @@ BAD_TEXT: dict[str, tuple[dict[str, bytes | None], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_TEXT)
-def test_bad_text(case: str, command: Command, tmp_path: Path) -> None:
+def test_bad_text_is_refused_before_the_run(case: str, command: Command, tmp_path: Path) -> None:
     files, message = BAD_TEXT[case]
     corpus = write_corpus(tmp_path / "toy")
     for name, body in files.items():
@@ -212,7 +212,9 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_setting(case: str, finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_bad_setting_is_refused_before_the_run(
+    case: str, finished: Finished, command: Command, tmp_path: Path
+) -> None:
     words, message = BAD_FLAGS[case]
     plain = flags_for(finished.corpus, tmp_path / "run")
     error = command("train", *plain, *words).error
@@ -279,7 +281,7 @@ def test_evaluate_without_a_run(
         (("--lanes", "1"), "--lanes is called --evaluation.lanes"),
     ],
 )
-def test_bad_evaluation(
+def test_a_bad_evaluation_leaves_the_folder_alone(
     words: tuple[str, ...],
     message: str,
     finished: Finished,
@@ -559,7 +561,7 @@ def test_gates_that_ruin_the_weights_are_reported(
     save_tensors(path, {n: torch.full_like(t, 30.0) for n, t in tensors.items()}, about)
     done = command("evaluate", folder, "--rules", "two_levels")
     assert done.code == 0
-    assert "two_levels, protocol article: the guard reset the weights" in done.err
+    assert "2 levels, protocol article: the guard reset the weights" in done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     total = next(r for r in rows if (r["kind"], r["rule"]) == ("total", "two_levels"))
     assert total["settings"]["guard resets"] > 10

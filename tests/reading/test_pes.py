@@ -34,7 +34,7 @@ ONE = LinearGates(flush=False, features=(), per_tensor=False)
 @pytest.fixture(autouse=True)
 def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors are used again too: nobody may still need what is given away."""
-    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    monkeypatch.setattr(buffers, "MIN_BYTES", 0)
     yield
     buffers.clear()
 

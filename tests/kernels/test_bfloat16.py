@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from worlds import EOS, articles
-
 from mlm.extensions.phrases import phrases
 from mlm.extensions.related import relate
-from mlm.kernels import bfloat16 as half
+from worlds import EOS, articles
+
+from mlm.kernels import bfloat16
 from mlm.kernels.bfloat16 import lowered, product
 from mlm.models.base import AdaptationBase, turned
 from mlm.models.recurrent import RecurrentLM, initial_weights
@@ -34,7 +34,7 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
 
 @pytest.fixture
 def on() -> Iterator[None]:
-    with half.half():
+    with bfloat16.bfloat16_products():
         yield
 
 
@@ -64,7 +64,7 @@ def test_product_rounds_its_factors_and_nothing_else(add: bool) -> None:
 def test_product_is_exact_unless_asked() -> None:
     for x, y in _shapes(lambda t: t):
         assert torch.equal(product(x, y, torch.empty_like(x @ y)), x @ y)
-    with half.half():  # float64 stays what it is
+    with bfloat16.bfloat16_products():  # float64 stays what it is
         for x, y in _shapes(lambda t: t.double()):
             assert torch.equal(product(x, y, torch.empty_like(x @ y)), x @ y)
             assert lowered(x) is x
@@ -77,7 +77,7 @@ def test_lowered_again_and_again() -> None:
     first = lowered(x)
     second = lowered(y)
     assert torch.equal(first, x.bfloat16())
-    half.done(first, x)
+    bfloat16.release_lowered(first, x)
     third = lowered(y)
     assert torch.equal(second, y.bfloat16())
     assert torch.equal(third, second)
@@ -107,7 +107,7 @@ def test_reading_in_half_precision_is_nearly_reading() -> None:
     static = score_articles(base, None, texts, EOS, 3).total
     found: dict[bool, Any] = {}
     for on in (False, True):
-        with half.half(on):
+        with bfloat16.bfloat16_products(on):
             found[on] = score_articles(ready, rule, texts, EOS, 3)
     exact, near = (np.concatenate(found[on].nll) for on in (False, True))
     assert abs(exact.sum() - static) > 1  # reading does something

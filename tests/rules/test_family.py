@@ -18,25 +18,24 @@ from worlds import EOS, segments, tiny_base
 
 from mlm import kernels
 from mlm.base.errors import UserError
-from mlm.base.names import LEARNED
+from mlm.base.names import LEARNED, RULE_TEXTS
 from mlm.kernels import buffers
 from mlm.kernels.update import TILE
 from mlm.models.base import AdaptationBase, lanes_of
 from mlm.reading.meta_gradient import GradientMode, MetaGradient, meta_gradient
 from mlm.reading.step import begin
 from mlm.rules.family import (
-    ABOUT,
     HAND_MADE_RULES,
     as_gates,
     describe,
     learned_rule,
-    rule_of,
+    rule_from_description,
     start_at,
 )
-from mlm.rules.fast_gates import FilteredGates
+from mlm.rules.fast_gates import MomentGates
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.hand_made import RMS, SGD, Adam, Momentum
-from mlm.rules.moments import Filter
+from mlm.rules.moments import Moments
 from mlm.rules.protocol import Bound, ByFormula, LaneByLane, LoadedRule, Parameters, Signal, Static
 from mlm.rules.two_memories import TwoMemories
 from mlm.runs.rules import new_rule
@@ -57,7 +56,7 @@ PRECISION = 1e-10
 @pytest.fixture(autouse=True)
 def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors are used again too: nobody may still need what is given away."""
-    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    monkeypatch.setattr(buffers, "MIN_BYTES", 0)
     yield
     buffers.clear()
 
@@ -313,7 +312,7 @@ def test_a_rule_that_lacks_a_part_cannot_start_there() -> None:
 
 
 def test_every_rule_is_described_in_one_line() -> None:
-    assert list(ABOUT) == [*HAND_MADE_RULES, *LEARNED]
+    assert list(RULE_TEXTS) == ["static", *HAND_MADE_RULES, *LEARNED]
     assert all(rule.name == name for name, rule in HAND_MADE_RULES.items())
 
 
@@ -369,15 +368,15 @@ def test_a_rule_survives_its_description(name: str) -> None:
         name, features=("loss",), per_tensor=True, free_copy=True, hidden=3, start=Adam(),
         fixed=("update.loss",),
     )  # fmt: skip
-    assert rule_of(name, json.loads(json.dumps(describe(rule)))) == rule
+    assert rule_from_description(name, json.loads(json.dumps(describe(rule)))) == rule
 
 
 def test_descriptions_of_older_files_are_understood() -> None:
     about = {"flush": False, "features": ["fisher", "age"], "per_tensor": False, "free_copy": True}
     want = LinearGates("two_levels", False, ("fisher", "age"), False, True)
-    assert rule_of("two_levels", about) == want
+    assert rule_from_description("two_levels", about) == want
     with pytest.raises(UserError, match="rule mlp: this version does not know depth"):
-        rule_of("mlp", {"depth": 2})
+        rule_from_description("mlp", {"depth": 2})
 
 
 # ---------------------------------------------------------------- fast = formula
@@ -386,7 +385,7 @@ def test_descriptions_of_older_files_are_understood() -> None:
 @pytest.mark.parametrize("parts", ["momentum", "square", "per_weight", "per_unit", "gain", "all"])
 @pytest.mark.parametrize("flush", [None, 2.0, 900.0])
 @pytest.mark.parametrize("features", [(), ("fisher", "loss")])
-def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> None:
+def test_fast_moments_equal_the_formula(parts: str, flush, features, engine) -> None:
     """Update, and pullback against autograd; with weights that never had a gradient."""
     whole = parts == "all"
     base = tiny_base(("lstm.0.recurrent", *DYNAMIC))
@@ -405,7 +404,7 @@ def test_fast_filters_equal_the_formula(parts: str, flush, features, engine) -> 
     if rule.flush:
         phi["flush_scale"].fill_(flush)
     fast, slow = rule.bind(phi, base), ByFormula(rule, phi, base)
-    assert isinstance(fast, FilteredGates)
+    assert isinstance(fast, MomentGates)
     texts = _texts(base, number=3)
     for gradients, _ in texts:
         for g in gradients.values():
@@ -503,7 +502,7 @@ def test_a_slow_memory_is_opened_for_training() -> None:
 
 
 @pytest.mark.usefixtures("threads")
-def test_filters_work_on_tensors_of_many_tiles() -> None:
+def test_moments_work_on_tensors_of_many_tiles() -> None:
     """Compiled against tensor operations, the last tile being short."""
     g = torch.Generator().manual_seed(3)
     rms, gradient, s, v, lam, step = (
@@ -511,17 +510,19 @@ def test_filters_work_on_tensors_of_many_tiles() -> None:
         for shape in [(9 * TILE - 7,), *[(2, 9 * TILE - 7)] * 4, (9 * TILE - 7,)]
     )
     mu, a = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.1, 0.4]).double()
-    every = Filter("w", momentum=mu, gain=1 - mu, square=a, rms=rms.abs(), eps=2e-5)
+    every = Moments("w", momentum=mu, gain=1 - mu, square=a, rms=rms.abs(), eps=2e-5)
     weights = {"w": gradient, "w/momentum": s, "w/square": v.square()}
-    found = [_filtered(every, weights, gradient, lam, step)]
+    found = [_with_moments(every, weights, gradient, lam, step)]
     with kernels.eager():
-        found.append(_filtered(every, weights, gradient, lam, step))
+        found.append(_with_moments(every, weights, gradient, lam, step))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
 
 
-def _filtered(every: Filter, weights, gradient: Tensor, lam: Tensor, step: Tensor) -> list[Tensor]:
-    """All that a filter computes, forward and back."""
+def _with_moments(
+    every: Moments, weights, gradient: Tensor, lam: Tensor, step: Tensor
+) -> list[Tensor]:
+    """All that moments compute, forward and back."""
     out = {n: torch.full_like(w, math.nan) for n, w in weights.items()}
     with every.pushed(weights, gradient, out) as move:
         found = [move.clone(), out["w/momentum"], out["w/square"]]
@@ -625,7 +626,7 @@ def _against_autograd(base, rule, phi, update, state) -> Parameters:
 @pytest.mark.parametrize(
     "name", ["tensor_steps", "weight_steps", "unit_steps", "four_levels", "surprise", "adaptive"]
 )
-def test_filtered_gates_equal_autograd(name: str, engine) -> None:
+def test_gates_on_moments_equal_autograd(name: str, engine) -> None:
     small = {"weight_steps": SMALL, "unit_steps": ("lstm.1.input", *SMALL), "four_levels": SMALL}
     base = tiny_base(small.get(name, DYNAMIC))
     rule = _rule(name)

@@ -18,15 +18,14 @@ from mlm.base.names import CACHE
 from mlm.report.evaluation import (
     bootstrap_interval,
     evaluate_rows,
-    format_totals,
     merge_evaluation,
     position_edges,
     position_gains,
     read_evaluation,
     write_evaluation,
 )
-from mlm.report.losses import LossTable, column_name, rule_of, splits, write_losses
-from mlm.report.tables import escape_markdown, evaluation_markdown
+from mlm.report.losses import LossTable, column_name, rule_and_protocol, splits, write_losses
+from mlm.report.tables import escape_markdown, evaluation_markdown, format_totals
 
 
 def small_table(lengths: tuple[int, ...] = (450, 30, 700), **options) -> LossTable:
@@ -56,7 +55,7 @@ def one(rows: list[dict], kind: str, rule: str, protocol: str = "article", **whe
 def test_column_names_and_rules_are_inverse():
     for rule in ("static", "rms", "my_rule"):
         for protocol in ("article", "stream"):
-            assert rule_of(column_name(rule, protocol)) == (rule, protocol)
+            assert rule_and_protocol(column_name(rule, protocol)) == (rule, protocol)
     assert column_name("rms", "stream") == "rms_stream"
 
 

@@ -22,7 +22,7 @@ from mlm.report.losses import LossTable
 from mlm.report.plots import draw_all, gain_by_position, read_metrics, training_curves, word_picture
 from mlm.report.word_picture import colour_range, ink_on, word_colour
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 HOSTILE = ["</script>", "&amp;", "$x_1$", "🙂", "שלום", "中文", "a--b", "\x07", '"q"', "\\n", "%s"]
 
 

@@ -45,7 +45,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors are used again too: a number that broke must not come back with its memory."""
-    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    monkeypatch.setattr(buffers, "MIN_BYTES", 0)
     yield
     buffers.clear()
 

@@ -55,7 +55,7 @@ def unroll_rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("axis", list(SIZES))
-def test_an_axis_of_time(axis: AxisName, tmp_path: Path) -> None:
+def test_an_axis_of_time_has_a_row_for_every_size(axis: AxisName, tmp_path: Path) -> None:
     sizes = SIZES[axis]
     rows = growth.time_axis(axis, TINY, sizes, QUICK)
     assert [(row["what"], row["size"]) for row in rows] == [
@@ -73,7 +73,7 @@ def test_an_axis_of_time(axis: AxisName, tmp_path: Path) -> None:
     assert len(list(csv.DictReader(paths[2].read_text().splitlines()))) == len(rows)
 
 
-def test_what_a_place_holds() -> None:
+def test_a_place_counts_the_bytes_of_its_weights() -> None:
     base = world(TINY.shape, TINY.segment, TINY.lanes, number=1).base
     weights = sum(weight.numel() for weight in base.start().values())
     assert TINY.weights == weights == 4 * 8 * (8 + 8 + 1)
@@ -87,7 +87,7 @@ def test_what_a_place_holds() -> None:
     assert by_kind[META]["bytes per lane"] == 4 * weights * 2 * QUICK.unroll
 
 
-def test_the_fit() -> None:
+def test_the_exponent_is_the_slope_within_rounds() -> None:
     sizes = (1.0, 7.0, 14.0, 64.0)
     assert exponent(sizes, [[3 * x, 5 * x] for x in sizes]) == pytest.approx(1)
     assert exponent(sizes, [[x * x] for x in sizes]) == pytest.approx(2)
@@ -96,7 +96,7 @@ def test_the_fit() -> None:
     assert exponent((1, 2), [[1.0, 10.0, 1.0], [2.0, 20.0, 2.0]]) == pytest.approx(1)
 
 
-def test_what_is_steep_is_named() -> None:
+def test_steep_growth_is_named() -> None:
     rows = [
         {"axis": "lanes", "what": STATIC, "exponent": 1.0},
         {"axis": "lanes", "what": META, "exponent": 1.3},
@@ -110,7 +110,7 @@ def test_what_is_steep_is_named() -> None:
     ]
 
 
-def test_the_dashed_lines() -> None:
+def test_the_dashed_lines_grow_with_what_they_are_linear_in() -> None:
     own = [{"size": 2, "linear in": 5}, {"size": 8, "linear in": 50}]
     assert linear("lanes", own, "us/token") == [1, 1]
     assert linear("unroll", own, "ms/segment") == [1, 1]
@@ -155,7 +155,9 @@ def test_live_bytes_see_what_autograd_keeps() -> None:
         assert meter.live == 0
 
 
-def test_the_axis_of_unrolls(unroll_rows: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_the_axis_of_unrolls_has_a_row_for_every_length(
+    unroll_rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
     timed = [row for row in unroll_rows if "us/token" in row]
     assert [(row["what"], row["size"]) for row in timed] == [(m, t) for m in MODES for t in LENGTHS]
     assert all(0 < row["ms/segment"] < math.inf for row in timed)
@@ -194,7 +196,7 @@ def test_memory_of_the_modes(unroll_rows: list[dict[str, Any]]) -> None:
         assert row["ratio"] == pytest.approx(expected)
 
 
-def test_the_formula() -> None:
+def test_the_expected_copies_follow_the_mode() -> None:
     tangent = growth_unroll.tangent_copies()
     assert tangent == 6  # UPDATE and FLUSH, by a constant, loss and age
     assert formula("reverse", 200, tangent) == 400

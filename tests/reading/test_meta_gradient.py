@@ -15,7 +15,7 @@ from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase, lanes_of
 from mlm.reading.meta_gradient import GradientMode, MetaGradient, meta_gradient
 from mlm.reading.step import begin
-from mlm.rules.gates import LANE, LinearGates, SeparableGates
+from mlm.rules.gates import LANE, FastGates, LinearGates
 from mlm.rules.hand_made import RMS, SGD
 from mlm.rules.protocol import Bound, ByFormula, Parameters, Signal
 from mlm.settings.sections import MetaConfig
@@ -36,7 +36,7 @@ PRECISION = 1e-10
 @pytest.fixture(autouse=True)
 def reuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small tensors are used again too: nobody may still need what is given away."""
-    monkeypatch.setattr(buffers, "SMALLEST", 0)
+    monkeypatch.setattr(buffers, "MIN_BYTES", 0)
     yield
     buffers.clear()
 
@@ -98,7 +98,7 @@ def _pieces(base: AdaptationBase, number: int = 13, lanes: int = 3):
 @pytest.mark.parametrize("features", LANE_SETS)
 @pytest.mark.parametrize("per_tensor", [True, False])
 @pytest.mark.parametrize("scale", [None, 2.0, 0.0, -2.0, 900.0])
-def test_modes_agree_for_separable_gates(
+def test_modes_agree_for_fast_gates(
     features, per_tensor: bool, scale: float | None, engine
 ) -> None:
     """None = no FLUSH; 0 and below: FLUSH shut; 900: many a gate is clipped."""
@@ -106,7 +106,7 @@ def test_modes_agree_for_separable_gates(
     rule = LinearGates(flush=scale is not None, features=features, per_tensor=per_tensor)
     phi = _parameters(base, rule, scale)
     bound = rule.bind(phi, base)
-    assert isinstance(bound, SeparableGates)
+    assert isinstance(bound, FastGates)
     found = _agree(base, bound, phi, begin(base, 3), _pieces(base)).gradients
     assert bool((found["update"].abs() > 1e-9).all())
     if scale in (0.0, 2.0) or (scale == 900 and "fisher" in features):
@@ -224,7 +224,7 @@ def _against_autograd(base, bound, update, phi, pieces, reader=None) -> dict[str
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.parametrize("per_tensor", [True, False])
 @pytest.mark.parametrize("scale", [None, 50.0, 0.0, 900.0])
-def test_separable_gates_equal_autograd(persistent: bool, per_tensor: bool, scale, engine) -> None:
+def test_fast_gates_equal_autograd(persistent: bool, per_tensor: bool, scale, engine) -> None:
     """From theta_0, and from where an unroll before left the readers."""
     base = tiny_base(DYNAMIC)
     rule = LinearGates(flush=scale is not None, per_tensor=per_tensor)

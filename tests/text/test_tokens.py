@@ -28,7 +28,7 @@ from mlm.text.tokens import (
     write_token_file,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"bpe": 360, "unigram": 300, "word": 0}
 SENTENCE = (
     "the keeper of a small light house walks to sea each night ; his lamp , made from brass "
@@ -201,7 +201,7 @@ def test_unknown_words_teach_no_pieces(kind: str) -> None:
     assert fitted[0] == fitted[1]
 
 
-def test_unknown_kind() -> None:
+def test_an_unknown_kind_of_vocabulary_is_refused() -> None:
     assert "'letters'" in error_of(lambda: fit_vocabulary(articles_of(1), "letters", 300))
 
 
@@ -328,9 +328,7 @@ def test_processes_only_make_it_faster(
 SCRIPT = """
 import sys
 from pathlib import Path
-from mlm import encoding
-from mlm.text import open_corpus
-from mlm.tokens import prepare
+from mlm.text import encoding, open_corpus, prepare
 
 print("started", flush=True)
 encoding._ALONE, encoding._BATCH, encoding._cores = 1, 2000, lambda: 2

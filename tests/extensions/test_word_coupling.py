@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
+from mlm.extensions.related import relate, related_words
 from worlds import EOS, TinyBase, articles, segments, tiny_base
 
 from mlm import kernels
 from mlm.base.errors import UserError
-from mlm.extensions.related import relate, related_words
 from mlm.models.base import RELATED, choose_dynamic, lanes_of
 from mlm.models.recurrent import RecurrentLM, initial_state, score
 from mlm.reading.meta_gradient import meta_gradient

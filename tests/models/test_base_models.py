@@ -21,8 +21,7 @@ from mlm.base.errors import UserError
 from mlm.models.base import AdaptationBase, choose_dynamic, lanes_of
 from mlm.models.language_model import Weights
 from mlm.models.module import ModuleModel
-from mlm.models.recurrence import LanePooling
-from mlm.models.recurrence import plain_operations
+from mlm.models.recurrence import LanePooling, plain_operations
 from mlm.models.recurrent import BaseModel, RecurrentLM, RecurrentState
 from mlm.models.snail import SnailShape, SnailState, snail_like
 from mlm.reading.meta_gradient import meta_gradient

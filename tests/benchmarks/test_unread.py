@@ -30,7 +30,7 @@ def test_what_training_reads_and_the_rest_make_the_whole(tmp_path: Path) -> None
     assert all(count_words(a.text) >= 40 for a in long)
 
 
-def test_they_are_a_corpus(tmp_path: Path, command: Command) -> None:
+def test_unread_articles_are_a_corpus(tmp_path: Path, command: Command) -> None:
     corpus, out = _corpus(tmp_path / "text", [30, 5, 40, 20, 50]), tmp_path / "long"
     done = command("benchmarks.unread", corpus, out, "--skip", 60, "--articles", 2)
     assert done.code == 0, done.err

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
+from mlm.extensions.at_once import MOST, alike, spread
+from mlm.extensions.phrases import ALIKE, ORDERS, phrases
+from mlm.extensions.related import relate
 from tiny import perplexities
 from worlds import EOS, TinyBase, articles, segments, tiny_base
 
 from mlm import kernels
-from mlm.extensions.at_once import MOST, alike, spread
-from mlm.extensions.phrases import ALIKE, ORDERS, phrases
-from mlm.extensions.related import relate
 from mlm.models.base import COLUMNS, ROWS, AdaptationBase, turned
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles

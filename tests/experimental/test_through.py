@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command, Finished
+from mlm.extensions.phrases import AGAIN, SAID
 from through_world import DYNAMIC, SHAPE, flags_through, text_of_articles, through, through_config
 from worlds import check_resumed, gradients_of_a_step
 
-from mlm.extensions.phrases import AGAIN, SAID
 from mlm.models.output_layer import token_nll
 from mlm.reading.scoring import static_loss
 from mlm.store.models import load_base, load_lm

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from mlm.models.softmax import Layer, supports, weighted_nll
 from torch import Tensor
 from worlds import segments, tiny_base
 
@@ -16,9 +17,8 @@ from mlm import kernels
 from mlm.kernels import buffers
 from mlm.models import softmax
 from mlm.models.recurrence import LaneRecurrence
-from mlm.models.softmax import Layer, supports, weighted_nll
 from mlm.reading.step import begin, read
-from mlm.rules.hand_made import SGD, relax
+from mlm.rules.hand_made import SGD, relax_weights
 from mlm.rules.protocol import Static
 
 pytestmark = pytest.mark.skipif(kernels.numba is None, reason="numba is not installed")
@@ -128,9 +128,9 @@ def test_relax_equals_its_eager_twin(lanes: int, flush: bool) -> None:
         start, step, z = (_random(number, seed=k).abs() for k in (3, 4, 5))
         a, b = _random(lanes, seed=6), _random(lanes, seed=7).abs() / 9
         rest = (start, step, z / 9 if flush else None, a, b)
-        found = relax(theta, gradient, *rest, torch.empty_like(theta))
+        found = relax_weights(theta, gradient, *rest, torch.empty_like(theta))
         with kernels.eager():
-            expected = relax(theta, gradient, *rest, torch.empty_like(theta))
+            expected = relax_weights(theta, gradient, *rest, torch.empty_like(theta))
         torch.testing.assert_close(found, expected, **EXACT)
 
 
@@ -191,20 +191,20 @@ def test_eager_switches_the_kernels_off_and_on_again() -> None:
     assert not kernels.usable(x.bfloat16())
 
 
-def test_a_tensor_given_is_taken_again() -> None:
+def test_a_tensor_released_is_acquired_again() -> None:
     """Only large ones, only in the same shape; another number of lanes frees the others."""
     buffers.clear()
     like, small = torch.zeros(4, 300_000), torch.zeros(4, 3)
     where = like.data_ptr()
-    buffers.give([like, small])
-    assert buffers.take((4, 300_000), small.double()).data_ptr() != where
-    assert buffers.take((4, 3), small).data_ptr() != small.data_ptr()
-    assert buffers.take((4, 300_000), small).data_ptr() == where
-    assert buffers.take((4, 300_000), small).data_ptr() != where
-    buffers.give([like])
-    buffers.take((3, 300_000), small)
-    assert buffers.take((4, 300_000), small).data_ptr() != where
-    buffers.give([like])
+    buffers.release([like, small])
+    assert buffers.acquire((4, 300_000), small.double()).data_ptr() != where
+    assert buffers.acquire((4, 3), small).data_ptr() != small.data_ptr()
+    assert buffers.acquire((4, 300_000), small).data_ptr() == where
+    assert buffers.acquire((4, 300_000), small).data_ptr() != where
+    buffers.release([like])
+    buffers.acquire((3, 300_000), small)
+    assert buffers.acquire((4, 300_000), small).data_ptr() != where
+    buffers.release([like])
     buffers.clear()
     assert not buffers._free
 
@@ -221,16 +221,16 @@ def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
         if learns
         else Static().bind({}, base)
     )
-    give = buffers.give
+    release = buffers.release
 
     def spoil(tensors: Iterable[Tensor]) -> None:
         found = list(tensors)
         for tensor in found:
             tensor.detach().fill_(torch.nan)
-        give(found)
+        release(found)
 
     def weights(smallest: int, monkey: pytest.MonkeyPatch) -> list[Tensor]:
-        monkey.setattr(buffers, "SMALLEST", smallest)
+        monkey.setattr(buffers, "MIN_BYTES", smallest)
         buffers.clear()
         readers = [begin(base, 2)]
         for piece in pieces:
@@ -239,7 +239,8 @@ def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
 
     with pytest.MonkeyPatch.context() as monkey:
         plain = weights(1 << 40, monkey)
-        monkey.setattr(buffers, "give", spoil)
+        for name in ("give", "release"):
+            monkey.setattr(buffers, name, spoil)
         reused = weights(0, monkey)
         for name in base.dynamic:  # gradients, and weights of before a lane was reset
             w = base.weights[name]
