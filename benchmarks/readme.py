@@ -7,7 +7,8 @@ Pages are README.md and every Markdown file below results/ and docs/. Between
 FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
 `<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json, and
-`<!-- engine: FILE -->` for a speed benchmark's FILE.
+`<!-- engine: FILE -->` for a speed benchmark's FILE. Settings, presets and error messages come from
+the code (`benchmarks.reference`).
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.reference import errors_table, presets_table, settings_table
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import CACHE
@@ -169,7 +172,8 @@ NAMES: dict[str, str] = {
 }
 """Rows of published files that are called otherwise today."""
 BLOCK = re.compile(
-    r"<!-- (table|pairs|stages|sets|engine): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL
+    r"<!-- (table|pairs|stages|sets|engine|settings|presets|errors): ([^>]*?) -->\n.*?<!-- end -->",
+    re.DOTALL,
 )
 
 
@@ -307,13 +311,25 @@ def engine(file: str) -> list[str]:
     return [*lines, "", f"{machine['cpu']}, {machine['threads']} threads; {used}."]
 
 
+KINDS: dict[str, Callable[..., list[str]]] = {
+    "table": totals,
+    "pairs": pairs,
+    "stages": stages,
+    "sets": sets,
+    "engine": engine,
+    "settings": settings_table,
+    "presets": presets_table,
+    "errors": errors_table,
+}
+"""What makes each kind of block."""
+
+
 def fill(text: str) -> str:
     """The page with every block made anew."""
 
     def block(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].split()
-        kinds = {"table": totals, "pairs": pairs, "stages": stages, "sets": sets, "engine": engine}
-        made = kinds[kind](*words)
+        made = KINDS[kind](*words)
         return "\n".join([f"<!-- {kind}: {match[2]} -->", *made, "<!-- end -->"])
 
     return BLOCK.sub(block, text)

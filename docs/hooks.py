@@ -87,4 +87,6 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     source = page.file.src_uri
     if source.startswith("api/"):
         return markdown
-    return relinked(markdown, source if source.startswith(("results/", "data/")) else f"docs/{source}")
+    return relinked(
+        markdown, source if source.startswith(("results/", "data/")) else f"docs/{source}"
+    )
