@@ -449,8 +449,17 @@ def test_two_memories_equal_the_formula(name: str, flush: float, engine) -> None
     _assert_fast_equals_formula(fast, slow, _texts(base, number=3))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_both_memories_in_one_pass_over_many_tiles(threads: int) -> None:
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One thread, and two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_both_memories_in_one_pass_over_many_tiles() -> None:
     """Each as `relax` alone would, the last tile being short; FLUSH clipped here and there."""
     g = torch.Generator().manual_seed(3)
     size = 9 * TILE - 7
@@ -459,7 +468,6 @@ def test_both_memories_in_one_pass_over_many_tiles(threads: int) -> None:
         for shape in [*[(2, size)] * 3, (size,), (4, size), (4, 2)]
     )
     out, new_slow = torch.empty_like(theta), torch.empty_like(theta)
-    torch.set_num_threads(threads)
     kernels.share_out(
         kernels.relax_both, kernels.tiles(size), theta.numel(), theta, slow, gradient, start,
         gates, factors, out, new_slow,
@@ -494,8 +502,8 @@ def test_a_slow_memory_is_opened_for_training() -> None:
     _close(again, phi, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_filters_work_on_tensors_of_many_tiles(threads: int) -> None:
+@pytest.mark.usefixtures("threads")
+def test_filters_work_on_tensors_of_many_tiles() -> None:
     """Compiled against tensor operations, the last tile being short."""
     g = torch.Generator().manual_seed(3)
     rms, gradient, s, v, lam, step = (
@@ -505,12 +513,7 @@ def test_filters_work_on_tensors_of_many_tiles(threads: int) -> None:
     mu, a = torch.tensor([0.9, 0.5]).double(), torch.tensor([0.1, 0.4]).double()
     every = Filter("w", momentum=mu, gain=1 - mu, square=a, rms=rms.abs(), eps=2e-5)
     weights = {"w": gradient, "w/momentum": s, "w/square": v.square()}
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = [_filtered(every, weights, gradient, lam, step)]
-    finally:
-        torch.set_num_threads(before)
+    found = [_filtered(every, weights, gradient, lam, step)]
     with kernels.eager():
         found.append(_filtered(every, weights, gradient, lam, step))
     for got, want in zip(*found, strict=True):
