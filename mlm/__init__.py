@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlm.base.errors import UserError
     from mlm.models.module import ModuleModel
+    from mlm.reader import load
     from mlm.reading.scoring import score_articles
     from mlm.runs.stages import run_stages
     from mlm.settings.config import Config
@@ -22,13 +23,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ModuleModel", "RunFolder", "UserError", "run_stages", "score_articles"]
+__all__ = [
+    "Config",
+    "ModuleModel",
+    "RunFolder",
+    "UserError",
+    "load",
+    "run_stages",
+    "score_articles",
+]
 
 _HOMES = {
     "Config": "mlm.settings.config",
     "ModuleModel": "mlm.models.module",
     "RunFolder": "mlm.store.run_folder",
     "UserError": "mlm.base.errors",
+    "load": "mlm.reader",
     "run_stages": "mlm.runs.stages",
     "score_articles": "mlm.reading.scoring",
 }
