@@ -6,9 +6,10 @@ Pages are README.md and every Markdown file below results/ and docs/. Between
 `<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
 FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
-`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json, and
-`<!-- engine: FILE -->` for a speed benchmark's FILE. Settings, presets and error messages come from
-the code (`benchmarks.reference`).
+`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json,
+`<!-- engine: FILE -->` for a speed benchmark's FILE, and `<!-- parts: FILE -->` for what each part
+of an ablation brings. Settings, presets and error messages come from the code
+(`benchmarks.reference`).
 """
 
 from __future__ import annotations
@@ -171,10 +172,7 @@ NAMES: dict[str, str] = {
     "4 levels, without borders": "4 levels, without boundary detection",
 }
 """Rows of published files that are called otherwise today."""
-BLOCK = re.compile(
-    r"<!-- (table|pairs|stages|sets|engine|settings|presets|errors): ([^>]*?) -->\n.*?<!-- end -->",
-    re.DOTALL,
-)
+BLOCK = re.compile(r"<!-- (\w+): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def pages(root: Path = ROOT) -> list[str]:
@@ -311,12 +309,29 @@ def engine(file: str) -> list[str]:
     return [*lines, "", f"{machine['cpu']}, {machine['threads']} threads; {used}."]
 
 
+def parts(file: str) -> list[str]:
+    """What each part of a rule brings: the gain with it less the gain without."""
+    rows = {row["rule"]: row for row in json.loads((ROOT / file).read_text("utf-8"))["rows"]}
+    lines = ["| part | nats per word, article | stream |", "| :-- | --: | --: |"]
+    for name, row in rows.items():
+        whole, _, part = _cell(name).partition(", without ")
+        if not part:
+            continue
+        found = [
+            f"{rows[whole][p] - row[p]:.3f}" if row.get(p) is not None else ""
+            for p in ("article", "stream")
+        ]
+        lines.append(f"| {part} | {found[0]} | {found[1]} |")
+    return lines
+
+
 KINDS: dict[str, Callable[..., list[str]]] = {
     "table": totals,
     "pairs": pairs,
     "stages": stages,
     "sets": sets,
     "engine": engine,
+    "parts": parts,
     "settings": settings_table,
     "presets": presets_table,
     "errors": errors_table,

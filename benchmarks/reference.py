@@ -2,9 +2,9 @@
 
 `benchmarks.readme` puts them between markers, as it does with run files:
 
-    <!-- settings: SECTION -->         the flags of a section of `Config`; `run` = those of no section
-    <!-- presets: NAME ... -->         the settings in which these presets differ
-    <!-- errors: FOLDER ... -->        every message of a `UserError` below these folders
+    <!-- settings: SECTION -->     the flags of a section of `Config`; `run` = those of no section
+    <!-- presets: NAME ... -->     the settings in which these presets differ
+    <!-- errors: FOLDER ... -->    every message of a `UserError` below these folders
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _template(node: ast.expr) -> str | None:
 def messages(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, message) of every `UserError` below a folder whose text stands in the code."""
     for file in sorted(folder.rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
             made = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
             if made and node.args and (text := _template(node.args[0])) is not None:
                 yield file, " ".join(text.split())
