@@ -4,7 +4,7 @@
 
     <!-- settings: SECTION -->     the flags of a section of `Config`; `run` = those of no section
     <!-- presets: NAME ... -->     the settings in which these presets differ
-    <!-- errors: FOLDER ... -->    every message of a `UserError` below these folders
+    <!-- errors: PATH ... -->      every message of a `UserError` in these folders or files
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def settings(
         if dataclasses.is_dataclass(own):
             yield from settings(type(own), own, section or field.name, f"{flag}.")
         else:
-            meaning = meanings.get(field.name, "")
+            meaning = meanings.get(field.name, "").replace("<", "&lt;")
             yield Setting(section or RUN, f"--{flag}", _values(hints[field.name]), own, meaning)
 
 
@@ -121,8 +121,8 @@ def _template(node: ast.expr) -> str | None:
 
 
 def messages(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, message) of every `UserError` below a folder whose text stands in the code."""
-    for file in sorted(folder.rglob("*.py")):
+    """(file, message) of every `UserError` in a file, or below a folder, whose text is there."""
+    for file in [folder] if folder.is_file() else sorted(folder.rglob("*.py")):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
             made = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"

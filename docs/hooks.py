@@ -36,7 +36,7 @@ def site_path(path: str, root: Path = ROOT) -> str | None:
     """Where the site shows a file of the repository, with an anchor; None = it does not."""
     if path.startswith("docs/") and path.endswith((".md", ".svg", ".png")):
         return path.removeprefix("docs/")
-    if any(Path(path).match(pattern.replace("**/", "")) for pattern in SHOWN) and path[:3] != "mlm":
+    if path == "data/README.md" or (path.startswith("results/") and path.endswith((".md", ".png"))):
         return path if (root / path).is_file() else None
     if found := re.fullmatch(r"mlm/(\w+)/(?:(\w+)\.py)?", path):
         room, module = found.groups()
