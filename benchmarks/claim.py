@@ -50,10 +50,11 @@ from mlm.runs.run import Run, open_run, say
 from mlm.runs.stages import run_stages
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
-from mlm.settings.presets import BEST
+from mlm.settings.presets import settings
 from mlm.store.run_folder import RunFolder
 from mlm.text.corpora import open_corpus
 
+BEST = settings("small", "best")
 
 @dataclass(frozen=True)
 class Options:
@@ -104,7 +105,7 @@ class Options:
     """How much more a token teaches the learned rule the less it was expected."""
     phrases: int = BEST.adapt.phrases
     """Tokens in which the learned rule looks for what it has read before."""
-    segment: int = BEST.adapt.segment
+    segment: int = BEST.adapt.update_every
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
@@ -348,7 +349,7 @@ def rivals(options: Options) -> list[dict[str, Any]]:
                 {
                     "form": form,
                     "weights": run.config.adapt.dynamic,
-                    "M": run.config.adapt.segment,
+                    "M": run.config.adapt.update_every,
                     "protocol": protocol,
                     "rate": best["rate"],
                     "decay": best["decay"],

@@ -105,7 +105,7 @@ def main() -> None:
         if not (options.run / "claim" / folder).exists():  # a form that was left out
             continue
         run = open_run(RunFolder(options.run / "claim" / folder).load_config(), quiet=True)
-        segments[name] = run.config.adapt.segment
+        segments[name] = run.config.adapt.update_every
         if rule == "static":
             work[name] = static_work(run, options.tokens)
         else:

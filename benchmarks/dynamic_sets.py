@@ -30,7 +30,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     sets: tuple[str, ...] = SETS
-    """Choices to compare, as for --adapt.dynamic."""
+    """Choices to compare, as for --dynamic."""
     budget: int = 8
     """Settings tried for RMS."""
     steps: int = 16
@@ -64,7 +64,7 @@ def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     held, text = run.training_text(1), run.tune_text
     names = choose_dynamic(weights, dynamic)
     adapt, meta = config.adapt, dataclasses.replace(config.meta, steps=options.steps)
-    rest = adapt.segment, adapt.fisher_words
+    rest = adapt.update_every, adapt.fisher_words
     base = estimate_fisher(weights, shape, names, held, *rest, prior=adapt.fisher_prior)
     tokens = sum(len(a) for a in text.articles)
     words = tokens / run.validation_text(options.words).tokens_per_word

@@ -71,7 +71,7 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
     """One row for every sample and prior."""
     config = language_model(options.run).load_config()
     adapt = dataclasses.replace(
-        config.adapt, dynamic=options.dynamic, segment=options.segment, fisher_prior=0.0
+        config.adapt, dynamic=options.dynamic, update_every=options.segment, fisher_prior=0.0
     )
     run = open_run(dataclasses.replace(config, out=options.run, adapt=adapt), quiet=True)
     use_threads(options.threads)

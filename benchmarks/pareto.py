@@ -73,7 +73,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     sets: tuple[str, ...] = SETS
-    """Choices, as for --adapt.dynamic, with @RANK for low-rank changes; `lstm.last` is the last
+    """Choices, as for --dynamic, with @RANK for low-rank changes; `lstm.last` is the last
     layer and drops out where there is one layer only."""
     segment: tuple[int, ...] = (20, 64)
     """M: tokens between updates."""
@@ -205,7 +205,7 @@ class Bench:
         adapt = dataclasses.replace(
             self.run.config.adapt,
             dynamic=choice.dynamic,
-            segment=choice.segment,
+            update_every=choice.segment,
             rank=max(1, choice.rank),
             fisher_words=fisher_words,
         )

@@ -266,8 +266,8 @@ def test_hand_made_rules_read_as_published() -> None:
 def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_path: Path) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
-    low = "--adapt.dynamic", "softmax.low,softmax.bias", "--adapt.rank", 99
-    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels"
+    low = "--dynamic", "softmax.low,softmax.bias", "--rank", 99
+    rules = "--train-rules", "three_levels", "--rules", "static", "rms", "three_levels"
     words = ("--out", folder, *low, *rules)
     done = command("train", *words, "--adapt.at-once", "--stages", "meta", "evaluate")
     assert done.code == 0, done.err
@@ -281,8 +281,8 @@ def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_pat
         for rule in ("static", "rms"):
             assert at_once[protocol, rule] == plain[protocol, rule]
         assert at_once[protocol, "three_levels"] != plain[protocol, "three_levels"]
-    lstm = "--out", folder, "--adapt.dynamic", "lstm", "--adapt.at-once", "--stages", "meta"
-    assert "--adapt.at-once needs --adapt.dynamic softmax.low" in command("train", *lstm).error
+    lstm = "--out", folder, "--dynamic", "lstm", "--adapt.at-once", "--stages", "meta"
+    assert "--adapt.at-once needs --dynamic softmax.low" in command("train", *lstm).error
     learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
     error = command("train", *words, "--adapt.at-once", *learn).error
     assert "it goes with --meta.learn rule only" in error

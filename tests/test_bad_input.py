@@ -109,7 +109,7 @@ def test_vocabulary_the_text_does_not_support(
         finished.corpus, tmp_path / "run", text__vocabulary=kind, text__vocabulary_size=size
     )
     error = command("train", *flags).error
-    assert f"--text.vocabulary-size {size}" in error
+    assert f"--vocabulary-size {size}" in error
     assert message in error
     assert not (tmp_path / "run").exists()
 
@@ -124,7 +124,7 @@ def test_empty_and_one_word_articles_are_read(command: Command, tmp_path: Path) 
     with open(corpus / "train.txt", "a", encoding="utf-8") as file:
         file.write(short + article("Mo", ["mo"], 12, np.random.default_rng(0)) + short)
     (corpus / "valid.txt").write_text(short, encoding="utf-8")
-    changes = {"adapt__segment": 60, "meta__steps": 1, "lm__epochs": 1.0}
+    changes = {"adapt__update_every": 60, "meta__steps": 1, "lm__epochs": 1.0}
     stages = ("lm", "meta", "evaluate")
     outcome = command("train", *flags_for(corpus, tmp_path / "run", stages=stages, **changes))
     assert outcome.code == 0, outcome.err
@@ -155,9 +155,9 @@ def test_m_larger_than_every_training_article(command: Command, tmp_path: Path) 
     rng = np.random.default_rng(0)
     texts = [article(f"A{k}", ["ba"], 2, rng) for k in range(12)]
     (corpus / "train.txt").write_text("".join(texts), encoding="utf-8")
-    changes = {"adapt__segment": 100, "text__vocabulary": "word", "text__vocabulary_size": 0}
+    changes = {"adapt__update_every": 100, "text__vocabulary": "word", "text__vocabulary_size": 0}
     error = command("train", *flags_for(corpus, tmp_path / "run", **changes)).error
-    assert "--adapt.segment 100: no held-out article is as long" in error
+    assert "--update-every 100: no held-out article is as long" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -185,24 +185,24 @@ def _losses(path: Path) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- settings
 
 BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
-    "M below 5": (("--adapt.segment", "4"), "--adapt.segment is 4; M must be 5 to 100"),
-    "M above 100": (("--adapt.segment", "101"), "--adapt.segment is 101; M must be 5 to 100"),
+    "M below 5": (("--update-every", "4"), "--update-every is 4; M must be 5 to 100"),
+    "M above 100": (("--update-every", "101"), "--update-every is 101; M must be 5 to 100"),
     "preset": (("--preset", "nonsense"), "--preset nonsense: unknown; choose from pydocs"),
-    "rule": (("--evaluation.rules", "static", "lamb"), "--evaluation.rules is lamb; choose from"),
-    "no rule trained": (("--meta.rules", "two_levels"), "three_levels is not trained in this run"),
-    "weights": (("--adapt.dynamic", "lstn"), "--adapt.dynamic: 'lstn' matches no weight"),
-    "no weights": (("--adapt.dynamic", ","), "--adapt.dynamic is empty"),
+    "rule": (("--rules", "static", "lamb"), "--rules is lamb; choose from"),
+    "no rule trained": (("--train-rules", "two_levels"), "three_levels is not trained in this run"),
+    "weights": (("--dynamic", "lstn"), "--dynamic: 'lstn' matches no weight"),
+    "no weights": (("--dynamic", ","), "--dynamic is empty"),
     "seed": (("--seed", "-1"), "--seed is -1; it must not be negative"),
-    "rate": (("--lm.learning-rate", "inf"), "--lm.learning-rate is inf; it must be above 0"),
-    "epochs": (("--lm.epochs", "nan"), "--lm.epochs is nan; it must be above 0"),
-    "lanes": (("--lm.lanes", "0"), "--lm.lanes is 0; it must be at least 1"),
+    "rate": (("--learning-rate", "inf"), "--learning-rate is inf; it must be above 0"),
+    "epochs": (("--epochs", "nan"), "--epochs is nan; it must be above 0"),
+    "lanes": (("--lanes", "0"), "--lanes is 0; it must be at least 1"),
     "dropout": (("--lm.dropout-input", "1"), "--lm.dropout-input is 1.0; it must be in [0, 1)"),
     "prior": (("--adapt.fisher-prior", "2"), "--adapt.fisher-prior is 2.0; it must be in [0, 1]"),
     "held out": (("--text.held-out", "1"), "--text.held-out is 1.0; it must be in (0, 1)"),
     "cutoffs": (("--model.cutoffs", "9", "3"), "--model.cutoffs is [9, 3]; they must rise"),
     "start": (("--meta.features", "loss"), "--meta.start is rms, whose steps follow"),
     "unroll": (("--meta.unroll", "1"), "--meta.unroll is 1; it must be at least 2"),
-    "no protocol": (("--evaluation.protocols",), "--evaluation.protocols is empty"),
+    "no protocol": (("--protocols",), "--protocols is empty"),
     "nothing to resume": (("--resume",), "holds no run to continue"),
     "meta first": (("--stages", "meta"), "lm.safetensors is missing; run --stages lm first"),
     "evaluate first": (("--stages", "evaluate"), "memory.safetensors is missing; run --stages"),
@@ -221,8 +221,8 @@ def test_bad_setting(case: str, finished: Finished, command: Command, tmp_path: 
 
 
 def test_all_problems_are_named_at_once(command: Command) -> None:
-    error = command("train", "--lm.lanes", 0, "--adapt.segment", 3, "--seed", -2).error
-    assert all(flag in error for flag in ("--lm.lanes", "--adapt.segment", "--seed"))
+    error = command("train", "--lanes", 0, "--update-every", 3, "--seed", -2).error
+    assert all(flag in error for flag in ("--lanes", "--update-every", "--seed"))
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "visualize"])
@@ -407,7 +407,7 @@ def test_checkpoint_of_another_vocabulary(
     shutil.copy(other / "checkpoints" / "lm.safetensors", folder / "checkpoints")
     assert "belongs to another vocabulary" in command(*META, folder).error
     before = contents(folder)
-    resumed = command(*RESUME, folder, "--text.vocabulary-size", 320)
+    resumed = command(*RESUME, folder, "--vocabulary-size", 320)
     assert "made with other settings (vocabulary, model, text or length" in resumed.error
     assert contents(folder) == before, "a refused --resume changed the run"
 
@@ -417,8 +417,8 @@ def test_meta_learner_of_other_weights(
 ) -> None:
     folder = finished.copy(tmp_path / "run")
     words = ("train", "--out", folder, "--stages", "evaluate")
-    assert "was made for M = 20" in command(*words, "--adapt.segment", 10).error
-    assert "run `--stages meta` again" in command(*words, "--adapt.dynamic", "all").error
+    assert "was made for M = 20" in command(*words, "--update-every", 10).error
+    assert "run `--stages meta` again" in command(*words, "--dynamic", "all").error
     assert contents(folder) == contents(finished.folder), "refused settings were recorded"
 
 
@@ -459,7 +459,7 @@ def test_nan_in_stage_1(
 def test_nan_from_a_real_cause(finished: Finished, command: Command, tmp_path: Path) -> None:
     flags = flags_for(finished.corpus, tmp_path / "run", lm__learning_rate=1e38, stages=("lm",))
     error = command("train", *flags).error
-    assert "lower --lm.learning-rate (now 1e+38)" in error
+    assert "lower --learning-rate (now 1e+38)" in error
 
 
 def test_nan_on_validation(
@@ -736,7 +736,7 @@ def test_refused_overwrite_keeps_the_old_run(
     poor = write_corpus(tmp_path / "poor", train=1)
     corpus = {"corpus": tmp_path / "none", "one article": poor}.get(case, finished.corpus)
     more = {
-        "segment": ["--adapt.segment", "7", "--adapt.dynamic", "x"],
+        "segment": ["--update-every", "7", "--dynamic", "x"],
         "stages": ["--stages", "lm", "draw"],
     }
     words = [*flags_for(corpus, folder), "--overwrite", *more.get(case, [])]
@@ -775,7 +775,7 @@ def test_ctrl_c_in_a_step_waits_for_its_end(
         assert command("train", *flags).code == 130
     _, about = load_tensors(tmp_path / "run" / "checkpoints" / "lm_last.safetensors", "")
     assert about["step"] == 7
-    words = ("--out", tmp_path / "run", "--resume", "--lm.learning-rate", 0.005)
+    words = ("--out", tmp_path / "run", "--resume", "--learning-rate", 0.005)
     assert command("train", *words).code == 0
     # What the messages advise, a lower rate, is recorded like any setting.
     assert RunFolder(tmp_path / "run").load_config().lm.learning_rate == 0.005

@@ -280,7 +280,7 @@ def test_files(base: AdaptationBase, tmp_path: Path) -> None:
 def test_a_run_that_sees_borders(finished: Finished, command: Command, tmp_path: Path) -> None:
     """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
     folder = finished.copy(tmp_path / "run")
-    rules = ("--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels")
+    rules = ("--train-rules", "three_levels", "--rules", "static", "rms", "three_levels")
     words = ("--out", folder, *rules)
     done = command("train", *words, "--adapt.borders", "--stages", "meta", "evaluate")
     assert done.code == 0, done.err

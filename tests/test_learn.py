@@ -284,10 +284,10 @@ def test_every_rule_is_trained_and_scored_by_its_name(
     rules = [*(r for r in RULES if r != "mlp"), "static+cache", "three_levels+cache"]
     flags = as_flags(dataclasses.replace(finished.config, out=folder))
     learned = [r for r in LEARNED if r != "mlp"]
-    flags += ["--meta.hidden", "2", "--meta.steps", "1", "--meta.unroll", "3"]
+    flags += ["--meta.hidden", "2", "--meta-steps", "1", "--meta.unroll", "3"]
     done = command(
         "train", *flags, "--stages", "meta", "evaluate",
-        "--meta.rules", *learned, "--evaluation.rules", *rules,
+        "--train-rules", *learned, "--rules", *rules,
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
@@ -302,16 +302,16 @@ def test_every_rule_is_trained_and_scored_by_its_name(
     assert totals["adam", "article"]["settings"].keys() == {"rate", "decay", "momentum", "square"}
     assert totals["three_levels+cache", "stream"]["settings"]["cache weight"] > 0
     done = command(
-        "train", *flags, "--stages", "meta", "evaluate", "--meta.rules", "mlp",
-        "--meta.start", "three_levels", "--meta.steps", "0", "--evaluation.rules", "mlp",
+        "train", *flags, "--stages", "meta", "evaluate", "--train-rules", "mlp",
+        "--meta.start", "three_levels", "--meta-steps", "0", "--rules", "mlp",
     )  # fmt: skip
     assert done.code == 0, done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     mlp = next(r for r in rows if (r["kind"], r["rule"]) == ("total", "mlp"))
     assert mlp["nll"] == pytest.approx(nats["three_levels"], rel=1e-5), "an exact start"
     done = command(
-        "train", *flags, "--stages", "meta", "evaluate", "--meta.rules", "three_levels",
-        "--meta.learn", "theta_0", "static", "--evaluation.rules", "three_levels",
+        "train", *flags, "--stages", "meta", "evaluate", "--train-rules", "three_levels",
+        "--meta.learn", "theta_0", "static", "--rules", "three_levels",
     )  # fmt: skip
     assert done.code == 0, done.err
     tensors, _ = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")

@@ -394,7 +394,7 @@ def test_a_run_turns_where_only_the_rule_is_learned(
     """The file keeps the plain form; weights learned in terms of it are used in it."""
     for learn in (("rule",), ("rule", "theta_0")):
         folder = finished.copy(tmp_path / "-".join(learn))
-        done = command("train", "--out", folder, "--adapt.dynamic", "softmax.low", "--adapt.rank",
+        done = command("train", "--out", folder, "--dynamic", "softmax.low", "--rank",
                        99, "--meta.learn", *learn, "--stages", "meta", "evaluate")  # fmt: skip
         assert done.code == 0, done.err
         assert (
@@ -465,9 +465,9 @@ def test_a_run_with_low_rank_changes(finished: Finished, command: Command, tmp_p
     """Stage 2, evaluation and a later `evaluate.py` work from the run folder; ranks must agree."""
     folder = finished.copy(tmp_path / "run")
     dynamic = "softmax.low,lstm.*.input.low,lstm.*.recurrent.low,softmax.bias"
-    words = ("--out", folder, "--adapt.dynamic", dynamic)
+    words = ("--out", folder, "--dynamic", dynamic)
     stages = ("--stages", "meta", "evaluate")
-    outcome = command("train", *words, "--adapt.rank", 4, *stages)
+    outcome = command("train", *words, "--rank", 4, *stages)
     assert outcome.code == 0, outcome.err
     base, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
     assert base["theta_0/softmax.directions"].shape == (4, 16)
@@ -476,9 +476,9 @@ def test_a_run_with_low_rank_changes(finished: Finished, command: Command, tmp_p
     losses = (folder / "losses.parquet").read_bytes()
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
-    error = command("train", *words, "--adapt.rank", 5, "--stages", "evaluate").error
-    assert "has rank 4, but the settings say --adapt.rank 5; run `--stages meta` again" in error
-    assert "--adapt.rank is 0; it must be at least 1" in command("train", "--adapt.rank", 0).error
+    error = command("train", *words, "--rank", 5, "--stages", "evaluate").error
+    assert "has rank 4, but the settings say --rank 5; run `--stages meta` again" in error
+    assert "--rank is 0; it must be at least 1" in command("train", "--rank", 0).error
 
 
 def test_identity_knows_the_rank_where_it_matters(finished: Finished) -> None:

@@ -265,7 +265,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     rule = finished.config.meta.rules[0]
     flags = flags_through(finished, tmp_path / "new")
     at = flags.index("--lm.through-run") + 1
-    steps = "--stages", "meta", "--meta.steps", 1, "--meta.rules", rule
+    steps = "--stages", "meta", "--meta-steps", 1, "--train-rules", rule
     adapt = "--adapt.phrases", 300, "--adapt.borders"
     done = command("train", "--out", own, *steps, *adapt)
     assert done.code == 0, done.err
@@ -278,8 +278,8 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     ngrams = ngrams_of(weights)
     assert ngrams is not None
     assert ngrams.rows.shape == (51, shape.embedding)
-    evaluate = "--evaluation.rules", "static", rule, "--meta.rules", rule
-    words = "--out", new.path, "--stages", "meta", "evaluate", "--meta.steps", 0, *evaluate
+    evaluate = "--rules", "static", rule, "--train-rules", rule
+    words = "--out", new.path, "--stages", "meta", "evaluate", "--meta-steps", 0, *evaluate
     done = command("train", *words, *adapt)
     assert done.code == 0, done.err
     text = open_run(new.load_config()).training_text(1)

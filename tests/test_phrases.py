@@ -268,7 +268,7 @@ def test_other_models_remember_none() -> None:
 def test_a_run_with_phrases(finished: Finished, command: Command, tmp_path: Path) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
-    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels"
+    rules = "--train-rules", "three_levels", "--rules", "static", "rms", "three_levels"
     words = ("--out", folder, *rules, "--adapt.phrases")
     found = {}
     for tokens in ("500", "0"):

@@ -229,7 +229,7 @@ def test_a_run_learns_it_and_keeps_it_where_it_gains(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "three_levels"
+    rules = "--train-rules", "three_levels", "--rules", "static", "three_levels"
     words = ("--out", folder, *rules, "--adapt.phrases")
     found = {}
     for number in ("0", "3000"):
@@ -270,7 +270,7 @@ def test_a_rule_trained_on_goes_on_from_its_read_out(
 ) -> None:
     """Whether it learns more or not; and settings without one are what they were."""
     folder = finished.copy(tmp_path / "run")
-    words = "--out", folder, "--meta.rules", "three_levels", "--adapt.phrases", "500"
+    words = "--out", folder, "--train-rules", "three_levels", "--adapt.phrases", "500"
     done = command("train", *words, "--meta.read-out-words", "3000", "--stages", "meta")
     assert done.code == 0, done.err
     first, _ = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")

@@ -145,7 +145,7 @@ def _small(words: list[str], folder: Path) -> list[str]:
         if flag in words:
             drop(flag)
     if PRESETS[value("--preset", "pydocs")].text.vocabulary == "word":  # the text has few words
-        drop("--text.vocabulary-size")
+        drop("--vocabulary-size")
     return flags if "--corpus" in words else ["--corpus", PLACE, *flags]
 
 

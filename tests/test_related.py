@@ -165,8 +165,8 @@ def test_names_and_errors(q_VS: torch.Tensor) -> None:
 def test_a_run_with_related_words(finished: Finished, command: Command, tmp_path: Path) -> None:
     """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
     folder = finished.copy(tmp_path / "run")
-    words = ("--out", folder, "--adapt.dynamic", "softmax.low,softmax.bias", "--adapt.rank", 99)
-    rules = ("--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels")
+    words = ("--out", folder, "--dynamic", "softmax.low,softmax.bias", "--rank", 99)
+    rules = ("--train-rules", "three_levels", "--rules", "static", "rms", "three_levels")
     meta = ("--stages", "meta", "evaluate")
     done = command("train", *words, "--adapt.related", 4, *rules, *meta)
     assert done.code == 0, done.err
@@ -182,7 +182,7 @@ def test_a_run_with_related_words(finished: Finished, command: Command, tmp_path
     learn = ("--meta.learn", "rule", "theta_0")
     error = command("train", *words, "--adapt.related", 4, *learn, "--stages", "meta").error
     assert "--adapt.related is 4; it goes with --meta.learn rule only" in error
-    lstm = ("--out", folder, "--adapt.dynamic", "lstm", "--adapt.related", 4)
+    lstm = ("--out", folder, "--dynamic", "lstm", "--adapt.related", 4)
     error = command("train", *lstm, "--stages", "meta").error
-    assert "--adapt.related needs --adapt.dynamic softmax.low" in error
+    assert "--adapt.related needs --dynamic softmax.low" in error
     assert "--adapt.related is -1" in command("train", "--adapt.related", -1).error

@@ -201,7 +201,7 @@ def test_a_preset_named_gives_its_rule_to_the_language_model_that_is_there(
     folder = finished.copy(tmp_path / "run")
     seen: list[Config] = []
     monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
-    words = ("--out", folder, "--stages", "meta", "evaluate", "--meta.steps", 3)
+    words = ("--out", folder, "--stages", "meta", "evaluate", "--meta-steps", 3)
     assert command("train", *words, "--preset", "best").code == 0
     best, own = PRESETS["best"], RunFolder(folder).load_config()
     assert seen[0].adapt == best.adapt
@@ -342,9 +342,9 @@ def test_a_later_command_does_not_inherit_the_test_split(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    words = ("--evaluation.rules", "static", "--evaluation.protocols", "article")
+    words = ("--rules", "static", "--protocols", "article")
     stages = ("--out", folder, "--stages", "evaluate")
-    assert command("train", *stages, "--evaluation.split", "test", *words).code == 0
+    assert command("train", *stages, "--split", "test", *words).code == 0
     read = []
     original = type(open_corpus(str(finished.corpus))).fingerprint
     monkeypatch.setattr(

@@ -164,7 +164,7 @@ def test_hand_made_rules_read_as_published() -> None:
 def test_a_run_with_surprise(finished: Finished, command: Command, tmp_path: Path) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
-    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "rms", "three_levels"
+    rules = "--train-rules", "three_levels", "--rules", "static", "rms", "three_levels"
     words = ("--out", folder, *rules, "--adapt.surprise")
     found = {}
     for s in ("0.5", "0"):

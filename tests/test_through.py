@@ -113,7 +113,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     after, shape, _ = load_lm(new, hash_)
     assert shape.vocabulary == before["embedding"].shape[0]
     assert any(not torch.equal(after[n], w) for n, w in before.items())
-    done = command("train", "--out", out, "--stages", "meta", "--meta.steps", 0)
+    done = command("train", "--out", out, "--stages", "meta", "--meta-steps", 0)
     assert done.code == 0, done.err
     rule = finished.config.meta.rules[0]
     own, its_own = (
@@ -138,15 +138,15 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     [
         (["--lm.segment", "16"], "use --lm.segment 20"),
         (["--lm.dropout-input", "0.1"], "without dropout"),
-        (["--model.hidden", "8"], "same --model"),
+        (["--hidden", "8"], "same --model"),
     ],
 )
 def test_what_does_not_fit_is_refused(
     change: list[str], words: str, finished: Finished, tmp_path: Path, command: Command
 ) -> None:
     flags = [*flags_through(finished, tmp_path / "out"), *change]
-    if "--model.hidden" in change:
-        flags = [*flags, "--model.layers", "2"]
+    if "--hidden" in change:
+        flags = [*flags, "--layers", "2"]
     done = command("train", *flags)
     assert done.code != 0
     assert words in done.err

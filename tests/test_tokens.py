@@ -175,7 +175,7 @@ def test_word_vocabulary_of_limited_size() -> None:
     everything = fit_vocabulary([Article("b", text)], "word", 0)
     assert everything.size == 7  # <unk>, missing in the text, is there all the same
     message = error_of(lambda: fit_vocabulary([Article("b", text)], "word", 8))
-    assert "--text.vocabulary-size 8" in message
+    assert "--vocabulary-size 8" in message
     assert "at most 7" in message
 
 
@@ -183,11 +183,11 @@ def test_word_vocabulary_of_limited_size() -> None:
 def test_size_the_text_does_not_support(kind: str) -> None:
     articles = articles_of(2)
     message = error_of(lambda: fit_vocabulary(articles, kind, 50_000))
-    assert "--text.vocabulary-size 50000" in message
+    assert "--vocabulary-size 50000" in message
     largest = int(message.split()[-1])
     assert fit_vocabulary(articles, kind, largest).size == largest
     message = error_of(lambda: fit_vocabulary(articles, kind, 100))
-    assert "--text.vocabulary-size 100" in message
+    assert "--vocabulary-size 100" in message
     smallest = int(message.split()[-1])
     assert 258 < smallest <= largest
     assert fit_vocabulary(articles, kind, smallest).size == smallest

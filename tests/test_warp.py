@@ -192,8 +192,8 @@ def test_a_run_with_learned_bases(
 ) -> None:
     """Stage 2 and a later `evaluate.py`; bases are learned once, and anew for other settings."""
     folder = finished.copy(tmp_path / "run")
-    low = "--adapt.dynamic", "softmax.low,softmax.bias,lstm.*.input.low", "--adapt.rank", 99
-    rules = "--meta.rules", "three_levels", "--evaluation.rules", "static", "three_levels"
+    low = "--dynamic", "softmax.low,softmax.bias,lstm.*.input.low", "--rank", 99
+    rules = "--train-rules", "three_levels", "--rules", "static", "three_levels"
     words = ("--out", folder, *low, *rules, "--adapt.basis-words", 1000)
     done = command("train", *words, "--stages", "meta", "evaluate")
     assert done.code == 0, done.err
@@ -221,6 +221,6 @@ def test_a_run_with_learned_bases(
             words = ("--out", folder, *low, *rules, "--adapt.basis-words", number)
             assert command("train", *words, "--stages", "meta").code == 0
     assert learned == [900]
-    lstm = "--out", folder, "--adapt.dynamic", "lstm", "--adapt.basis-words", 9, "--stages", "meta"
+    lstm = "--out", folder, "--dynamic", "lstm", "--adapt.basis-words", 9, "--stages", "meta"
     assert "--adapt.basis-words needs a matrix" in command("train", *lstm).error
     assert "must not be negative" in command("train", "--adapt.basis-words", -1).error

@@ -87,7 +87,7 @@ def flags_through(finished: Finished, out: Path) -> list[str]:
     lm = dataclasses.replace(
         config.lm,
         epochs=1.0,
-        segment=config.adapt.segment,
+        segment=config.adapt.update_every,
         init=finished.folder,
         through="learned",
         through_run=finished.folder,

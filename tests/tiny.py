@@ -80,7 +80,7 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
         lm=LMTrainingConfig(
             epochs=6.0, lanes=4, segment=16, learning_rate=0.02, validations=3, precision="float32"
         ),
-        adapt=AdaptConfig(segment=20, fisher_words=500),
+        adapt=AdaptConfig(update_every=20, fisher_words=500),
         meta=MetaConfig(lanes=3, unroll=4, steps=3),
         evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=400, resamples=49),
     )

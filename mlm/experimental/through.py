@@ -101,7 +101,7 @@ class ThroughTrainer(LMTrainer):
             other = " or --lm.through-rate" if self.settings.through == "rms" else ""
             raise UserError(
                 f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
-                f"lower --lm.learning-rate (now {self.settings.learning_rate}){other}, "
+                f"lower --learning-rate (now {self.settings.learning_rate}){other}, "
                 "then --resume"
             )
         scale = segment.inputs.shape[1] / count
@@ -156,7 +156,7 @@ class ThroughRMS(ThroughTrainer):
         s = config.lm
         if has_low_rank(config.adapt.dynamic):
             raise UserError(
-                "--lm.through rms trains full matrices only; leave .low out of --adapt.dynamic"
+                "--lm.through rms trains full matrices only; leave .low out of --dynamic"
             )
         self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
         self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}

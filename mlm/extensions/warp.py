@@ -200,7 +200,7 @@ def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool = True
     if not warped_matrices(base):
         raise UserError(
             "--adapt.basis-words needs a matrix that adapts in a basis of its own: name "
-            "softmax.low or lstm.*.input.low in --adapt.dynamic, with an --adapt.rank of all its "
+            "softmax.low or lstm.*.input.low in --dynamic, with an --rank of all its "
             "inputs"
         )
     lanes = MixedLanes(text, LANES, 0.5, base.segment, 0)

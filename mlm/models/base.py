@@ -166,12 +166,12 @@ def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
         ]
         if not found:
             raise UserError(
-                f"--adapt.dynamic: {word!r} matches no weight. Use {', '.join(DYNAMIC_SETS)} or a "
+                f"--dynamic: {word!r} matches no weight. Use {', '.join(DYNAMIC_SETS)} or a "
                 f"pattern of these names: {', '.join(names)}"
             )
         chosen += found
     if not chosen:
-        raise UserError("--adapt.dynamic is empty. Name at least one set, for example lstm")
+        raise UserError("--dynamic is empty. Name at least one set, for example lstm")
     return tuple(name for name in names if name in chosen)
 
 

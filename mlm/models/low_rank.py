@@ -85,5 +85,5 @@ def check_rank(path: Path, weights: Weights, rank: int) -> None:
         if made != min(rank, inputs):
             raise UserError(
                 f"{path}: {name.removesuffix(DIRECTIONS)}{LOW} has rank {made}, but the settings "
-                f"say --adapt.rank {rank}; run `--stages meta` again"
+                f"say --rank {rank}; run `--stages meta` again"
             )

@@ -256,7 +256,7 @@ def check_finite(scores: Scores, rule: str, protocol: str, titles: Sequence[str]
             raise UserError(
                 f"rule {rule}, protocol {protocol}: the loss is {nll[bad[0]]} at token {bad[0]} of "
                 f"article {title!r}; its weights diverged. Use a smaller step size "
-                "(--meta.learning-rate, or tune again with a larger --evaluation.budget)"
+                "(--meta.learning-rate, or tune again with a larger --budget)"
             )
 
 

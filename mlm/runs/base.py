@@ -46,7 +46,7 @@ def new_base(
         shape,
         dynamic,
         text,
-        adapt.segment,
+        adapt.update_every,
         adapt.fisher_words,
         quiet=quiet,
         prior=adapt.fisher_prior,

@@ -52,7 +52,7 @@ def check_folder(run: Run) -> None:
         known = name in trained or (not fresh and folder.checkpoint(name).exists())
         if name in LEARNED and not known:
             raise UserError(
-                f"--evaluation.rules: {name} is not trained in this run; add it to --meta.rules "
+                f"--rules: {name} is not trained in this run; add it to --train-rules "
                 "(with --stages meta), or leave it out"
             )
 
@@ -69,9 +69,9 @@ def check_text(run: Run) -> None:
     if "meta" not in config.stages:
         return
     longest = max(len(article) for article in run.training_text(1).articles)
-    if longest < config.adapt.segment:
+    if longest < config.adapt.update_every:
         raise UserError(
-            f"--adapt.segment {config.adapt.segment}: no held-out article is as long; the longest "
+            f"--update-every {config.adapt.update_every}: no held-out article is as long; the longest "
             f"has {longest} tokens. Use a smaller M, more text, or a larger --text.held-out"
         )
     shape = shape_of(config, run.data.vocabulary.size)

@@ -24,8 +24,7 @@ def identity(run: Run, learned: bool = True) -> str:
     keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
     for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
         keys["evaluation"].pop(name)
-    for part, name in (("adapt", "threads"), ("adapt", "kernels")):
-        keys[part].pop(name)  # how it is computed; results agree to rounding
+    keys["adapt"].pop("kernels")  # how it is computed; results agree to rounding
     if not keys["meta"]["read_out_words"]:
         keys["meta"].pop("read_out_words")
     if keys["meta"]["gradient"] in FIRST_ORDER:
@@ -54,7 +53,7 @@ def base_identity(run: Run) -> str:
 def _base_settings(run: Run) -> dict[str, Any]:
     """Settings of adaptation that the long-term memory depends on."""
     adapt = to_dict(run.config.adapt)
-    for name in ("threads", "kernels", "guard"):
+    for name in ("kernels", "guard"):
         adapt.pop(name)
     _keep_memory(adapt)
     return adapt

@@ -47,17 +47,17 @@ def through_trainer(
     run = through_run(config, vocabulary_hash, device)
     path, other = run.folder.path, run.config
     if not other.meta.rules:
-        raise UserError(f"--lm.through-run {path}: no rule was learned there (--meta.rules)")
+        raise UserError(f"--lm.through-run {path}: no rule was learned there (--train-rules)")
     base = run.base
     if base.shape != shape:
         raise UserError(
             f"--lm.through-run {path}: its model is {base.shape}, but the settings say {shape}; "
             "use the same --model.* settings"
         )
-    if other.adapt.segment != config.lm.segment:
+    if other.adapt.update_every != config.lm.segment:
         raise UserError(
-            f"--lm.through-run {path} reads {other.adapt.segment} tokens per update; use "
-            f"--lm.segment {other.adapt.segment}"
+            f"--lm.through-run {path} reads {other.adapt.update_every} tokens per update; use "
+            f"--lm.segment {other.adapt.update_every}"
         )
     learned = load_learned(run, other.meta.rules[0], base)
     return ThroughLearned(config, shape, text, device, learned)

@@ -153,10 +153,10 @@ class Run:
         path, adapt = self.folder.checkpoint("memory"), self.config.adapt
         base = load_base(path, self.vocabulary.hash).to(self.device)
         wanted = choose_dynamic(base.weights, adapt.dynamic)
-        if (base.segment, base.dynamic) != (adapt.segment, wanted):
+        if (base.segment, base.dynamic) != (adapt.update_every, wanted):
             raise UserError(
                 f"{path} was made for M = {base.segment} and the weights "
-                f"{', '.join(base.dynamic)}, but the settings say M = {adapt.segment} and "
+                f"{', '.join(base.dynamic)}, but the settings say M = {adapt.update_every} and "
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, base.weights, adapt.rank)
@@ -211,13 +211,23 @@ def open_run(config: Config, quiet: bool = False) -> Run:
         say(
             "--adapt.precision bfloat16: this processor is faster in float32, which is used instead"
         )
-    use_threads(config.threads if "lm" in config.stages else config.adapt.threads or config.threads)
+    use_threads(threads_of(config, first="lm" in config.stages))
     return Run(config, RunFolder(run_path(config)), device, quiet)
 
 
 def in_half(adapt: AdaptConfig) -> bool:
     """Whether lanes' products have bfloat16 factors: asked for, and the processor is fast at it."""
     return adapt.precision == "bfloat16" and multiplies_bfloat16()
+
+
+MANY_UNITS = 256
+"""Models of fewer units are faster on one thread, except in stage 1 with its many lanes."""
+
+
+def threads_of(config: Config, first: bool) -> int:
+    """CPU threads of stage 1 (`first`) or of the stages after it; 0 = PyTorch's choice."""
+    few = max(config.model.embedding, config.model.hidden) < MANY_UNITS
+    return config.threads or (1 if few and not first else 0)
 
 
 def use_threads(number: int) -> None:

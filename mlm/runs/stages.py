@@ -7,7 +7,7 @@ from mlm.runs.evaluate import draw, show, stage_evaluate
 from mlm.runs.language_model import stage_lm
 from mlm.runs.meta import stage_meta
 from mlm.runs.rules import check_learned
-from mlm.runs.run import Run, open_run, use_threads
+from mlm.runs.run import Run, open_run, threads_of, use_threads
 from mlm.settings.config import Config
 from mlm.store.models import load_lm
 
@@ -26,7 +26,7 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
         run.folder.save_config(config)
     if "lm" in config.stages:
         stage_lm(run)
-    use_threads(config.adapt.threads)
+    use_threads(threads_of(config, first=False))
     if "meta" in config.stages:
         stage_meta(run)
     if "evaluate" in config.stages:

@@ -20,11 +20,12 @@ from mlm.settings.sections import (
 class Config:
     """Train a language model that learns while it reads, evaluate it, draw it."""
 
-    preset: str = "pydocs"
-    """Sizes: pydocs (minutes), small (one CPU hour or two), awd (AWD-LSTM, a GPU); best: small
-    with the rule that gains most."""
+    size: Literal["tiny", "small", "awd"] = "tiny"
+    """tiny: minutes; small: one or two hours on a CPU; awd: AWD-LSTM, for a GPU."""
+    rule: Literal["default", "best"] = "default"
+    """Settings of adaptation; best: the rule that gains most, slower."""
     corpus: str = "pydocs"
-    """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a directory or file in WikiText form."""
+    """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a folder or file in WikiText form."""
     out: Path | None = None
     """The run folder; default runs/<corpus>."""
     stages: tuple[Literal["lm", "meta", "evaluate", "draw"], ...] = (
@@ -33,17 +34,18 @@ class Config:
         "evaluate",
         "draw",
     )
-    """What to run, in this order; later stages take the earlier ones from the run folder."""
+    """What to run: language model, update rule, scores, pictures. Without lm, the model is that
+    of the run folder."""
     resume: bool = False
-    """Continue an interrupted run of the same settings."""
+    """Continue an interrupted run with its own settings."""
     overwrite: bool = False
-    """Replace the run that the folder holds already."""
+    """Replace the run that the folder holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     threads: int = 0
-    """CPU threads of stage 1; 0 = PyTorch's choice."""
+    """CPU threads; 0 = PyTorch's choice, after stage 1 one for models under 256 units."""
     seed: int = 0
-    """Seeds initialisation, data order, dropout and bootstrap."""
+    """Seed of initialisation, data order, dropout and bootstrap."""
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lm: LMTrainingConfig = field(default_factory=LMTrainingConfig)

@@ -16,11 +16,11 @@ class TextConfig:
     vocabulary: Literal["bpe", "unigram", "word"] = "bpe"
     """SentencePiece BPE or unigram, or whole words."""
     vocabulary_size: int = 2000
-    """Number of pieces; for `word` the largest number of types, 0 = all."""
+    """Pieces; of whole words the most frequent so many, 0 = all."""
     train_words: int = 0
-    """Use the first so many words of the training split; 0 = all."""
+    """Use only so many words of the training split; 0 = all."""
     held_out: float = 0.1
-    """Share of the training articles kept from stage 1 for meta-training."""
+    """Share of the training articles kept from stage 1 for stage 2."""
     data_dir: Path = Path("data/cache")
     """Where token files are cached."""
 
@@ -30,9 +30,9 @@ class ModelConfig:
     """Short-term memory: the base model."""
 
     embedding: int = 128
-    """Size of the tied embedding and of the last layer."""
+    """Units of the tied embedding and of the last layer."""
     hidden: int = 128
-    """Size of the other layers."""
+    """Units of the other layers."""
     layers: int = 1
     """Number of layers (snail: of blocks)."""
     adaptive_above: int = 50_000
@@ -40,8 +40,8 @@ class ModelConfig:
     cutoffs: tuple[int, ...] = (20_000, 60_000)
     """Ends of the adaptive softmax's head and tails (word ids); those beyond the size drop out."""
     cell: Literal["lstm", "qrnn", "snail"] = "lstm"
-    """Recurrent layers, LSTM or QRNN; or snail: no memory but the last tokens, which convolutions
-    and attention read, with as many weights as the LSTM of these sizes would have."""
+    """LSTM, QRNN, or snail: convolutions and attention over the last tokens, with as many
+    weights as the LSTM."""
     context: int = 256
     """Tokens that snail sees before the present segment."""
 
@@ -51,13 +51,13 @@ class LMTrainingConfig:
     """Stage 1: the language model."""
 
     epochs: float = 4.0
-    """Passes over the training articles."""
+    """Passes of stage 1 over the training articles."""
     lanes: int = 32
-    """Articles read side by side."""
+    """Articles that stage 1 reads side by side."""
     segment: int = 64
     """Tokens per step of truncated back-propagation through time."""
     learning_rate: float = 4e-3
-    """Peak rate of Adam; 2 % warm-up, then cosine to zero."""
+    """Peak rate of Adam in stage 1; short warm-up, cosine to zero."""
     weight_decay: float = 1.2e-6
     """Decoupled weight decay (AWD-LSTM's 1.2e-6 by default)."""
     clip: float = 1.0
@@ -108,13 +108,10 @@ class AdaptConfig:
     """Medium-term memory: what is rewritten, and how often."""
 
     dynamic: str = "lstm,softmax.bias"
-    """Weights that adapt: all, lstm, output, bias, low or name patterns, comma-separated. `all`
-    gained most where measured (benchmarks/dynamic_sets.py), at twice the time and with a copy of
-    the vocabulary's table in every lane. `softmax.low`, `lstm.*.input.low`, `lstm.*.recurrent.low`
-    (`low`: all three) are cheap changes of low rank to a matrix that itself stays as it is."""
+    """Weights that adapt: all, lstm, output, bias, low (low-rank changes), or names such as
+    softmax.low or lstm.*.recurrent, comma-separated."""
     rank: int = 32
-    """Rank of those changes; of a matrix with fewer inputs, their number: then the change is not
-    small but the matrix itself in another basis."""
+    """Rank of low-rank changes; at most the matrix's inputs."""
     related: int = 0
     """Directions in which words that articles use together move together in the output layer;
     0 = none. They need `softmax.low` at full rank."""
@@ -134,8 +131,8 @@ class AdaptConfig:
     """Tokens of the article in which learned rules look for the last two to five read: a table of
     n-gram embeddings learns, beside the weights, what followed them; 0 = none. 8192 holds most
     articles."""
-    segment: int = 20
-    """M: tokens between updates, 5 to 100."""
+    update_every: int = 20
+    """M: tokens between two updates of the weights, 5 to 100."""
     fisher_words: int = 20_000
     """Training words the Fisher is estimated on."""
     fisher_prior: float = 0.04
@@ -144,9 +141,6 @@ class AdaptConfig:
     guard: float = 1.5
     """A lane whose mean loss over a segment passes so many times ln(vocabulary), the loss of
     guessing, starts again from theta_0 before its next segment; 0 = never. Reported."""
-    threads: int = 1
-    """CPU threads from stage 2 on; 0 = as in stage 1. A second thread pays from about 256 hidden
-    units and four lanes on (presets small and awd: 0); smaller models are slower on two."""
     kernels: Literal["auto", "eager"] = "auto"
     """auto = compiled kernels (numba) on a CPU; eager = tensor operations only, same results."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -160,11 +154,8 @@ class MetaConfig:
     """Stage 2: the meta-learner."""
 
     rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
-    """Which to train: tensor_steps (a step size and a decay per tensor), weight_steps (a step size
-    per weight), two_levels (linear gates without FLUSH), three_levels (with FLUSH), unit_steps (and
-    a step size per row and column), four_levels (that in two memories, a fast and a slow one),
-    surprise (with momentum), adaptive (with momentum and running second moment), mlp, lstm (gates
-    that are small networks; the latter with a hidden state for every weight)."""
+    """Rules that stage 2 trains: tensor_steps, weight_steps, two_levels, three_levels, unit_steps,
+    four_levels, surprise, adaptive, mlp, lstm."""
     features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (
         "fisher",
         "loss",
@@ -182,7 +173,7 @@ class MetaConfig:
     """Hidden units of mlp and lstm."""
     start: str = "rms"
     """The rule whose behaviour training starts from, exactly: sgd, momentum, rms or adam (tuned on
-    validation), or a learned rule that the run folder or --meta.rules holds already."""
+    validation), or a learned rule that the run folder holds already."""
     learn: tuple[Literal["rule", "theta_0", "static"], ...] = ("rule",)
     """What is trained: the rule, the dynamic weights' initial values, the weights that never
     adapt; the last two end to end through the adaptation."""
@@ -212,7 +203,7 @@ class MetaConfig:
     pes_sigma: float = 0.05
     """Standard deviation of a perturbation (pes)."""
     steps: int = 12
-    """Meta-updates."""
+    """Meta-updates of stage 2, for every rule."""
     learning_rate: float = 0.1
     """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
     clip: float = 1.0
@@ -228,20 +219,20 @@ class EvaluationConfig:
     """Scoring and tuning."""
 
     rules: tuple[str, ...] = ("static", "sgd", "rms", "two_levels", "three_levels")
-    """Rules to score: static, sgd, momentum, rms, adam and those of --meta.rules; NAME+cache puts
-    a neural cache on top."""
+    """Rules to score: static, sgd, momentum, rms, adam, or trained ones; NAME+cache adds a neural
+    cache."""
     cache_words: int = 2_000
     """Words that a neural cache remembers."""
     protocols: tuple[Literal["article", "stream"], ...] = PROTOCOLS
-    """article = weights and state reset at each border; stream = nothing reset."""
+    """article: reset weights and state at each article's start; stream: reset nothing."""
     split: Literal["valid", "test"] = "valid"
-    """Test is read only when asked for."""
+    """The text to score; test is read only when asked for."""
     lanes: int = 16
     """Articles scored side by side; results do not depend on it."""
     max_articles: int = 0
     """Score only the first so many articles; 0 = all."""
     budget: int = 8
-    """Evaluations on validation each rule may spend on its settings, in each protocol."""
+    """Settings of a rule that are tried on validation, per protocol."""
     tune_words: int = 4_000
     """Validation words of one such evaluation."""
     resamples: int = 9999

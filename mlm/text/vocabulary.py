@@ -221,7 +221,7 @@ def fit_vocabulary(articles: Iterable[Article], kind: str, size: int) -> Vocabul
     the text does not support `size`.
     """
     if kind not in KINDS:
-        raise UserError(f"no vocabulary kind {kind!r}; --text.vocabulary is one of {KINDS}")
+        raise UserError(f"no vocabulary kind {kind!r}; --vocabulary is one of {KINDS}")
     counts: Counter[str] = Counter()
     line_ends = 0
     for article in articles:
@@ -240,7 +240,7 @@ def _fit_words(counts: Counter[str], line_ends: int, size: int) -> WordVocabular
     counts.setdefault(UNK, 0)
     if size < 0 or size == 1 or size > len(counts):
         raise UserError(
-            f"--text.vocabulary-size {size}: the training text has {len(counts):,} types of word "
+            f"--vocabulary-size {size}: the training text has {len(counts):,} types of word "
             f"({EOS} and {UNK} included). Give at most {len(counts)}, or 0 for all of them"
         )
     types = [word for word, _ in counts.most_common()]
@@ -259,7 +259,7 @@ def _fit_pieces(counts: Counter[str], kind: str, size: int) -> bytes:
             if word != UNK and "\0" not in word:
                 yield f"{word.replace(_SPACE, '_')}\t{count}"
 
-    flag = f"--text.vocabulary-size {size}"
+    flag = f"--vocabulary-size {size}"
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

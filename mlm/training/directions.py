@@ -121,7 +121,7 @@ def add_low_rank(
         return weights
     if not isinstance(shape, RecurrentLM):
         raise UserError(
-            f"--adapt.dynamic: low-rank changes ({', '.join(n + LOW for n in names)}) need an LSTM "
+            f"--dynamic: low-rank changes ({', '.join(n + LOW for n in names)}) need an LSTM "
             "or QRNN; name full weights, for example softmax.bias"
         )
     moments = second_moments(weights, shape, names, text, words)

@@ -72,7 +72,7 @@ def estimate_fisher(
                 break
     if not segments:
         raise UserError(
-            f"no held-out article is as long as one segment (--adapt.segment {segment}); use a "
+            f"no held-out article is as long as one segment (--update-every {segment}); use a "
             "smaller M or more text"
         )
     rms = {n: smooth_fisher(s / segments, prior).sqrt() for n, s in squares.items()}

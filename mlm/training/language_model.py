@@ -163,7 +163,7 @@ class LMTrainer:
         if not math.isfinite(value):
             raise UserError(
                 f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
-                f"lower --lm.learning-rate (now {self.settings.learning_rate}) or use "
+                f"lower --learning-rate (now {self.settings.learning_rate}) or use "
                 "--lm.precision float32, then --resume"
             )
         self.optimizer.zero_grad(set_to_none=True)
@@ -386,7 +386,7 @@ def _validate(
     if not math.isfinite(loss):
         raise UserError(
             f"stage 1, step {trainer.step}: the validation loss is {loss}. The last checkpoint is "
-            f"kept; lower --lm.learning-rate (now {s.learning_rate}), then --resume"
+            f"kept; lower --learning-rate (now {s.learning_rate}), then --resume"
         )
     nats, tokens = trainer.window
     row: dict[str, Any] = {

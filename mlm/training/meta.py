@@ -302,7 +302,7 @@ def _judge(
     if not finite and not trainer.best[1]:
         raise UserError(
             f"stage 2, rule {trainer.rule.name}, step {trainer.step}: the validation loss is not "
-            "finite. Tune again with a larger --evaluation.budget, or choose another --meta.start"
+            "finite. Tune again with a larger --budget, or choose another --meta.start"
         )
     with uninterrupted():
         run.log(
