@@ -56,6 +56,7 @@ from mlm.text.corpora import open_corpus
 
 BEST = settings("small", "best")
 
+
 @dataclass(frozen=True)
 class Options:
     """Compare the learned rule with tuned dynamic evaluation."""

@@ -2,80 +2,35 @@
 
 `benchmarks.readme` puts them between markers, as it does with run files:
 
-    <!-- settings: SECTION -->     the flags of a section of `Config`; `run` = those of no section
-    <!-- presets: NAME ... -->     the settings in which these presets differ
+    <!-- settings: GROUP -->       the flags of a group that users set, or of a section
+    <!-- presets: KIND -->         the settings that --size or --rule changes
     <!-- errors: PATH ... -->      every message of a `UserError` in these folders or files
 """
 
 from __future__ import annotations
 
 import ast
-import dataclasses
-import inspect
-import textwrap
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import Any, get_args, get_origin
 
+from mlm.cli.flags import Setting, settings_of
 from mlm.settings.config import Config
-from mlm.settings.presets import PRESETS
+from mlm.settings.flags import GROUPS, SHORT, flag
+from mlm.settings.presets import RULE_SETTINGS, SIZES, settings
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = "run"
-"""The section of the settings that have none."""
 
 
-class Setting(NamedTuple):
-    """One flag of the command line."""
-
-    section: str
-    flag: str
-    values: str
-    default: Any
-    meaning: str
-
-
-def _meanings(kind: type) -> dict[str, str]:
-    """The docstring below each field of a dataclass."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    found = {}
-    for field, text in zip(tree.body, tree.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            assert isinstance(text.value, ast.Constant)
-            found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
-
-
-def _values(hint: Any) -> str:
+def _values(setting: Setting) -> str:
     """What a flag takes, for a reader."""
-    kind, inner = get_origin(hint), get_args(hint)
-    if kind is Literal:
-        return ", ".join(f"`{value}`" for value in inner)
-    if kind in (Union, types.UnionType):
-        return ", ".join(_values(one) for one in inner if one is not type(None))
-    if kind is tuple:
-        return f"several of: {_values(inner[0])}"
+    several = "several of: " if get_origin(setting.kind) is tuple else ""
+    if setting.choices:
+        return several + ", ".join(f"`{choice}`" for choice in setting.choices)
+    kinds = [k for k in get_args(setting.kind) or (setting.kind,) if k not in (NoneType, ...)]
     names = {bool: "switch", int: "integer", float: "number", str: "text", Path: "path"}
-    return names.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-def settings(
-    kind: type = Config, value: Any = None, section: str = "", prefix: str = ""
-) -> Iterator[Setting]:
-    """Every setting of a tree of dataclasses, in its order."""
-    value = value or kind()
-    hints, meanings = get_type_hints(kind), _meanings(kind)
-    for field in dataclasses.fields(kind):
-        own = getattr(value, field.name)
-        flag = prefix + field.name.replace("_", "-")
-        if dataclasses.is_dataclass(own):
-            yield from settings(type(own), own, section or field.name, f"{flag}.")
-        else:
-            meaning = meanings.get(field.name, "").replace("<", "&lt;")
-            yield Setting(section or RUN, f"--{flag}", _values(hints[field.name]), own, meaning)
+    return several + ", ".join(names[kind] for kind in kinds)
 
 
 def _shown(value: Any) -> str:
@@ -92,21 +47,37 @@ def _row(*cells: str) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
-def settings_table(section: str) -> list[str]:
-    """The flags of a section with what they take, their defaults and meanings."""
-    rows = [s for s in settings() if s.section == section]
+def settings_table(*section: str) -> list[str]:
+    """Flags with what they take, their defaults and meanings.
+
+    Args:
+        section: words of a group of user settings (`mlm.settings.flags.GROUPS`), or the name of a
+            section of the tree of settings, whose research settings are meant.
+    """
+    name = " ".join(section)
+    known = {setting.path: setting for setting in settings_of(Config())}
+    if name in GROUPS:
+        paths = [path for path in GROUPS[name].values() if path in known]
+    else:
+        paths = [p for p in known if p.startswith(f"{name}.") and p not in SHORT]
     lines = ["| flag | takes | default | meaning |", "| :-- | :-- | :-- | :-- |"]
-    return lines + [_row(f"`{s.flag}`", s.values, _shown(s.default), s.meaning) for s in rows]
+    for setting in (known[path] for path in paths):
+        meaning = setting.help.replace("<", "&lt;")
+        cells = (f"`{flag(setting.path)}`", _values(setting), _shown(setting.value), meaning)
+        lines.append(_row(*cells))
+    return lines
 
 
-def presets_table(*names: str) -> list[str]:
-    """The settings in which the presets differ, one column each."""
-    columns = [{s.flag: s.default for s in settings(value=PRESETS[name])} for name in names]
-    lines = [_row("flag", *(f"`{name}`" for name in names)), f"|{' :-- |' * (1 + len(names))}"]
-    for flag in columns[0]:
-        values = [_shown(column[flag]) for column in columns]
-        if flag != "--preset" and len(set(values)) > 1:
-            lines.append(_row(f"`{flag}`", *values))
+def presets_table(kind: str) -> list[str]:
+    """The settings that `size` or `rule` changes, one column for each of its values."""
+    names = SIZES if kind == "size" else RULE_SETTINGS
+    columns = [{s.path: s.value for s in settings_of(settings(**{kind: name}))} for name in names]
+    lines = [_row("flag", *(f"`--{kind} {name}`" for name in names))]
+    lines.append(f"|{' :-- |' * (1 + len(names))}")
+    for path in columns[0]:
+        values = [_shown(column[path]) for column in columns]
+        if path != kind and len(set(values)) > 1:
+            lines.append(_row(f"`{flag(path)}`", *values))
     return lines
 
 

@@ -12,7 +12,10 @@ import pytest
 from conftest import Command, Finished
 
 from benchmarks.readme import ROOT
-from benchmarks.reference import messages, settings
+from benchmarks.reference import messages
+from mlm.cli.flags import settings_of
+from mlm.settings.config import Config
+from mlm.settings.flags import flag
 
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
@@ -75,11 +78,19 @@ def test_paths_are_there(page: Path) -> None:
 def test_every_flag_is_on_the_page_of_settings(command: Command) -> None:
     page = (DOCS / "settings.md").read_text(encoding="utf-8")
     written = set(re.findall(r"^\| `(--[\w.-]+)`", page, re.M))
-    shown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", command("train", "--help").out))
-    switches = {flag for flag in shown if flag.startswith("--no-") or ".no-" in flag}
-    assert shown - switches - {"--help"} == written
-    assert written == {setting.flag for setting in settings()}
-    assert all(setting.meaning for setting in settings())
+    shown = set(re.findall(r"^  (--[\w.-]+)", command("train", "--help-all").out, re.M))
+    named = {re.sub(r"^--(\w+\.)?no-", r"--\1", flag) for flag in shown}  # switches that are on
+    assert named - {"--help", "--help-all"} == written
+    assert written == {flag(setting.path) for setting in settings_of(Config())}
+    assert all(setting.help for setting in settings_of(Config()))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_flags_of_train_are_there(page: Path) -> None:
+    """Flags in code spans, that is: those in commands are parsed by tests/test_readme.py."""
+    known = {flag(setting.path) for setting in settings_of(Config())}
+    spans = re.findall(r"`(--[a-z-]+\.[\w.-]+|--(?:size|rule)\b)", page.read_text("utf-8"))
+    assert set(spans) - {"--lm.epochs"} <= known, "an earlier name is mentioned by settings.md"
 
 
 def test_every_message_is_on_the_page_of_errors() -> None:

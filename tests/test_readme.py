@@ -23,7 +23,8 @@ from benchmarks.growth_unroll import Place
 from benchmarks.readme import pages
 from benchmarks.timing import SIZES, Machine, measure_machine
 from mlm.models.recurrent import RecurrentLM
-from mlm.settings.presets import PRESETS
+from mlm.settings.config import Config
+from mlm.settings.presets import settings
 from mlm.text.hub import HUB_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +132,7 @@ def _small(words: list[str], folder: Path) -> list[str]:
     }
     if (folder / out / "config.json").exists():
         again = [(f"--{flag}", str(value)) for flag, value in later.items()]
-        return [word for pair in again for word in pair] if "--preset" in words else []
+        return [word for pair in again for word in pair] if "--rule" in words else []
     assert "--resume" not in words, f"README continues {out}, which no command before began"
     names = {flag.replace(".", "__").replace("-", "_"): value for flag, value in later.items()}
     config = tiny_config(Path("pydocs"), out, lm__epochs=0.3, lm__validations=1, **names)
@@ -144,8 +145,8 @@ def _small(words: list[str], folder: Path) -> list[str]:
     for flag in ("--out", "--lm.segment"):  # of the command's own
         if flag in words:
             drop(flag)
-    if PRESETS[value("--preset", "pydocs")].text.vocabulary == "word":  # the text has few words
-        drop("--vocabulary-size")
+    if settings(value("--size", "tiny")).text.vocabulary == "word":  # the text has few words
+        drop(next(flag for flag in flags if flag.endswith("vocabulary-size")))
     return flags if "--corpus" in words else ["--corpus", PLACE, *flags]
 
 
@@ -279,7 +280,7 @@ def test_train_needs_no_arguments(
     monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
     outcome = command("train")
     assert outcome.code == 0, outcome.err
-    assert [config.preset for config in seen] == ["pydocs"]
+    assert seen == [Config()]
 
 
 @pytest.mark.slow
