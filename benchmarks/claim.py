@@ -163,9 +163,8 @@ class Reading:
         base = RunFolder(options.run).load_config()
         lm = RunFolder(self.where).load_config().lm
         adapt: dict[str, Any] = {
-            "segment": options.segment,
+            "update_every": options.segment,
             "rank": options.rank,
-            "threads": options.threads,
             "precision": options.precision,
         }
         adapt |= self.adapt
@@ -195,6 +194,7 @@ class Reading:
                 stages=("meta",),
                 resume=False,
                 overwrite=False,
+                threads=options.threads,
                 seed=self.seed,
                 lm=lm,
                 adapt=dataclasses.replace(base.adapt, **adapt),

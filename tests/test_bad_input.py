@@ -273,9 +273,10 @@ def test_evaluate_without_a_run(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--rules", "krause"), "evaluation.rules is krause; choose from"),
+        (("--rules", "krause"), "--rules is krause; choose from"),
         (("--corpus", "nowhere"), "no corpus 'nowhere'"),
-        (("--lanes", "0"), "it must be at least 1"),
+        (("--budget", "0"), "it must be at least 1"),
+        (("--lanes", "1"), "--lanes is called --evaluation.lanes"),
     ],
 )
 def test_bad_evaluation(
@@ -408,7 +409,7 @@ def test_checkpoint_of_another_vocabulary(
     assert "belongs to another vocabulary" in command(*META, folder).error
     before = contents(folder)
     resumed = command(*RESUME, folder, "--vocabulary-size", 320)
-    assert "made with other settings (vocabulary, model, text or length" in resumed.error
+    assert "was made with --vocabulary-size 330" in resumed.error
     assert contents(folder) == before, "a refused --resume changed the run"
 
 

@@ -21,7 +21,7 @@ from mlm.base.names import PROTOCOLS
 from mlm.kernels.processor import trains_bfloat16
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
-from mlm.settings.presets import PRESETS
+from mlm.settings.presets import settings
 from mlm.settings.sections import EvaluationConfig
 from mlm.store.run_folder import RunFolder
 from mlm.text.corpora import count_words, open_corpus
@@ -194,23 +194,24 @@ def test_stages_one_by_one_give_the_same_run(
     assert rows_of(tmp_path / "run") == rows_of(finished.folder)
 
 
-def test_a_preset_named_gives_its_rule_to_the_language_model_that_is_there(
+def test_a_rule_named_is_given_to_the_language_model_that_is_there(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings of stage 1 are the run's own, those of later stages the preset's, unless given."""
+    """Settings of stage 1 are the run's own, those of later stages the rule's, unless given."""
     folder = finished.copy(tmp_path / "run")
     seen: list[Config] = []
     monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
     words = ("--out", folder, "--stages", "meta", "evaluate", "--meta-steps", 3)
-    assert command("train", *words, "--preset", "best").code == 0
-    best, own = PRESETS["best"], RunFolder(folder).load_config()
+    assert command("train", *words, "--rule", "best").code == 0
+    best, own = settings("tiny", "best"), RunFolder(folder).load_config()
+    assert (seen[0].size, seen[0].rule) == ("tiny", "best")
     assert seen[0].adapt == best.adapt
     assert seen[0].meta == dataclasses.replace(best.meta, steps=3)
     assert seen[0].evaluation == best.evaluation
     assert (seen[0].text, seen[0].model, seen[0].lm) == (own.text, own.model, own.lm)
     assert seen[0].corpus == own.corpus
     assert command("train", *words).code == 0
-    assert (seen[1].preset, seen[1].adapt) == (own.preset, own.adapt)
+    assert (seen[1].rule, seen[1].adapt) == (own.rule, own.adapt)
 
 
 def test_another_seed_gives_another_model(finished: Finished, tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_scores_do_not_depend_on_lanes(
     """
     folder = finished.copy(tmp_path / "run")
     words = ("--protocols", "article", "--no-draw")
-    assert command("evaluate", folder, "--lanes", 1, *words).code == 0
+    assert command("evaluate", folder, "--evaluation.lanes", 1, *words).code == 0
     one, three = losses_of(folder), losses_of(finished.folder)
     for rule in RULES:
         np.testing.assert_allclose(one[rule], three[rule], rtol=0, atol=2e-4, err_msg=rule)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlm.base.errors import UserError
 from mlm.cli.flags import (
     Setting,
     help_text,
@@ -18,7 +19,7 @@ from mlm.cli.flags import (
 )
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
-from mlm.settings.flags import leaves, replaced
+from mlm.settings.flags import flag, leaves, replaced
 
 HELP = """\
 usage: {script} RUN [FLAGS]
@@ -59,6 +60,11 @@ def main() -> None:
     from mlm.store.run_folder import RunFolder
 
     script, words = name_of_script(), today(sys.argv[1:])
+    for path in leaves(Config().evaluation):
+        name = flag(f"evaluation.{path}")
+        bare = "--" + path.replace("_", "-")
+        if bare in words and bare != name:
+            raise UserError(f"{bare} is called {name}, as in train.py")
     if wants_help(words):
         head = HELP.format(script=script)
         print(help_text(head, _settings(Config())[1:], "--help-all" in words))

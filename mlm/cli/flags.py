@@ -115,18 +115,18 @@ def parse(
     script: str, words: Sequence[str], settings: Sequence[Setting], positional: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The values of these settings, by path, as the command line says; exits with 2 if it cannot
-    be read. `positional` are paths that need no flag; the command line must have them."""
+    be read. `positional` are paths that need no flag."""
     import tyro
 
     fields: list[Any] = []
     for setting in settings:
         name = setting.path.replace(".", "__")
         if setting.path in positional:
-            fields.insert(0, (name, Annotated[setting.kind, tyro.conf.Positional]))
+            how = tyro.conf.Positional
         else:
-            named = tyro.conf.arg(name=flag(setting.path)[2:], help=setting.help)
-            usual = dataclasses.field(default=setting.value)
-            fields.append((name, Annotated[setting.kind, named], usual))
+            how = tyro.conf.arg(name=flag(setting.path)[2:], help=setting.help)
+        usual = dataclasses.field(default=setting.value)
+        fields.append((name, Annotated[setting.kind, how], usual))
     kind = dataclasses.make_dataclass("Flags", fields, frozen=True)
     found = tyro.cli(kind, prog=script, args=list(words))
     return {s.path: getattr(found, s.path.replace(".", "__")) for s in settings}
@@ -167,9 +167,9 @@ def _usual(value: Any) -> str:
         return " [on]" if value else ""
     if value is None or value == ():
         return ""
-    many = isinstance(value, tuple)
-    text = " ".join(map(str, value)) if many else f"{value:g}" if isinstance(value, float) else value
-    return f" [{text}]"
+    if isinstance(value, tuple):
+        return f" [{' '.join(map(str, value))}]"
+    return f" [{value:g}]" if isinstance(value, float) else f" [{value}]"
 
 
 def _lines(setting: Setting, width: int) -> list[str]:

@@ -22,7 +22,7 @@ from mlm.extensions.phrases import phrases
 from mlm.extensions.related import untangled
 from mlm.extensions.warp import followed, warped_matrices
 from mlm.kernels import buffers
-from mlm.models.base import RELATED, AdaptationBase, choose_dynamic, has_low_rank
+from mlm.models.base import RELATED, AdaptationBase, choose_dynamic
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, base_of
 from mlm.models.recurrent import BaseModel
@@ -52,12 +52,6 @@ class ThroughTrainer(LMTrainer):
 
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         super().__init__(config, shape, text, device)
-        s = config.lm
-        if any((*vars(self.dropout).values(), s.ar, s.tar)):
-            raise UserError(
-                f"--lm.through {s.through} trains without dropout, AR and TAR; set --lm.dropout-*, "
-                "--lm.weight-drop, --lm.ar and --lm.tar to 0"
-            )
         self.precision = torch.float32
 
     def base(self) -> AdaptationBase:
@@ -154,10 +148,6 @@ class ThroughRMS(ThroughTrainer):
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         super().__init__(config, shape, text, device)
         s = config.lm
-        if has_low_rank(config.adapt.dynamic):
-            raise UserError(
-                "--lm.through rms trains full matrices only; leave .low out of --dynamic"
-            )
         self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
         self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
         """Running mean of squared gradients, biased towards zero until corrected."""

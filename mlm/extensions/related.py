@@ -60,7 +60,7 @@ def untangled(x_V: Tensor, related: Tensor) -> Tensor:
 def no_basis(flag: str) -> UserError:
     """What to say where an option needs an output layer in a basis of its own."""
     return UserError(
-        f"{flag} needs --dynamic softmax.low with an --rank of at least "
+        f"{flag} needs --dynamic softmax.low with a --rank of at least "
         "the LSTM's outputs, no adaptive softmax, and no embedding that adapts"
     )
 

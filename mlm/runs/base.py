@@ -66,7 +66,7 @@ def build_base(run: Run) -> AdaptationBase:
     adapt, text = run.config.adapt, run.training_text(1)
     through = run.config.lm.through == "learned"
     if through:
-        base = followed(_base_of_through_run(run), weights)
+        base = followed(base_of_through_run(run), weights)
     else:
         corpus = run.training_text(0) if adapt.related else None
         base = new_base(weights, shape, adapt, text, run.quiet, corpus)
@@ -97,7 +97,7 @@ def through_run(config: Config, vocabulary_hash: str, device: torch.device) -> R
     return run
 
 
-def _base_of_through_run(run: Run) -> AdaptationBase:
+def base_of_through_run(run: Run) -> AdaptationBase:
     """The long-term memory in whose bases the language model was trained.
 
     Raises:

@@ -1,15 +1,40 @@
-"""runs.checks"""
+"""What must hold before the first stage begins: every later refusal that can be foreseen."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, LEARNED
-from mlm.models.base import choose_dynamic
+from mlm.base.names import CACHE, HAND_MADE, LEARNED
+from mlm.extensions.related import no_basis
+from mlm.models.base import choose_dynamic, has_low_rank
+from mlm.models.low_rank import LOW, base_of
+from mlm.models.recurrent import BaseModel
+from mlm.rules.family import HAND_MADE_RULES, rule_of
+from mlm.runs.base import base_of_through_run
+from mlm.runs.language_model import rule_of_through_run
+from mlm.runs.rules import rule_to_train
 from mlm.runs.run import Run
-from mlm.training.language_model import shape_of
+from mlm.settings.config import Config
+from mlm.settings.flags import flag, leaves
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import load_about
+from mlm.text.corpora import open_corpus
+from mlm.text.tokens import encode_split
+from mlm.training.language_model import initial_weights, shape_of
+
+HOW = ("resume", "overwrite", "out", "stages", "device", "threads", "text.data_dir")
+"""Settings that say where and how to compute, not what."""
+
+REMEDIES = ("lm.learning_rate", "lm.precision", "lm.through_rate")
+"""Settings that a message advises to change before a run goes on; the change is recorded."""
+
+
+def _fresh(run: Run) -> bool:
+    """Whether nothing of what the folder holds is kept."""
+    return "lm" in run.config.stages and not run.config.resume
 
 
 def check_folder(run: Run) -> None:
@@ -18,7 +43,7 @@ def check_folder(run: Run) -> None:
     Raises:
         UserError: the folder is a file, holds a run already, or lacks one to go on with.
     """
-    folder, config = run.folder, run.config
+    folder, config, fresh = run.folder, run.config, _fresh(run)
     path = folder.path
     above = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
@@ -34,8 +59,15 @@ def check_folder(run: Run) -> None:
             f"{path} already holds a run. Continue it with --resume, replace it with "
             "--overwrite, or choose another folder with --out"
         )
-    fresh = "lm" in config.stages and not config.resume
+    if not fresh and folder.config_file.exists():
+        _check_recorded(config, folder)
     trained = set(config.meta.rules) if "meta" in config.stages else set()
+    for place in ("lm.init", "lm.through_run"):
+        other = leaves(config)[place]
+        if fresh and other is not None and other.resolve() == path.resolve():
+            raise UserError(
+                f"{flag(place)} {other} is the run folder itself; name another one with --out"
+            )
     needs = {
         "meta": (folder.checkpoint("lm"), {"lm"}),
         "evaluate": (folder.checkpoint("memory"), {"meta"}),
@@ -57,25 +89,165 @@ def check_folder(run: Run) -> None:
             )
 
 
-def check_text(run: Run) -> None:
-    """Text and settings that a later stage would refuse are refused before the first.
+def _check_recorded(config: Config, folder: RunFolder) -> None:
+    """Settings of a language model that is there, and all of a run that goes on, are its own.
 
     Raises:
-        UserError: too few articles, none as long as M, or no weight of the name that adapts.
+        UserError: names the flags that say otherwise.
+    """
+    mine, its = leaves(config), leaves(folder.load_config())
+    own = ("size", "text.", "model.", "lm.")
+    differ = [
+        f"{flag(path)} {its[path]}"
+        for path in mine
+        if mine[path] != its[path]
+        and path not in (*HOW, "lm.through_run")  # a folder may have moved
+        and (path not in REMEDIES if config.resume else path.startswith(own))
+    ]
+    if differ and config.resume:
+        raise UserError(
+            f"--resume goes on with the run's own settings, and {folder.path} was made with "
+            f"{', '.join(differ)}. Leave these flags out, or, to make later stages anew, name them "
+            "with --stages and without --resume"
+        )
+    if differ:
+        raise UserError(
+            f"the language model in {folder.path} was made with {', '.join(differ)}. Leave these "
+            "flags out, or train another one with --stages lm and another --out"
+        )
+
+
+def check_text(run: Run) -> None:
+    """Text that a later stage would refuse is refused before the first.
+
+    Raises:
+        UserError: too few articles, none as long as M, or none to score.
     """
     config = run.config
     run.training_text(0)
     run.validation_text(config.lm.validation_words)
-    if "meta" not in config.stages:
-        return
-    longest = max(len(article) for article in run.training_text(1).articles)
-    if longest < config.adapt.update_every:
+    if "meta" in config.stages:
+        longest = max(len(article) for article in run.training_text(1).articles)
+        every = config.adapt.update_every
+        if longest < every:
+            raise UserError(
+                f"--update-every {every}: no held-out article is as long; the longest has "
+                f"{longest} tokens. Use a smaller M, more text, or a larger --text.held-out"
+            )
+    if "evaluate" in config.stages:
+        split, cache = config.evaluation.split, config.text.data_dir
+        source, vocabulary = open_corpus(config.corpus), run.data.vocabulary
+        file = encode_split(source, split, vocabulary, cache, progress=not run.quiet)
+        if not any(file.words[: config.evaluation.max_articles or None]):
+            raise UserError(f"{config.corpus}, split {split}: no article with a word in it")
+
+
+def check_plan(run: Run) -> None:
+    """What the settings ask of the model, and of other runs, is there.
+
+    Raises:
+        UserError: no weight of the name that adapts; a rule, a start or another run that does not
+            fit.
+    """
+    config, data = run.config, run.data
+    shape = shape_of(config, data.vocabulary.size)
+    through = config.lm.through
+    if "lm" in config.stages:
+        begun = config.resume and run.folder.checkpoint("lm_last").exists()
+        if config.lm.init is not None and not begun:
+            initial_weights(RunFolder(config.lm.init), shape, data.vocabulary.hash)
+        if through == "rms":
+            if has_low_rank(config.adapt.dynamic):
+                raise UserError(
+                    "--lm.through rms trains full matrices only; leave .low out of --dynamic"
+                )
+            choose_dynamic(shape.layout(), config.adapt.dynamic)
+        elif through == "learned":
+            rule_of_through_run(config, shape, data.vocabulary.hash, run.device)
+    if "meta" in config.stages:
+        dynamic = choose_dynamic(shape.layout(), config.adapt.dynamic)
+        problems = extension_problems(config, shape, dynamic)
+        if problems:
+            raise UserError("; ".join(problems))
+        if through == "learned":
+            base_of_through_run(run)
+        _check_rules(run, dynamic)
+
+
+def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
+    """The rules to train can start as asked, and those to score that are there already fit.
+
+    Raises:
+        UserError: one cannot be trained so, or is missing, or is for other weights.
+    """
+    meta, stages = run.config.meta, run.config.stages
+    start = None
+    if run.config.lm.through == "learned":
+        pass  # the rule of that run, which has been looked at
+    elif meta.start in HAND_MADE:
+        start = HAND_MADE_RULES[meta.start]
+    elif meta.rules:
+        path = run.folder.checkpoint(meta.start)
+        if _fresh(run) or not path.exists():
+            raise UserError(
+                f"--meta.start {meta.start}: this rule is not trained in {run.folder.path} yet; "
+                f"train it first (--stages meta --train-rules {meta.start}), or start from "
+                f"{', '.join(HAND_MADE)}"
+            )
+        start = rule_of(meta.start, _about(run, meta.start, dynamic)["rule"])
+    for name in meta.rules if start else ():
+        rule_to_train(meta, name, start)
+    scored = {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED)
+    for name in scored - set(meta.rules) if "evaluate" in stages else ():
+        _about(run, name, dynamic)
+
+
+def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
+    """The description of a trained rule.
+
+    Raises:
+        UserError: it is missing, damaged, or for other dynamic weights.
+    """
+    path = run.folder.checkpoint(name)
+    about = load_about(path, "train the meta-learner first (`--stages meta`)")
+    if tuple(about["dynamic"]) != dynamic:
         raise UserError(
-            f"--update-every {config.adapt.update_every}: no held-out article is as long; the longest "
-            f"has {longest} tokens. Use a smaller M, more text, or a larger --text.held-out"
+            f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
+            f"adapt now are {', '.join(dynamic)}; train it again (--train-rules {name}), or leave "
+            "it out"
         )
-    shape = shape_of(config, run.data.vocabulary.size)
-    choose_dynamic(shape.layout(), config.adapt.dynamic)
+    return about
+
+
+# -- extensions ---------------------------------------------------------------------------------
+
+
+def extension_problems(config: Config, shape: BaseModel, dynamic: tuple[str, ...]) -> list[str]:
+    """What optional parts of the memory need of the model, one line each."""
+    found, adapt = [], config.adapt
+    whole = _in_own_basis(shape, dynamic, adapt.rank)
+    for path in ("adapt.at_once", "adapt.related"):
+        if leaves(config)[path] and "softmax" not in whole:
+            found.append(str(no_basis(flag(path))))
+    if adapt.basis_words and not whole:
+        found.append(
+            "--adapt.basis-words needs a matrix that adapts in a basis of its own: name "
+            "softmax.low or lstm.*.input.low in --dynamic, with a --rank of all its inputs"
+        )
+    return found
+
+
+def _in_own_basis(shape: BaseModel, dynamic: tuple[str, ...], rank: int) -> list[str]:
+    """The matrices that adapt in a basis of their own (see `mlm.models.low_rank.whole`)."""
+    sizes = {name: size for name, (size, _) in shape.layout().items()}
+    found = []
+    for name in [n.removesuffix(LOW) for n in dynamic if n.endswith(LOW)]:
+        outputs, inputs = sizes[base_of(name)]
+        rows = sizes["softmax.bias"][0] if name == "softmax" else outputs
+        square = rank >= inputs and rows == outputs
+        if square and base_of(name) not in dynamic and not name.endswith(".recurrent"):
+            found.append(name)
+    return found
 
 
 def clear(run: Run) -> None:

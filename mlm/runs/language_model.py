@@ -7,6 +7,7 @@ import torch
 from mlm.base.errors import UserError
 from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
+from mlm.rules.protocol import LoadedRule
 from mlm.runs.base import through_run
 from mlm.runs.rules import load_learned
 from mlm.runs.run import Run, say
@@ -44,6 +45,18 @@ def through_trainer(
     """
     if config.lm.through == "rms":
         return ThroughRMS(config, shape, text, device)
+    learned = rule_of_through_run(config, shape, vocabulary_hash, device)
+    return ThroughLearned(config, shape, text, device, learned)
+
+
+def rule_of_through_run(
+    config: Config, shape: BaseModel, vocabulary_hash: str, device: torch.device
+) -> LoadedRule:
+    """The learned rule that stage 1 goes through.
+
+    Raises:
+        UserError: --lm.through-run holds no rule, or one for another vocabulary or other sizes.
+    """
     run = through_run(config, vocabulary_hash, device)
     path, other = run.folder.path, run.config
     if not other.meta.rules:
@@ -59,5 +72,4 @@ def through_trainer(
             f"--lm.through-run {path} reads {other.adapt.update_every} tokens per update; use "
             f"--lm.segment {other.adapt.update_every}"
         )
-    learned = load_learned(run, other.meta.rules[0], base)
-    return ThroughLearned(config, shape, text, device, learned)
+    return load_learned(run, other.meta.rules[0], base)

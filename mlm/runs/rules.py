@@ -103,7 +103,18 @@ def starting_point(run: Run, base: AdaptationBase) -> LoadedRule:
 
 
 def new_rule(meta: MetaConfig, name: str, start: LoadedRule) -> tuple[LinearGates, Parameters]:
-    """The learned rule of this name as these settings want it, and where its training starts.
+    """The learned rule of this name as these settings want it, and where its training starts."""
+    rule = rule_to_train(meta, name, start.rule)
+    parameters = start_at(rule, start.rule, start.parameters, start.base)
+    if rule.slow and not as_gates(start.rule).slow:
+        open_slow(parameters)
+    if meta.fisher == "flush" and rule.flush and "fisher" in rule.columns:
+        parameters["flush"][:, rule.columns["fisher"]] = 1.0
+    return rule, parameters
+
+
+def rule_to_train(meta: MetaConfig, name: str, start: UpdateRule) -> LinearGates:
+    """The learned rule of this name as these settings want it, able to start as `start` does.
 
     Raises:
         UserError: it cannot be trained in this way.
@@ -121,20 +132,15 @@ def new_rule(meta: MetaConfig, name: str, start: LoadedRule) -> tuple[LinearGate
         free_copy=meta.free_copy,
         hidden=meta.hidden,
         fixed=fixed,
-        start=start.rule,
+        start=start,
     )
-    parameters = start_at(rule, start.rule, start.parameters, start.base)
-    if rule.slow and not as_gates(start.rule).slow:
-        open_slow(parameters)
     if (rule.per_weight or rule.per_unit) and meta.gradient == "forward":
         own = "weight" if rule.per_weight else "row and column"
         raise UserError(
             f"--meta.gradient forward: {name} has a parameter per {own}, and forward mode holds a "
             "copy of the weights for each; use reverse or checkpoint"
         )
-    if meta.fisher == "flush" and rule.flush and "fisher" in rule.columns:
-        parameters["flush"][:, rule.columns["fisher"]] = 1.0
-    return rule, parameters
+    return rule
 
 
 def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

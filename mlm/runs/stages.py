@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlm.runs.checks import check_folder, check_text, clear
+from mlm.runs.checks import check_folder, check_plan, check_text, clear
 from mlm.runs.evaluate import draw, show, stage_evaluate
 from mlm.runs.language_model import stage_lm
 from mlm.runs.meta import stage_meta
@@ -18,6 +18,7 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
     check_folder(run)
     if {"lm", "meta"} & set(config.stages):
         check_text(run)
+        check_plan(run)
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:

@@ -67,6 +67,29 @@ def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
+def initial_weights(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> Weights:
+    """The weights of another run's language model, to go on from.
+
+    Raises:
+        UserError: missing, damaged, of other sizes, or from another vocabulary.
+    """
+    try:
+        weights, its, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
+    except UserError as error:
+        raise UserError(f"--lm.init {run.path}: {error}") from None
+    if ngrams_of(weights) is not None:
+        raise UserError(
+            f"--lm.init {run.path}: its model has n-gram embeddings (--lm.ngrams), without which "
+            "it is another; go on from one that has none"
+        )
+    if its != shape:
+        raise UserError(
+            f"--lm.init {run.path}: its model is {its}, but the settings say {shape}; use the same "
+            "--model.* and --text.* settings"
+        )
+    return weights
+
+
 def unigram_biases(shape: BaseModel, text: Text) -> Weights:
     """Softmax biases that predict every token by its share of `text`, whatever the layers say.
 
@@ -201,23 +224,8 @@ class LMTrainer:
         self.optimizer.step()
 
     def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
-        """Begin with the language model of another run.
-
-        Raises:
-            UserError: missing, damaged, of other sizes, or from another vocabulary.
-        """
-        path = run.checkpoint("lm")
-        weights, shape, _ = load_lm(path, vocabulary_hash)
-        if ngrams_of(weights) is not None:
-            raise UserError(
-                f"--lm.init {run.path}: its model has n-gram embeddings (--lm.ngrams), without "
-                "which it is another; go on from one that has none"
-            )
-        if shape != self.shape:
-            raise UserError(
-                f"--lm.init {run.path}: its model is {shape}, but the settings say {self.shape}; "
-                "use the same --model.* and --text.* settings"
-            )
+        """Begin with the language model of another run (see `initial_weights`)."""
+        weights = initial_weights(run, self.shape, vocabulary_hash)
         for name, weight in self.weights.items():
             weight.data.copy_(weights[name])
 
