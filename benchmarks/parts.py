@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from mlm.extensions.phrases import phrases
-from mlm.extensions.read_out import read_out_of, with_read_out
+from mlm.extensions.ngram_memory import phrases
+from mlm.extensions.ngram_read_out import read_out_of, with_read_out
 
 from benchmarks.claim_tables import LEARNED_RULE
 from benchmarks.output import HOME

@@ -12,6 +12,7 @@ from mlm.base.lazy import lazily
 if TYPE_CHECKING:
     from mlm.base.errors import UserError
     from mlm.models.module import ModuleModel
+    from mlm.reader import load
     from mlm.reading.scoring import score_articles
     from mlm.runs.stages import run_stages
     from mlm.settings.config import Config
@@ -23,13 +24,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ModuleModel", "RunFolder", "UserError", "run_stages", "score_articles"]
+__all__ = [
+    "Config",
+    "ModuleModel",
+    "RunFolder",
+    "UserError",
+    "load",
+    "run_stages",
+    "score_articles",
+]
 
 __getattr__, __dir__ = lazily(
     __name__,
     {
         "base.errors": "UserError",
         "models.module": "ModuleModel",
+        "reader": "load",
         "reading.scoring": "score_articles",
         "runs.stages": "run_stages",
         "settings.config": "Config",

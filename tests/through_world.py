@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import Finished
-from mlm.extensions.phrases import phrases
-from mlm.extensions.related import relate
+from mlm.extensions.ngram_memory import phrases
+from mlm.extensions.word_coupling import relate
 from tiny import as_flags
 from worlds import EOS
 

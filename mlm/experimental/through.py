@@ -203,8 +203,8 @@ class ThroughRMS(ThroughTrainer):
 class ThroughLearned(ThroughTrainer):
     """Through a learned rule, with the bases, word coupling and Fisher of the run that has it.
 
-    All of these stay as they are, and so does how words teach within a segment; a matrix that adapts in a
-    basis of its own, output = T L (P x), is trained as W = T L P (`mlm.extensions.learned_basis`).
+    All of these stay as they are, and so does how words teach within a segment. A matrix that
+    adapts in a basis of its own, output = T L (P x), is trained as W = T L P.
     Article boundaries are marked, and tokens teach by their loss itself, so that one gradient
     serves the lanes and theta_0 (surprise weighting counts again when the rule reads).
     """

@@ -51,7 +51,7 @@ Tokens = TypeVar("Tokens", Tensor, np.ndarray)
 
 
 def context_keys(tokens: Sequence[Tokens]) -> Tokens:
-    """Fingerprints of contexts, given as their first tokens, their second tokens, ...: int64, modulo 2^64."""
+    """Fingerprints of contexts, given as their first tokens, their second tokens, ...: int64."""
     found = tokens[0] * 0 + len(tokens)
     for these in tokens:
         found = found * FACTOR + these + 1

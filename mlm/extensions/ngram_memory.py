@@ -109,7 +109,7 @@ class History(NamedTuple):
 
 
 def inverse_square_length(head_VE: Tensor) -> Tensor:
-    """1 / w, w the mean square length of the rows of an output embedding; (E,), the same for all."""
+    """1 / w, w the mean square length of an output embedding's rows; (E,), the same for all."""
     scale = 1 / head_VE.detach().square().sum(1).mean()
     return scale.repeat(head_VE.shape[1])
 

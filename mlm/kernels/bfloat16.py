@@ -72,5 +72,3 @@ def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> Tensor:
     release_lowered(a, x)
     release_lowered(b, y)
     return out
-
-

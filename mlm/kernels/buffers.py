@@ -53,5 +53,3 @@ def release(tensors: Iterable[Tensor]) -> None:
 def clear() -> None:
     """Free everything that was released."""
     _free.clear()
-
-

@@ -127,9 +127,9 @@ def has_low_rank(wanted: str) -> bool:
 def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
     """Names of the weights that adapt.
 
-    Low-rank changes, which a model has only once they are asked for (`mlm.training.directions`), are matched
-    by patterns that end in `.low`, and by no others. An LSTM's matrices and the softmax over
-    recurrent layers may have them.
+    Low-rank changes, which a model has only once they are asked for, are matched by patterns that
+    end in `.low`, and by no others. An LSTM's matrices and the softmax over recurrent layers may
+    have them.
 
     Args:
         weights: names of a language model's weights, with or without low-rank changes.

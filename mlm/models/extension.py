@@ -108,8 +108,8 @@ class Plan(NamedTuple):
     dynamic: tuple[str, ...]
     """The weights that adapt."""
     folded: tuple[str, ...] | None
-    """Matrices that adapt in a basis of their own (`mlm.models.low_rank.folds`); None = the sizes of
-    the model are not known yet."""
+    """Matrices that adapt in a basis of their own (`mlm.models.low_rank.folds`); None = the model's
+    sizes are not known yet."""
     learn: tuple[str, ...]
     """--meta.learn."""
     gradient: str
@@ -155,10 +155,10 @@ class Extension:
     of_model: ClassVar[bool] = False
     """Whether it belongs to the language model: static reading uses it, too."""
     makes_base: ClassVar[bool] = False
-    """Whether `fold` or `make` changes the adaptation base, which then depends on this extension and on
-    those before it."""
+    """Whether `fold` or `make` changes the adaptation base, which then depends on this extension
+    and on those before it."""
     of_hidden_states: ClassVar[bool] = False
-    """Whether `make` fits the very language model, and is called for another one in the same base."""
+    """Whether `make` fits the language model, and is called anew for another one in its base."""
     reweights: ClassVar[bool] = False
     """Whether rules follow another gradient than that of the loss: meta-training then asks for
     both."""

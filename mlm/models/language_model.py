@@ -1,6 +1,7 @@
 """What reading needs of any language model: its weights, its state, and one function that reads.
 
-Letters: B lanes, T time, E width of what the softmax sees, V vocabulary, I its inputs, S directions.
+Letters: B lanes, T time, E width of what the softmax sees, I its inputs in a basis, V vocabulary,
+S directions.
 """
 
 from __future__ import annotations
@@ -73,13 +74,13 @@ class OutputTerms(NamedTuple):
     within: WithinSegment | None = None
     """What a segment's words teach the words behind them. It needs such a basis."""
     repeats: Tensor | None = None
-    """(B, T, T): with `within`, how much of the error at word s < t the logits at t lose directly."""
+    """(B, T, T): with `within`, how much of the error at word s < t the logits at t lose."""
     slope: Tensor | None = None
     """(2,), x and y: tokens weigh x + y * loss in the gradient of the total."""
 
 
 Tell = Callable[[Tensor], OutputTerms]
-"""From a segment's hidden states (B, T, E), which are not written, to terms for its output layer."""
+"""From a segment's hidden states (B, T, E), not to be written, to terms for its output layer."""
 
 
 class Read(NamedTuple):

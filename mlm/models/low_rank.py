@@ -113,7 +113,7 @@ def check_rank(path: Path, weights: Weights, rank: int) -> None:
 def folds(
     sizes: Mapping[str, tuple[int, ...]], dynamic: Sequence[str], rank: int
 ) -> tuple[str, ...]:
-    """Names of the matrices that `fold_weights` will fold, of a model with weights of these sizes."""
+    """Names of the matrices that `fold_weights` will fold, of a model of these sizes."""
     found = []
     for name in [n.removesuffix(LOW) for n in dynamic if n.endswith(LOW)]:
         base = base_of(name)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm import kernels
-from mlm.kernels.bfloat16 import release_lowered, lowered, product
-from mlm.kernels.buffers import release, acquire
+from mlm.kernels.bfloat16 import lowered, product, release_lowered
+from mlm.kernels.buffers import acquire, release
 from mlm.models.language_model import OutputTerms, Weights, WithinSegment
 from mlm.models.low_rank import along_directions, is_folded, linear, low_rank_product
 from mlm.models.recurrence import is_plain
@@ -348,7 +348,7 @@ class OutputShape(Protocol):
 
     @property
     def cutoffs(self) -> tuple[int, ...]:
-        """Adaptive softmax: ends (word ids) of the head and of all tails but the last; () = full."""
+        """Adaptive softmax: ends (word ids) of the head and of all tails but the last."""
         ...
 
     def clusters(self) -> list[tuple[int, int, int]]:

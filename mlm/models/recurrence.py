@@ -74,7 +74,7 @@ class LaneRecurrence(torch.autograd.Function):
     Forward saves the activated gates of all steps; backward walks the steps once and forms the
     gradient of the recurrent weights with ONE batched product over all of them. On a CPU each
     lane runs through all its steps in a compiled kernel (`mlm.kernels`), its weights in the
-    cache; elsewhere `eager_forward` and `eager_backward` take all lanes step by step.
+    cache; elsewhere `lstm_eager_forward` and `lstm_eager_backward` take all lanes step by step.
     """
 
     @staticmethod
@@ -306,7 +306,8 @@ class LanePooling(torch.autograd.Function):
 
     z = tanh, f and o = sigmoid of the convolution. No weights are in the loop: forward saves the
     activated gates and cells, backward walks the steps once. On a CPU in a compiled kernel
-    (`mlm.kernels`), elsewhere `eager_pool_forward` and `eager_pool_backward` take all lanes step by step.
+    (`mlm.kernels`), elsewhere `eager_pool_forward` and `eager_pool_backward` take all lanes step by
+    step.
     """
 
     @staticmethod

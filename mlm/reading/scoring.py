@@ -199,7 +199,7 @@ def score_protocol(
     title: str | None = None,
     cache: Sequence[CacheSetting] = (),
 ) -> Scores:
-    """`score_articles` or `score_stream` by the protocol's name; see `AdaptationBase.for_protocol`."""
+    """`score_articles` or `score_stream`, by the protocol's name."""
     base = base.for_protocol(protocol)
     if protocol == "stream":
         return score_stream(base, rule, articles, eos, title, cache)

@@ -32,7 +32,7 @@ def second_order(
     learn: Sequence[str] = (),
     ewc: float = 0.0,
 ) -> MetaGradient:
-    """`mlm.reading.meta_gradient.meta_gradient` without its approximations; arguments and result as there.
+    """`meta_gradient` without its approximations; arguments and result as there.
 
     Second order as in MAML (Finn et al. 2017): the inner gradients depend on theta, and so do the
     losses that gates see and the hidden state that is carried on. What came before the unroll is a

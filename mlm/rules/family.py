@@ -246,5 +246,3 @@ def rule_from_description(name: str, about: Mapping[str, Any]) -> LinearGates:
         )
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items()}
     return LinearGates(name, **values)
-
-

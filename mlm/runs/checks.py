@@ -196,7 +196,8 @@ def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
                 f"{', '.join(HAND_MADE)}"
             )
         start = rule_from_description(meta.start, _about(run, meta.start, dynamic)["rule"])
-    for name in meta.rules if start else ():
+    for name in meta.rules if start is not None else ():
+        assert start is not None
         rule_to_train(meta, name, start)
     scored = {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED)
     for name in scored - set(meta.rules) if "evaluate" in stages else ():

@@ -130,7 +130,7 @@ def rule_to_train(meta: MetaConfig, name: str, start: UpdateRule) -> LinearGates
 
 
 def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A rule's parameters, and weights of the model and of extensions beside them, by their names."""
+    """A rule's parameters, and the weights of model and extensions beside them."""
     own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
     return {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}, own
 

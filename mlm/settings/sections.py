@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlm.base.names import PROTOCOLS
+from mlm.base.names import PROTOCOLS, LearnedName
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,10 @@ def initial_weights(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> W
     Raises:
         UserError: missing, damaged, of other sizes, or from another vocabulary.
     """
-    weights, its, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
+    try:
+        weights, its, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
+    except UserError as error:
+        raise UserError(f"--lm.init {run.path}: {error}") from None
     others = sorted({name.partition("/")[0] for name in weights if "/" in name})
     if others:
         raise UserError(

@@ -35,7 +35,7 @@ from mlm.store.tensors import adam_tensors, load_adam, load_tensors, save_tensor
 from mlm.text.streams import MixedLanes, Segment, Text
 
 EXTENSION_GAIN = "gain_with_extension_per_word"
-"""In metrics.jsonl: nats per word gained on validation with what an extension learned afterwards."""
+"""In metrics.jsonl: nats per word gained on validation with what an extension learned."""
 
 
 def _norm(tensors: Parameters) -> float:

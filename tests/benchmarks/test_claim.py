@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Command, Finished
-from mlm.extensions.read_out import taken
+from mlm.extensions.ngram_read_out import taken
 
 import benchmarks.claim
 import benchmarks.claim_tables

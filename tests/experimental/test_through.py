@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.phrases import AGAIN, SAID
+from mlm.extensions.ngram_memory import AGAIN, SAID
 from through_world import DYNAMIC, SHAPE, flags_through, text_of_articles, through, through_config
 from worlds import check_resumed, gradients_of_a_step
 

@@ -13,7 +13,7 @@ from conftest import Command, Finished
 from worlds import EOS, made_up_rms, tiny_base
 
 from mlm.base.names import PROTOCOLS
-from mlm.extensions.boundaries import Borders, learn_borders
+from mlm.extensions.boundaries import Borders, learn_boundaries
 from mlm.models.base import AdaptationBase
 from mlm.models.recurrent import RecurrentLM, initial_weights
 from mlm.reading.meta_gradient import meta_gradient
@@ -53,7 +53,7 @@ def base() -> AdaptationBase:
     weights = {n: w.double() for n, w in initial_weights(shape, generator).items()}
     articles = _articles(600)
     text = Text(articles, sum(map(len, articles)), EOS)
-    borders = learn_borders(shape, weights, text)
+    borders = learn_boundaries(shape, weights, text)
     rms = made_up_rms(weights, tuple(weights), generator)
     return AdaptationBase(shape, weights, tuple(weights), rms, 2.3, 5, borders=borders)
 
@@ -68,8 +68,8 @@ def test_it_tells_headings_from_other_lines(base: AdaptationBase) -> None:
     articles = _articles(30, seed=1)
     ids = torch.from_numpy(np.concatenate(articles)).unsqueeze(0)
     inputs = torch.cat([torch.tensor([[EOS]]), ids[:, :-1]], 1)
-    state = base.shape.initial_state(1, dtype=torch.float64)
-    output = base.shape.read(base.static, inputs, ids, state).output
+    state = base.model.initial_state(1, dtype=torch.float64)
+    output = base.model.read(base.static, inputs, ids, state).output
     assert base.borders is not None
     found = [
         k
@@ -88,7 +88,7 @@ def test_articles_that_begin_as_all_lines_do_are_not_told_apart() -> None:
     random = np.random.default_rng(0)
     lines = [np.array([*random.integers(1, 7, 6), EOS]) for _ in range(400)]
     articles = [np.concatenate(lines[k : k + 8]) for k in range(0, 400, 8)]
-    found = learn_borders(plain.shape, plain.static, Text(articles, 2800, EOS))
+    found = learn_boundaries(plain.shape, plain.static, Text(articles, 2800, EOS))
     assert float(found.weights[-1]) < 0
     text = np.concatenate(articles)
     bound = RMS().bind(SETTING, plain)
@@ -178,7 +178,7 @@ def _check_beginning(
         assert torch.equal(now.scored.output[0, k], source.output[0, k])
     assert now.taught[0].tolist() == [bool(m) and k >= first for k, m in enumerate(piece.mask[0])]
     theta = {n: w.clone().requires_grad_() for n, w in now.before.weights.items()}
-    nll = base.shape.read(
+    nll = base.model.read(
         {**base.weights, **theta}, piece.inputs, piece.targets, now.before.state
     ).nll
     want = torch.autograd.grad((nll * now.taught).sum() / base.segment, list(theta.values()))

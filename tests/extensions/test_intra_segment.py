@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.at_once import MOST, alike, spread
-from mlm.extensions.phrases import ALIKE, ORDERS, phrases
-from mlm.extensions.related import relate
+from mlm.extensions.intra_segment import MOST, alike, spread
+from mlm.extensions.ngram_memory import ALIKE, ORDERS, phrases
+from mlm.extensions.word_coupling import relate
 from tiny import perplexities
 from worlds import EOS, TinyBase, articles, segments, tiny_base
 
@@ -21,7 +21,7 @@ from mlm import kernels
 from mlm.models.base import COLUMNS, ROWS, AdaptationBase, turned
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles
-from mlm.reading.step import Step, begin, learning_at_once, step
+from mlm.reading.step import Step, begin, prepared, step
 from mlm.rules.family import open_slow, start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS, SGD
@@ -102,7 +102,7 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
     on(path)
     base = dataclasses.replace(_base(OUTPUT, related, flat=True), surprise=surprise)
     rule = _rms(base)
-    now = _one_step(learning_at_once(base, rule), rule, tokens)
+    now = _one_step(prepared(base, rule), rule, tokens)
     q = base.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
     t_VV = torch.eye(12, dtype=torch.float64) + q @ q.t()
     targets = torch.from_numpy(tokens[:, 8:15])
@@ -142,7 +142,7 @@ def test_the_meta_gradient_is_that_of_the_eager_twin(mode: Any, on: Callable[[st
 
     def found(base: AdaptationBase) -> Any:
         bound = rule.bind(phi, base)
-        able = learning_at_once(base, bound)
+        able = prepared(base, bound)
         return meta_gradient(able, bound, phi, begin(able, 3, bound), pieces, mode)
 
     fast, without = found(base), found(dataclasses.replace(base, at_once=False))
@@ -171,7 +171,7 @@ def test_training_sees_what_scores_will_be() -> None:
 def test_a_word_knows_nothing_of_those_behind_it(tokens: np.ndarray) -> None:
     base = _base()
     rule = _rms(base)
-    able = learning_at_once(base, rule)
+    able = prepared(base, rule)
     other = tokens.copy()
     other[:, 12] = (other[:, 12] + 1) % 12
     one, two = (_one_step(able, rule, ids).scored.nll for ids in (tokens, other))
@@ -197,12 +197,12 @@ def test_a_learned_rule_teaches_with_its_own_steps() -> None:
     rule = LinearGates("four", per_unit=True, slow=True)
     phi = start_at(rule, RMS(), setting, base)
     open_slow(phi)
-    want = learning_at_once(base, RMS().bind(setting, base)).weights
-    found = learning_at_once(base, rule.bind(phi, base)).weights
+    want = prepared(base, RMS().bind(setting, base)).weights
+    found = prepared(base, rule.bind(phi, base)).weights
     for name in (ROWS, COLUMNS):
         torch.testing.assert_close(found[name], want[name], rtol=1e-9, atol=0.0)
     rate = {**setting, "rate": 2 * setting["rate"]}
-    twice = learning_at_once(base, RMS().bind(rate, base)).weights
+    twice = prepared(base, RMS().bind(rate, base)).weights
     torch.testing.assert_close(twice[ROWS], 2 * want[ROWS], rtol=1e-9, atol=0.0)
     torch.testing.assert_close(twice[COLUMNS], want[COLUMNS], rtol=1e-9, atol=0.0)
 
@@ -226,7 +226,7 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
     base = dataclasses.replace(plain, phrases=phrases(plain.weights["embedding"], 100))
     assert base.phrases is not None
     rule = _rms(base, rate)
-    able = learning_at_once(base, rule)
+    able = prepared(base, rule)
     tokens = [EOS, 1, 2, 3, 1, 2, 3, 1, 2]
     piece = segments(base, (40,), 1, 1)[0]
     inputs, targets = torch.tensor([tokens[:7]]), torch.tensor([tokens[1:8]])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.related import relate
-from mlm.extensions.warp import (
+from mlm.extensions.word_coupling import relate
+from mlm.extensions.learned_basis import (
     Bases,
     basis_gradients,
     basis_parameters,
@@ -130,7 +130,7 @@ def test_the_gradient_is_that_of_the_loss_with_theta_0_following(related: bool, 
     state = reader.state.keep(~piece.new)
     with kernels.eager():
         share = piece.mask.double() / piece.inputs.shape[1]
-        total = base.shape.read(weights, piece.inputs, piece.targets, state, share).total
+        total = base.model.read(weights, piece.inputs, piece.targets, state, share).total
     want = torch.autograd.grad(total, list(leaves.values()))
     for name, g in zip(leaves, want, strict=True):
         assert float(g.abs().max()) > 1e-5, name

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.ngrams import (
+from mlm.extensions.ngram_embeddings import (
     AFTER,
     MOST,
     NAMES,
@@ -24,13 +24,13 @@ from mlm.extensions.ngrams import (
     most_frequent,
     ngrams_of,
 )
-from mlm.extensions.phrases import phrases
+from mlm.extensions.ngram_memory import phrases
 from through_world import as_usual, flags_through, through
 from tiny import as_flags
 from worlds import EOS, check_resumed, tiny_base
 
 from mlm.experimental.through import ThroughTrainer
-from mlm.extensions.boundaries import learn_borders
+from mlm.extensions.boundaries import learn_boundaries
 from mlm.reading.scoring import score_articles, static_loss
 from mlm.reading.step import begin, step
 from mlm.rules.hand_made import RMS
@@ -103,7 +103,7 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
     articles = _articles((23, 3, 1, 37, 10, 11))
     some = [(0,), (1,), (0, 1), (1, 1), (2, 1), (1, 2, 1), (0, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)]
     some += [(0, 0), (1, 0), (0, 0, 1), (0, 0, 0)]  # over a border, behind padding or not
-    ngrams, rows = _ngrams(some, base.shape.embedding)
+    ngrams, rows = _ngrams(some, base.model.embedding)
     own = phrases(base.weights["embedding"], tokens, ngrams)
     own = own._replace(steps=own.steps * 0)  # articles teach nothing
     still = RMS().bind({"rate": torch.tensor(0.0), "decay": torch.tensor(0.0)}, base)
@@ -112,18 +112,18 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
     static = score_articles(base, None, articles, EOS, 2)
     model = {n: w.float() for n, w in base.weights.items()}
     model |= ngrams.to("cpu", torch.float32).tensors()
-    loss = static_loss(model, base.shape, Text(articles, 85, EOS), 2, segment)
+    loss = static_loss(model, base.model, Text(articles, 85, EOS), 2, segment)
     assert loss == pytest.approx(static.total / 85, rel=1e-5)
     head, bias = base.weights["embedding"], base.weights["softmax.bias"]
-    none = torch.zeros(base.shape.embedding).double()
+    none = torch.zeros(base.model.embedding).double()
     for article, found, alone in zip(articles, scores.nll, static.nll, strict=True):
         tokens_1T = torch.tensor([[EOS, *article[:-1]]])
-        state = base.shape.initial_state(1, dtype=torch.float64)
+        state = base.model.initial_state(1, dtype=torch.float64)
         said = [
             sum((rows.get(c, none) for c in _contexts(article, t)), none)
             for t in range(len(article))
         ]
-        output = base.shape.run(base.weights, tokens_1T, state).output[0] + torch.stack(said)
+        output = base.model.run(base.weights, tokens_1T, state).output[0] + torch.stack(said)
         log_p = (output @ head.t() + bias).log_softmax(-1)
         want = -log_p.gather(1, torch.from_numpy(article).unsqueeze(1)).squeeze(1)
         np.testing.assert_allclose(found, want.numpy(), rtol=1e-10)
@@ -133,9 +133,9 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
 def test_hand_made_rules_read_with_the_corpus_alone() -> None:
     """So is their Fisher made; what an article teaches behind a context is not for them."""
     base, text = tiny_base(layers=1), _articles((23, 30, 37))
-    ngrams, _ = _ngrams([(1,), (0, 1), (1, 2, 1)], base.shape.embedding)
+    ngrams, _ = _ngrams([(1,), (0, 1), (1, 2, 1)], base.model.embedding)
     weights = {**base.weights, **ngrams.tensors()}
-    fisher = estimate_fisher(weights, base.shape, base.dynamic, Text(text, 90, EOS), 5, 90, lanes=2)
+    fisher = estimate_fisher(weights, base.model, base.dynamic, Text(text, 90, EOS), 5, 90, lanes=2)
     static = score_articles(fisher, None, text, EOS, 2)
     assert fisher.loss == pytest.approx(static.total / 90)
     own = phrases(base.weights["embedding"], 100, ngrams)
@@ -152,7 +152,7 @@ def test_hand_made_rules_read_with_the_corpus_alone() -> None:
 def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
     """Token by token, against the equation; a token that does not teach changes nothing."""
     base = tiny_base(layers=1, segment=5)
-    width = base.shape.embedding
+    width = base.model.embedding
     articles = _articles((40, 40))
     learning = Learning.begin(most_frequent(articles, EOS, 20), torch.ones(width).double())
     own = phrases(base.weights["embedding"], 100, learning.ngrams)
@@ -285,7 +285,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     text = open_run(new.load_config()).training_text(1)
     borders = load_base(new.checkpoint("memory"), hash_).borders
     assert borders is not None
-    torch.testing.assert_close(borders.weights, learn_borders(shape, weights, text).weights)
+    torch.testing.assert_close(borders.weights, learn_boundaries(shape, weights, text).weights)
     kept = load_tensors(new.checkpoint("memory"), "")[0]
     for name, mine in zip(NAMES, ngrams, strict=True):
         assert torch.equal(kept[f"theta_0/{name}"], mine)

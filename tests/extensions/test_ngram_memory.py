@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.phrases import ALIKE, ORDERS, Phrases, phrases
+from mlm.extensions.ngram_memory import ALIKE, ORDERS, Phrases, phrases
 from tiny import perplexities
 from worlds import EOS, TinyBase, bigram_base, segments, tiny_base
 
@@ -47,7 +47,7 @@ def _one_by_one(base: TinyBase, article: np.ndarray) -> list[float]:
     assert base.phrases is not None
     bound = RMS().bind(SETTING, base)
     theta = {n: w.clone().unsqueeze(0) for n, w in base.start().items()}
-    state = base.shape.initial_state(1, dtype=torch.float64)
+    state = base.model.initial_state(1, dtype=torch.float64)
     tokens = [EOS, *map(int, article)]
     w = float(base.weights["embedding"].square().sum(1).mean())
     visits: list[tuple[int, ...]] = []
@@ -60,11 +60,11 @@ def _one_by_one(base: TinyBase, article: np.ndarray) -> list[float]:
             [tuple(tokens[t + 1 - k : t + 1]) if t + 1 >= k else None for k in ORDERS]
             for t in range(lo, end)
         ]
-        none = torch.zeros(base.shape.embedding).double()
+        none = torch.zeros(base.model.embedding).double()
         leaves = {n: x.clone().requires_grad_() for n, x in theta.items()}
         inputs, targets = (torch.tensor([tokens[lo + d : end + d]]) for d in (0, 1))
         full = {**base.weights, **leaves}
-        now = base.shape.run(full, inputs, state)
+        now = base.model.run(full, inputs, state)
         states = now.output[0].detach()
         said = [sum((table.get(k, none) for k in own[1:] if k), none) for own in keys]
         for t, h in enumerate(states):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.phrases import AGAIN, SAID, STEPS, ReadOut, phrases
-from mlm.extensions.read_out import (
+from mlm.extensions.ngram_memory import AGAIN, SAID, STEPS, ReadOut, phrases
+from mlm.extensions.ngram_read_out import (
     NAMES,
     UNITS,
     Learner,
@@ -27,7 +27,7 @@ from worlds import EOS, TinyBase, tiny_base
 from mlm.base.errors import UserError
 from mlm.models.language_model import Weights
 from mlm.reading.scoring import score_articles
-from mlm.reading.step import learning_at_once, recollection, score_segment
+from mlm.reading.step import prepared, recollection, score_segment
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
 from mlm.runs.identity import identity
@@ -90,7 +90,7 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     """The article's rows alone, and what is written stays as it was."""
     base = _world()
     bound = RMS().bind(SETTING, base)
-    able = with_read_out(base, _some(base.shape.embedding))
+    able = with_read_out(base, _some(base.model.embedding))
     read_out = read_out_of(able)
     assert able.phrases is not None
     assert base.phrases is not None
@@ -102,7 +102,7 @@ def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     reader, piece = learner.reader, next(stream)
     assert reader.history is not None
     weights: Weights = {**base.weights, **reader.weights}
-    plainly = base.shape.read(weights, piece.inputs, piece.targets, reader.state)
+    plainly = base.model.read(weights, piece.inputs, piece.targets, reader.state)
     state = plainly.output.detach()
     plain, found = (
         m.phrases.recall(reader.history, piece.inputs, state) for m in (base, able) if m.phrases
@@ -155,7 +155,7 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     """Of the tokens' own losses, what lanes have learned so far being a constant."""
     base = dataclasses.replace(_world(), surprise=surprise)
     bound = RMS().bind(SETTING, base)
-    start = _some(base.shape.embedding)
+    start = _some(base.model.embedding)
     learner = Learner(with_read_out(base, start), bound, 3)
     stream = LaneStream(_articles(4, 1, 23), 3, base.segment, EOS)
     for _ in range(5):
@@ -164,7 +164,7 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     assert not bool(piece.mask.all()), "an article ends"
     assert not bool(piece.new.any())
     found, total = learner.gradient(piece)
-    way, small = _some(base.shape.embedding, 8), 1e-5
+    way, small = _some(base.model.embedding, 8), 1e-5
     losses = []
     for factor in (-small, 0.0, small):
         moved = with_read_out(learner.base, _moved(start, way, factor))
@@ -218,7 +218,7 @@ def test_it_learns_in_place_and_only_from_what_is_recalled(engine: str) -> None:
     learner = Learner(base, bound, 1)
     assert learner.base.phrases is not None
     assert learner.base.phrases.read_out is learner.read_out
-    assert learning_at_once(base, bound) is base
+    assert prepared(base, bound) is base
     before = ReadOut(*(t.clone() for t in learner.read_out))
     article = np.array([1, 2, 3, 4, 5, 6])
     learner.learn([next(LaneStream([article], 1, 5, EOS)) for _ in range(3)], 1e-3)

@@ -45,7 +45,7 @@ def _own_gradient(base: AdaptationBase, reader: Any, piece: Segment, weigh: bool
     theta = {n: reader.weights[n].clone().requires_grad_() for n in base.dynamic}
     full = {**base.weights, **theta}
     share = piece.mask.double() / base.segment
-    now = base.shape.read(full, piece.inputs, piece.targets, reader.state)
+    now = base.model.read(full, piece.inputs, piece.targets, reader.state)
     if weigh:
         share = share * _weights_of_tokens(base, now.nll)
     found = torch.autograd.grad((now.nll * share).sum(), list(theta.values()), allow_unused=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.related import relate, related_words
+from mlm.extensions.word_coupling import relate, coupling_of
 from worlds import EOS, TinyBase, articles, segments, tiny_base
 
 from mlm import kernels
@@ -57,7 +57,7 @@ def test_theta_0_is_the_same_model_and_lanes_move_by_t_times_t(
     if path == "eager":
         monkeypatch.setattr(kernels, "usable", lambda *tensors: False)
     base, plain = _base(q_VS), _base(None)
-    shape = base.shape
+    shape = base.model
     assert isinstance(shape, RecurrentLM)
     ids = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(1))
     state = initial_state(shape, 3, dtype=torch.float64)
@@ -134,13 +134,13 @@ def test_words_that_occur_together_are_related() -> None:
     for k in range(60):
         own = random.choice(topics[k % 2], 60)
         texts.append(np.r_[own, random.integers(7, 12, 240)])
-    found = related_words(Text(texts, 1, EOS), 12, 2)
+    found = coupling_of(Text(texts, 1, EOS), 12, 2)
     torch.testing.assert_close(found.t() @ found, torch.eye(2, dtype=torch.float64), **EXACT)
     leading = found[:, 0] * found[1, 0].sign()
     assert float(leading[list(topics[0])].min()) > 0.3
     assert float(leading[list(topics[1])].max()) < -0.3
-    assert related_words(Text(texts[:2], 1, EOS), 12, 50).shape[1] <= 2
-    assert related_words(Text([np.array([1, 2])], 1, EOS), 12, 5).shape[0] == 12, "short text"
+    assert coupling_of(Text(texts[:2], 1, EOS), 12, 50).shape[1] <= 2
+    assert coupling_of(Text([np.array([1, 2])], 1, EOS), 12, 5).shape[0] == 12, "short text"
 
 
 def test_names_and_errors(q_VS: torch.Tensor) -> None:

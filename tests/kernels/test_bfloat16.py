@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mlm.extensions.phrases import phrases
-from mlm.extensions.related import relate
+from mlm.extensions.ngram_memory import phrases
+from mlm.extensions.word_coupling import relate
 from worlds import EOS, articles
 
 from mlm.kernels import bfloat16
@@ -18,7 +18,7 @@ from mlm.kernels.bfloat16 import lowered, product
 from mlm.models.base import AdaptationBase, turned
 from mlm.models.recurrent import RecurrentLM, initial_weights
 from mlm.reading.scoring import score_articles
-from mlm.reading.step import learning_at_once
+from mlm.reading.step import prepared
 from mlm.rules.hand_made import RMS
 from mlm.text.streams import Text
 from mlm.training.directions import add_low_rank
@@ -103,7 +103,7 @@ def test_reading_in_half_precision_is_nearly_reading() -> None:
     base, texts = _world()
     setting = {n: torch.tensor(x) for n, x in {"rate": 2e-3, "decay": 0.01}.items()}
     rule = RMS().bind(setting, base)
-    ready = learning_at_once(base, rule)
+    ready = prepared(base, rule)
     static = score_articles(base, None, texts, EOS, 3).total
     found: dict[bool, Any] = {}
     for on in (False, True):

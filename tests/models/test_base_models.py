@@ -158,7 +158,7 @@ def _recurrent_lane(shape: RecurrentLM) -> Lane:
 
 
 def _qrnn_state(base: TinyBase, lanes: int) -> RecurrentState:
-    zero = base.shape.initial_state(lanes, dtype=torch.float64)
+    zero = base.model.initial_state(lanes, dtype=torch.float64)
     return zero.of([_random(*t.shape, seed=9 + k) for k, t in enumerate(zero.tensors())])
 
 
@@ -176,12 +176,12 @@ def test_a_qrnn_equals_its_reference(dynamic, cutoffs, engine) -> None:
     own, state = _busy(base, lanes), _qrnn_state(base, lanes)
     ids, targets = _ids(lanes, 6, 1), _ids(lanes, 6, 2)
     share = torch.ones(lanes, 6, dtype=torch.float64)
-    now = base.shape.read({**base.weights, **own}, ids, targets, state, share)
+    now = base.model.read({**base.weights, **own}, ids, targets, state, share)
     losses = []
     for b in range(lanes):
         start = list(state.c), [c[b] for c in state.c], state.x[0][b]
         words = ids[b].tolist(), targets[b].tolist()
-        lane = _recurrent_lane(base.shape)
+        lane = _recurrent_lane(base.model)
         loss, (_, cells, last) = lane(_of_lane(base, own, b), *words, start)
         losses.append(loss)
         got = torch.cat([t[b] for t in now.state.tensors()])
@@ -222,11 +222,11 @@ def test_a_qrnn_of_plain_operations_has_second_derivatives() -> None:
     base = tiny_base(None, cell="qrnn")
     own, state, ids = _busy(base, 1), _qrnn_state(base, 1), _ids(1, 4, 1)
     with plain_operations():
-        nll = base.shape.read(own, ids, ids, state, torch.ones(1, 4).double()).nll
+        nll = base.model.read(own, ids, ids, state, torch.ones(1, 4).double()).nll
         found = _second(nll.sum(), list(own.values()))
     start = list(state.c), [c[0] for c in state.c], state.x[0][0]
     words = ids[0].tolist()
-    loss, _ = _recurrent_lane(base.shape)(_of_lane(base, own, 0), words, words, start)
+    loss, _ = _recurrent_lane(base.model)(_of_lane(base, own, 0), words, words, start)
     for got, want in zip(found, _second(loss.sum(), list(own.values())), strict=True):
         assert float(want.abs().max()) > 1e-6, "nothing to compare"
         torch.testing.assert_close(got, want, **EXACT)
@@ -234,7 +234,7 @@ def test_a_qrnn_of_plain_operations_has_second_derivatives() -> None:
 
 def test_the_meta_gradient_through_a_qrnn() -> None:
     base = tiny_base(("qrnn.0.input", "qrnn.0.bias", "qrnn.1.input", "softmax.bias"), cell="qrnn")
-    _assert_meta_gradient(base, _recurrent_lane(base.shape))
+    _assert_meta_gradient(base, _recurrent_lane(base.model))
 
 
 def test_the_state_of_a_qrnn_keeps_selects_and_is_made_again() -> None:
@@ -274,17 +274,17 @@ def test_sets_of_dynamic_weights_mean_either_cell() -> None:
 def test_a_low_rank_change_of_the_softmax_over_a_qrnn() -> None:
     """Its directions are those of what the softmax sees; a D of W P^-1 is a change by W."""
     base, names = tiny_base((), cell="qrnn"), ("softmax.low",)
-    weights = add_low_rank(base.weights, base.shape, names, 4, TEXT, 1000)
+    weights = add_low_rank(base.weights, base.model, names, 4, TEXT, 1000)
     assert weights.keys() - base.weights.keys() == {"softmax.low", "softmax.directions"}
     change = 0.1 * _random(12, 4)
     low = torch.linalg.solve(weights["softmax.directions"], change, left=False)
     ids, state = _ids(2, 6, 1), _qrnn_state(base, 2)
-    got = base.shape.read({**weights, "softmax.low": low}, ids, ids, state).nll
+    got = base.model.read({**weights, "softmax.low": low}, ids, ids, state).nll
     for b in range(2):
         words = ids[b].tolist()
         start = list(state.c), [c[b] for c in state.c], state.x[0][b]
         untied = {**base.weights, "untied": base.weights["embedding"] + change}
-        want, _ = _recurrent_lane(base.shape)(untied, words, words, start)
+        want, _ = _recurrent_lane(base.model)(untied, words, words, start)
         torch.testing.assert_close(got[b], want, **EXACT)
 
 
@@ -498,13 +498,13 @@ def test_a_module_adapts_as_the_built_in_lstm_does(rule: SGD | RMS | LinearGates
 def test_a_module_is_read_at_once_or_lane_by_lane() -> None:
     """Shared weights: one call for all lanes; the same numbers as one call per lane."""
     base = _gru_memory("*")
-    assert isinstance(base.shape, ModuleModel)
+    assert isinstance(base.model, ModuleModel)
     ids, calls = _ids(3, 6, 1), []
-    state = base.shape.initial_state(3, dtype=torch.float64)
-    base.shape.module.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
-    shared = base.shape.read(base.weights, ids, ids, state)
+    state = base.model.initial_state(3, dtype=torch.float64)
+    base.model.module.register_forward_pre_hook(lambda _, given: calls.append(len(given[0])))
+    shared = base.model.read(base.weights, ids, ids, state)
     assert calls == [3]
-    each = base.shape.read(lanes_of(base.weights, 3), ids, ids, state)
+    each = base.model.read(lanes_of(base.weights, 3), ids, ids, state)
     assert calls == [3, 1, 1, 1]
     torch.testing.assert_close(each.nll, shared.nll, **EXACT)
     for a, b in zip(each.state.tensors(), shared.state.tensors(), strict=True):
@@ -523,10 +523,10 @@ def test_a_new_article_begins_at_the_modules_own_state() -> None:
 def test_a_module_has_second_derivatives() -> None:
     base = _gru_memory("*")
     own, ids = _busy(base, 1), _ids(1, 4, 1)
-    state = base.shape.initial_state(1, dtype=torch.float64)
+    state = base.model.initial_state(1, dtype=torch.float64)
     state = state.of([torch.full_like(t, 0.25) for t in state.tensors()])
     with plain_operations():
-        now = base.shape.read(own, ids, ids, state, torch.ones(1, 4).double())
+        now = base.model.read(own, ids, ids, state, torch.ones(1, 4).double())
         found = _second(now.total, list(own.values()))
     words = ids[0].tolist()
     loss, _ = _gru_lane(_of_lane(base, own, 0), words, words, None)
@@ -649,16 +649,16 @@ def _snail_lane(shape: SnailShape) -> Lane:
 def test_snail_equals_its_reference(dynamic) -> None:
     """With no, few and as many tokens before as it can hold; every lane's own weights."""
     base, filled = _snail_memory(dynamic), (0, 3, 7)
-    assert isinstance(base.shape, SnailShape)
+    assert isinstance(base.model, SnailShape)
     own, ids, targets = _busy(base, 3), _ids(3, 6, 1), _ids(3, 6, 2)
     state = SnailState(_ids(3, 7, 3), torch.tensor(filled))
     share = torch.ones(3, 6, dtype=torch.float64)
-    now = base.shape.read({**base.weights, **own}, ids, targets, state, share)
+    now = base.model.read({**base.weights, **own}, ids, targets, state, share)
     losses = []
     for b, number in enumerate(filled):
         before = state.tokens[b, 7 - number :].tolist()
         words = ids[b].tolist(), targets[b].tolist()
-        loss, after = _snail_lane(base.shape)(_of_lane(base, own, b), *words, before)
+        loss, after = _snail_lane(base.model)(_of_lane(base, own, b), *words, before)
         losses.append(loss)
         tokens, known = (t[b] for t in now.state.tensors())
         assert tokens[7 - int(known) :].tolist() == after
@@ -672,19 +672,19 @@ def test_snail_equals_its_reference(dynamic) -> None:
 
 def test_the_meta_gradient_through_snail() -> None:
     base = _snail_memory(("softmax.bias", "snail.1.attention.input", "embedding"))
-    assert isinstance(base.shape, SnailShape)
-    _assert_meta_gradient(base, _snail_lane(base.shape))
+    assert isinstance(base.model, SnailShape)
+    _assert_meta_gradient(base, _snail_lane(base.model))
 
 
 def test_snail_has_second_derivatives() -> None:
     base, ids = _snail_memory(), _ids(1, 3, 1)
-    assert isinstance(base.shape, SnailShape)
+    assert isinstance(base.model, SnailShape)
     own, state = _busy(base, 1), SnailState(_ids(1, 7, 3), torch.tensor([2]))
     with plain_operations():
-        now = base.shape.read(own, ids, ids, state, torch.ones(1, 3).double())
+        now = base.model.read(own, ids, ids, state, torch.ones(1, 3).double())
         found = _second(now.total, list(own.values()))
     words, before = ids[0].tolist(), state.tokens[0, 5:].tolist()
-    loss, _ = _snail_lane(base.shape)(_of_lane(base, own, 0), words, words, before)
+    loss, _ = _snail_lane(base.model)(_of_lane(base, own, 0), words, words, before)
     for got, want in zip(found, _second(loss.sum(), list(own.values())), strict=True):
         torch.testing.assert_close(got, want, **EXACT)
 

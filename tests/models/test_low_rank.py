@@ -94,17 +94,17 @@ def test_score_equals_reference(dynamic: tuple[str, ...], cutoffs: tuple[int, ..
     base, lanes = _low_memory(dynamic, cutoffs=cutoffs), 3
     leaves = _busy(base, lanes)
     ids, targets = _ids(lanes, 1), _ids(lanes, 2)
-    zero = initial_state(base.shape, lanes, dtype=torch.float64)
+    zero = initial_state(base.model, lanes, dtype=torch.float64)
     h = tuple(_random(*x.shape, seed=20 + k) for k, x in enumerate(zero.h))
     c = tuple(_random(*x.shape, seed=30 + k) for k, x in enumerate(zero.c))
     state = zero._replace(h=h, c=c)
-    nll, after = score({**base.weights, **leaves}, base.shape, ids, targets, state)
+    nll, after = score({**base.weights, **leaves}, base.model, ids, targets, state)
     losses, states = [], []
     for b in range(lanes):
         own = {**base.weights, **{n: w[b] for n, w in leaves.items()}}
         now = [x[b] for x in h], [x[b] for x in c]
         words = ids[b].tolist(), targets[b].tolist()
-        loss, *end = reference.read_lane(own, base.shape, *words, *now)
+        loss, *end = reference.read_lane(own, base.model, *words, *now)
         losses.append(loss)
         states.append(torch.cat([*end[0], *end[1]]))
     torch.testing.assert_close(nll, torch.stack(losses), **EXACT)
@@ -122,8 +122,8 @@ def test_gradient_is_the_dense_one_along_the_directions() -> None:
     base, lanes = _low_memory(LOW), 2
     leaves = _busy(base, lanes)
     ids = _ids(lanes, 1)
-    state = initial_state(base.shape, lanes, dtype=torch.float64)
-    nll, _ = score({**base.weights, **leaves}, base.shape, ids, ids, state)
+    state = initial_state(base.model, lanes, dtype=torch.float64)
+    nll, _ = score({**base.weights, **leaves}, base.model, ids, ids, state)
     got = dict(zip(leaves, torch.autograd.grad(nll.sum(), list(leaves.values())), strict=True))
     dense = {}
     for name in (n.removesuffix(".low") for n in LOW):
@@ -139,7 +139,7 @@ def test_gradient_is_the_dense_one_along_the_directions() -> None:
         c = [x[b] for x in state.c]
         for token in ids[b].tolist():
             x = w["embedding"][token]
-            for layer in range(base.shape.layers):
+            for layer in range(base.model.layers):
                 h[layer], c[layer] = reference.lstm_step(w, layer, x, h[layer], c[layer])
                 x = h[layer]
             logits = dense["softmax"][b] @ x + w["softmax.bias"]
@@ -158,9 +158,9 @@ def test_no_change_leaves_the_static_model(cutoffs: tuple[int, ...]) -> None:
     ids, state = _ids(3, 1), initial_state(plain.shape, 3, dtype=torch.float64)
     with torch.no_grad():
         want, _ = score(plain.weights, plain.shape, ids, ids, state)
-        shared, _ = score(base.weights, base.shape, ids, ids, state)
+        shared, _ = score(base.weights, base.model, ids, ids, state)
         lanes = {**base.weights, **lanes_of(base.start(), 3)}
-        each, _ = score(lanes, base.shape, ids, ids, state)
+        each, _ = score(lanes, base.model, ids, ids, state)
     assert torch.equal(shared, want)
     torch.testing.assert_close(each, want, **EXACT)
 
@@ -168,10 +168,10 @@ def test_no_change_leaves_the_static_model(cutoffs: tuple[int, ...]) -> None:
 def test_a_shared_change_equals_one_per_lane() -> None:
     base = _low_memory(LOW)
     moved = {n: _random(*base.weights[n].shape, seed=k) * 0.1 for k, n in enumerate(LOW)}
-    ids, state = _ids(3, 1), initial_state(base.shape, 3, dtype=torch.float64)
-    shared, _ = score({**base.weights, **moved}, base.shape, ids, ids, state)
+    ids, state = _ids(3, 1), initial_state(base.model, 3, dtype=torch.float64)
+    shared, _ = score({**base.weights, **moved}, base.model, ids, ids, state)
     lanes = {**base.weights, **lanes_of(moved, 3)}
-    each, _ = score(lanes, base.shape, ids, ids, state)
+    each, _ = score(lanes, base.model, ids, ids, state)
     torch.testing.assert_close(shared, each, **EXACT)
 
 
@@ -181,8 +181,8 @@ def test_the_adaptive_softmax_stays_a_distribution() -> None:
     assert base.weights["softmax.low"].shape == (4 + 2, RANK)
     moved = {**base.weights, "softmax.low": _random(6, RANK)}
     output, words = _random(1, 1, 4).expand(12, 1, 4), torch.arange(12).unsqueeze(1)
-    before = token_nll(base.weights, base.shape, output, words)[:, 0]
-    after = token_nll(moved, base.shape, output, words)[:, 0]
+    before = token_nll(base.weights, base.model, output, words)[:, 0]
+    after = token_nll(moved, base.model, output, words)[:, 0]
     assert float((-after).exp().sum()) == pytest.approx(1.0, abs=1e-12)
     shift = after - before
     torch.testing.assert_close(shift[4:9], shift[4].expand(5), **EXACT)
@@ -197,11 +197,11 @@ def _vectors(base: TinyBase, text: Text) -> dict[str, np.ndarray]:
     """(N, I) vectors that each matrix multiplies, read one lane and one token at a time."""
     w, found = base.weights, {}
     for article in text.articles:
-        h = [torch.zeros(size, dtype=torch.float64) for _, size in base.shape.layer_sizes()]
+        h = [torch.zeros(size, dtype=torch.float64) for _, size in base.model.layer_sizes()]
         c = [torch.zeros_like(x) for x in h]
         for token in [EOS, *article.tolist()[:-1]]:
             x = w["embedding"][token]
-            for layer in range(base.shape.layers):
+            for layer in range(base.model.layers):
                 found.setdefault(f"lstm.{layer}.input", []).append(x)
                 found.setdefault(f"lstm.{layer}.recurrent", []).append(h[layer])
                 h[layer], c[layer] = reference.lstm_step(w, layer, x, h[layer], c[layer])
@@ -215,7 +215,7 @@ def test_second_moments_are_those_of_the_vectors_each_matrix_multiplies(segment:
     base, text = tiny_base(()), _text()
     names = [name.removesuffix(".low") for name in LOW]
     with torch.no_grad():
-        got = second_moments(base.weights, base.shape, names, text, 1000, 2, segment)
+        got = second_moments(base.weights, base.model, names, text, 1000, 2, segment)
     for name, x in _vectors(base, text).items():
         np.testing.assert_allclose(got[name], x.T @ x / len(x), rtol=0, atol=1e-12)
 
@@ -310,7 +310,7 @@ def test_meta_gradient_equals_hand_unrolled_autograd() -> None:
 
 def test_the_fisher_of_a_change_at_zero_is_alive() -> None:
     base = _low_memory(LOW)
-    found = estimate_fisher(base.weights, base.shape, LOW, _text(), 5, 60)
+    found = estimate_fisher(base.weights, base.model, LOW, _text(), 5, 60)
     assert all(float(found.rms[name].max()) > 1e-4 for name in LOW)
 
 
@@ -339,7 +339,7 @@ def test_a_turned_matrix_reads_as_the_change_it_holds(
         n for n in LOW if "recurrent" not in n and not (cutoffs and n == "softmax.low")
     }
     ids, targets = _ids(3, 1), _ids(3, 2)
-    shape = base.shape
+    shape = base.model
     assert isinstance(shape, RecurrentLM)
     state = initial_state(shape, 3, dtype=torch.float64)
     found = []
@@ -445,7 +445,7 @@ def test_memory_survives_the_checkpoint(tmp_path: Path) -> None:
     base = _low_memory(("softmax.bias", *LOW), cutoffs=(5,))
     save_base(tmp_path / "memory.safetensors", base, "v")
     again = load_base(tmp_path / "memory.safetensors", "v")
-    assert (again.shape, again.dynamic) == (base.shape, base.dynamic)
+    assert (again.shape, again.dynamic) == (base.model, base.dynamic)
     for name in ("weights", "rms"):
         one, two = getattr(base, name), getattr(again, name)
         assert set(one) == set(two)

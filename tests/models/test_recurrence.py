@@ -70,7 +70,7 @@ def test_lane_lstm_equals_plain_loop(own: str, lanes: int, steps: int, engine, m
 
 
 def _lanes_state(base, lanes: int) -> RecurrentState:
-    zero = initial_state(base.shape, lanes, dtype=torch.float64)
+    zero = initial_state(base.model, lanes, dtype=torch.float64)
     return RecurrentState(
         tuple(_random(*h.shape, seed=k) for k, h in enumerate(zero.h)),
         tuple(_random(*c.shape, seed=9 + k) for k, c in enumerate(zero.c)),
@@ -90,12 +90,12 @@ def test_score_equals_reference(dynamic, cutoffs, engine) -> None:
     ids = torch.randint(12, (lanes, 6), generator=torch.Generator().manual_seed(1))
     targets = torch.randint(12, (lanes, 6), generator=torch.Generator().manual_seed(2))
     state = _lanes_state(base, lanes)
-    nll, after = score({**base.weights, **leaves}, base.shape, ids, targets, state)
+    nll, after = score({**base.weights, **leaves}, base.model, ids, targets, state)
     losses, hs = [], []
     for b in range(lanes):
         w = {**base.weights, **{n: v[b] for n, v in leaves.items()}}
         h, c = [x[b] for x in state.h], [x[b] for x in state.c]
-        loss, h, c = reference.read_lane(w, base.shape, ids[b].tolist(), targets[b].tolist(), h, c)
+        loss, h, c = reference.read_lane(w, base.model, ids[b].tolist(), targets[b].tolist(), h, c)
         losses.append(loss)
         hs.append(torch.cat([*h, *c]))
     torch.testing.assert_close(nll, torch.stack(losses), **EXACT)
@@ -112,7 +112,7 @@ def test_score_equals_reference(dynamic, cutoffs, engine) -> None:
 def test_probabilities_sum_to_one(cutoffs) -> None:
     base = tiny_base((), cutoffs=cutoffs)
     output = _random(1, 1, 4).expand(12, 1, 4)
-    nll = token_nll(base.weights, base.shape, output, torch.arange(12).unsqueeze(1))
+    nll = token_nll(base.weights, base.model, output, torch.arange(12).unsqueeze(1))
     assert float((-nll).exp().sum()) == pytest.approx(1.0, abs=1e-12)
 
 
@@ -121,8 +121,8 @@ def test_fused_kernel_equals_lanes_of_equal_weights() -> None:
     base = tiny_base(None)
     ids = torch.randint(12, (3, 6), generator=torch.Generator().manual_seed(1))
     state = _lanes_state(base, 3)
-    shared, _ = score(base.weights, base.shape, ids, ids, state)
-    lanes, _ = score(lanes_of(base.weights, 3), base.shape, ids, ids, state)
+    shared, _ = score(base.weights, base.model, ids, ids, state)
+    lanes, _ = score(lanes_of(base.weights, 3), base.model, ids, ids, state)
     torch.testing.assert_close(shared, lanes, **EXACT)
 
 
@@ -146,10 +146,10 @@ def test_fresh_weights_are_bounded_and_forget_gates_open(cell: Literal["lstm", "
 def test_dropout_scales_what_it_keeps_and_is_locked_over_time() -> None:
     base = tiny_base((), layers=1)
     ids = torch.full((4000, 2), 3)
-    state = initial_state(base.shape, 4000, dtype=torch.float64)
+    state = initial_state(base.model, 4000, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    plain = run_lstm(base.weights, base.shape, ids, state).output
-    dropped = run_lstm(base.weights, base.shape, ids, state, Dropout(output=0.5), generator).output
+    plain = run_lstm(base.weights, base.model, ids, state).output
+    dropped = run_lstm(base.weights, base.model, ids, state, Dropout(output=0.5), generator).output
     zero = dropped == 0
     assert torch.equal(zero[:, 0], zero[:, 1])
     assert float(zero.double().mean()) == pytest.approx(0.5, abs=0.02)
@@ -158,14 +158,14 @@ def test_dropout_scales_what_it_keeps_and_is_locked_over_time() -> None:
 
 def test_weight_drop_zeroes_recurrent_weights_only() -> None:
     base = tiny_base((), layers=1)
-    ids, state = torch.full((1, 1), 3), initial_state(base.shape, 1, dtype=torch.float64)
+    ids, state = torch.full((1, 1), 3), initial_state(base.model, 1, dtype=torch.float64)
     drop = Dropout(weight=0.999999)
-    first = run_lstm(base.weights, base.shape, ids, state, drop)
-    plain = run_lstm(base.weights, base.shape, ids, state)
+    first = run_lstm(base.weights, base.model, ids, state, drop)
+    plain = run_lstm(base.weights, base.model, ids, state)
     torch.testing.assert_close(first.output, plain.output)  # h = 0: recurrent weights unseen
     busy = _lanes_state(base, 1)
     gone = {**base.weights, "lstm.0.recurrent": torch.zeros(16, 4, dtype=torch.float64)}
     torch.testing.assert_close(
-        run_lstm(base.weights, base.shape, ids, busy, drop).output,
-        run_lstm(gone, base.shape, ids, busy).output,
+        run_lstm(base.weights, base.model, ids, busy, drop).output,
+        run_lstm(gone, base.model, ids, busy).output,
     )

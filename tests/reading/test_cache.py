@@ -178,9 +178,9 @@ def _outputs(base: AdaptationBase, rule: Bound | None, text: np.ndarray) -> tupl
     """(losses (T,), outputs (T, E)) of one article: static in one go, adapting step by step."""
     if rule is None:
         piece = next(LaneStream([text], 1, len(text), EOS))
-        state = base.shape.initial_state(1, dtype=torch.float64)
+        state = base.model.initial_state(1, dtype=torch.float64)
         with torch.no_grad():
-            now = base.shape.read(base.weights, piece.inputs, piece.targets, state)
+            now = base.model.read(base.weights, piece.inputs, piece.targets, state)
         return now.nll[0], now.output[0]
     reader, losses, outputs = begin(base, 1, rule), [], []
     for piece in LaneStream([text], 1, base.segment, EOS):

@@ -78,8 +78,8 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
     """One lane, written out: the gradient of every whole segment, ragged ends left out."""
     base = tiny_base(("softmax.bias", "lstm.1.recurrent"))
     text = _text((13,))  # two whole segments of 5 and an end of 3
-    found = estimate_fisher(base.weights, base.shape, base.dynamic, text, 5, 13)
-    state = initial_state(base.shape, 1, dtype=torch.float64)
+    found = estimate_fisher(base.weights, base.model, base.dynamic, text, 5, 13)
+    state = initial_state(base.model, 1, dtype=torch.float64)
     leaves = {n: w.clone().requires_grad_() for n, w in base.start().items()}
     tokens = torch.tensor(text.articles[0])
     squares = {n: torch.zeros_like(w) for n, w in leaves.items()}
@@ -87,8 +87,8 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
     losses = []
     for at in (0, 5, 10):
         ids, targets = before[None, at : at + 5], tokens[None, at : at + 5]
-        hidden = run_lstm({**base.weights, **leaves}, base.shape, ids, state)
-        nll = token_nll({**base.weights, **leaves}, base.shape, hidden.output, targets)
+        hidden = run_lstm({**base.weights, **leaves}, base.model, ids, state)
+        nll = token_nll({**base.weights, **leaves}, base.model, hidden.output, targets)
         losses.append(nll.detach())
         state = hidden.state.detach()
         if at < 10:
@@ -104,7 +104,7 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
 def test_a_prior_keeps_the_fisher_of_unseen_words_off_zero() -> None:
     """Every weight: (1 - prior) times its own mean square and prior times its tensor's."""
     base = tiny_base(("embedding", "softmax.bias"))
-    rest = base.weights, base.shape, base.dynamic, _text((13,)), 5, 13
+    rest = base.weights, base.model, base.dynamic, _text((13,)), 5, 13
     plain, mixed = estimate_fisher(*rest), estimate_fisher(*rest, prior=0.25)
     for n, rms in plain.rms.items():
         want = 0.75 * rms.square() + 0.25 * rms.square().mean()
@@ -115,7 +115,7 @@ def test_a_prior_keeps_the_fisher_of_unseen_words_off_zero() -> None:
 def test_fisher_needs_one_whole_segment() -> None:
     base = tiny_base(("softmax.bias",))
     with pytest.raises(UserError, match="as long as one segment"):
-        estimate_fisher(base.weights, base.shape, base.dynamic, _text((4, 3)), 5, 7)
+        estimate_fisher(base.weights, base.model, base.dynamic, _text((4, 3)), 5, 7)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -171,7 +171,7 @@ def test_exploding_settings_count_what_they_cost() -> None:
     """Reading resets such a lane before every segment: it knows nothing but theta_0."""
     base = tiny_base()
     text = TuneText(articles((60,)), EOS, 1)
-    zero = base.shape.initial_state(1, dtype=torch.float64)
+    zero = base.model.initial_state(1, dtype=torch.float64)
     pieces = LaneStream(text.articles, 1, base.segment, EOS)
     want = sum(float(score_static(base, zero, piece)[0].sum()) for piece in pieces)
     for protocol in ("article", "stream"):
