@@ -22,7 +22,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import encode_split
-from mlm.training.language_model import initial_weights, shape_of
+from mlm.training.language_model import weights_of_run, shape_of
 
 HOW = ("resume", "overwrite", "out", "stages", "device", "threads", "text.data_dir")
 """Settings that say where and how to compute, not what."""
@@ -154,7 +154,7 @@ def check_plan(run: Run) -> None:
     if "lm" in config.stages:
         begun = config.resume and run.folder.checkpoint("lm_last").exists()
         if config.lm.init is not None and not begun:
-            initial_weights(RunFolder(config.lm.init), shape, data.vocabulary.hash)
+            weights_of_run(RunFolder(config.lm.init), shape, data.vocabulary.hash)
         if through == "rms":
             if has_low_rank(config.adapt.dynamic):
                 raise UserError(
