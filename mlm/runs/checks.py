@@ -210,7 +210,7 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
     """
     path = run.folder.checkpoint(name)
     about = load_about(path, "train the meta-learner first (`--stages meta`)")
-    if tuple(about["dynamic"]) != dynamic:
+    if set(about["dynamic"]) != set(dynamic):
         raise UserError(
             f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
             f"adapt now are {', '.join(dynamic)}; train it again (--train-rules {name}), or leave "
