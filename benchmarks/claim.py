@@ -163,9 +163,8 @@ class Reading:
         base = RunFolder(options.run).load_config()
         lm = RunFolder(self.where).load_config().lm
         adapt: dict[str, Any] = {
-            "segment": options.segment,
+            "update_every": options.segment,
             "rank": options.rank,
-            "threads": options.threads,
             "precision": options.precision,
         }
         adapt |= self.adapt
@@ -195,6 +194,7 @@ class Reading:
                 stages=("meta",),
                 resume=False,
                 overwrite=False,
+                threads=options.threads,
                 seed=self.seed,
                 lm=lm,
                 adapt=dataclasses.replace(base.adapt, **adapt),
@@ -227,7 +227,7 @@ def forms(options: Options) -> dict[str, Reading]:
     """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published, the
     Fisher without a prior; of all with what the meta-learner has, the prior; of what the
     meta-learner rewrites, as often, in bases that are not learned."""
-    rival = {"segment": options.rival_segment}
+    rival = {"update_every": options.rival_segment}
     weights = {
         "lstm": {"dynamic": "lstm,softmax.bias", **rival},
         "published": {"dynamic": "all", "fisher_prior": 0.0, **rival},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import pytest
+import torch
 from tiny import tiny_config, write_corpus
 
 from mlm import kernels
@@ -19,6 +20,7 @@ from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
 
+torch.set_num_threads(1)  # one process on each core: two threads in both only wait for each other
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

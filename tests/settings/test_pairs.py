@@ -17,10 +17,11 @@ from mlm import kernels
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
 from mlm.models.base import choose_dynamic
-from mlm.models.recurrent import RecurrentLM
-from mlm.runs.checks import extension_problems
+from mlm.models.low_rank import folds
+from mlm.models.recurrent import BaseModel
 from mlm.runs.stages import run_stages
-from mlm.settings.checks import validate
+from mlm.settings.checks import extension_problems, plan_of, validate
+from mlm.settings.config import Config
 from mlm.settings.flags import flag, replaced
 from mlm.settings.presets import RULE_SETTINGS, SIZES, settings
 from mlm.training.language_model import shape_of
@@ -99,23 +100,27 @@ def test_all_pairs_that_pass_the_checks_run(world: World) -> None:
             raise AssertionError(f"after training began, with {chosen}") from error
 
 
+def problems_of(config: Config, shape: BaseModel) -> list[str]:
+    """What extensions miss in a model of this shape."""
+    sizes = {name: size for name, (size, _) in shape.layout().items()}
+    dynamic = choose_dynamic(sizes, config.adapt.dynamic)
+    folded = folds(sizes, dynamic, config.adapt.rank)
+    return extension_problems(plan_of(config, dynamic, folded))
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("rule", RULE_SETTINGS)
 def test_any_size_goes_with_any_rule(size: str, rule: str) -> None:
     config = validate(settings(size, rule))
     assert (config.size, config.rule) == (size, rule)
     shape = shape_of(config, config.text.vocabulary_size or 30_000)
-    assert isinstance(shape, RecurrentLM)
-    dynamic = choose_dynamic(shape.layout(), config.adapt.dynamic)
-    assert extension_problems(config, shape, dynamic) == []
+    assert problems_of(config, shape) == []
 
 
 def test_best_is_refused_with_an_adaptive_softmax() -> None:
     config = settings("awd", "best")
     shape = shape_of(config, 200_000)
-    dynamic = choose_dynamic(shape.layout(), config.adapt.dynamic)
-    problems = extension_problems(config, shape, dynamic)
-    assert any("no adaptive softmax" in problem for problem in problems)
+    assert any("no adaptive softmax" in problem for problem in problems_of(config, shape))
 
 
 def test_stage_1_is_not_begun_in_vain(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +128,9 @@ def test_stage_1_is_not_begun_in_vain(world: World, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("mlm.runs.stages.stage_lm", lambda _: pytest.fail("stage 1 began"))
     plain = {"adapt.dynamic": "lstm"}
     cases: list[tuple[dict[str, Any], str]] = [
-        ({**plain, "adapt.at_once": True}, "--adapt.at-once needs"),
-        ({**plain, "adapt.related": 4}, "--adapt.related needs"),
-        ({**plain, "adapt.basis_words": 50}, "--adapt.basis-words needs"),
+        ({**plain, "extensions.intra_segment.on": True}, "--intra-segment.on needs"),
+        ({**plain, "extensions.word_coupling.directions": 4}, "--word-coupling.directions needs"),
+        ({**plain, "extensions.learned_basis.words": 50}, "--learned-basis.words needs"),
         ({"meta.start": "lstm"}, "--meta.start lstm: this rule is not trained"),
         (
             {"meta.rules": ("unit_steps",), "meta.gradient": "forward"},
