@@ -95,7 +95,7 @@ def _check_recorded(config: Config, folder: RunFolder) -> None:
         UserError: names the flags that say otherwise.
     """
     mine, its = leaves(config), leaves(folder.load_config())
-    own = ("size", "text.", "model.", "lm.")
+    own = ("size", "text.", "model.", "lm.", "extensions.ngram_embeddings.")
     differ = [
         f"{flag(path)} {its[path]}"
         for path in mine
@@ -212,7 +212,7 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
     """
     path = run.folder.checkpoint(name)
     about = load_about(path, "train the meta-learner first (`--stages meta`)")
-    if tuple(about["dynamic"]) != dynamic:
+    if set(about["dynamic"]) != set(dynamic):
         raise UserError(
             f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
             f"adapt now are {', '.join(dynamic)}; train it again (--train-rules {name}), or leave "
