@@ -83,7 +83,7 @@ def static_work(run: Run, tokens: int) -> Work:
     whole = np.concatenate(list(text.articles))[:tokens]
     lanes = run.config.evaluation.lanes
     parts = np.array_split(whole, lanes)
-    shape = run.base.shape
+    shape = run.base.model
     assert isinstance(shape, BaseModel)
 
     def work() -> int:

@@ -81,9 +81,9 @@ class PeerLM(nn.Module):
         super().__init__()
         self.table = nn.Parameter(base.weights["embedding"].clone())
         self.bias = nn.Parameter(base.weights["softmax.bias"].clone())
-        assert isinstance(base.shape, RecurrentLM)
-        self.layers = nn.ModuleList(layer(*sizes) for sizes in base.shape.layer_sizes())
-        self.sizes = [hidden for _, hidden in base.shape.layer_sizes()]
+        assert isinstance(base.model, RecurrentLM)
+        self.layers = nn.ModuleList(layer(*sizes) for sizes in base.model.layer_sizes())
+        self.sizes = [hidden for _, hidden in base.model.layer_sizes()]
         self.to(self.table.device)
         with torch.no_grad():
             for name, value in self.named_parameters():

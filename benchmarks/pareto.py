@@ -30,7 +30,7 @@ from benchmarks.pareto_picture import draw
 from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
-from mlm.base.names import LearnedRule
+from mlm.base.names import LearnedName
 from mlm.models.base import AdaptationBase, has_low_rank, turned
 from mlm.reading.scoring import score_articles
 from mlm.rules.gates import LinearGates
@@ -79,7 +79,7 @@ class Options:
     """M: tokens between updates."""
     budget: int = 8
     """Settings tried for RMS."""
-    rule: LearnedRule = "three_levels"
+    rule: LearnedName = "three_levels"
     """The meta-learner."""
     steps: int = 16
     """Meta-updates."""

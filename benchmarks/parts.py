@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from mlm.extensions.ngram_memory import phrases
+from mlm.extensions.ngram_read_out import read_out_of, with_read_out
 
 from benchmarks.claim_tables import LEARNED_RULE
 from benchmarks.output import HOME
@@ -24,14 +26,12 @@ from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
 from mlm.base.names import PROTOCOLS
-from mlm.extensions.phrases import phrases
-from mlm.extensions.read_out import read_out_of, with_read_out
-from mlm.kernels.bfloat16 import half
+from mlm.kernels.bfloat16 import bfloat16_products
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_protocol
 from mlm.rules.protocol import Bound
 from mlm.runs.rules import ready_rule
-from mlm.runs.run import Run, in_half, open_run, use_threads
+from mlm.runs.run import Run, in_bfloat16, open_run, use_threads
 from mlm.store.run_folder import RunFolder
 
 LEFT_OUT: dict[str, dict[str, Any]] = {
@@ -107,8 +107,8 @@ def main() -> None:
             use_threads(options.threads)
             text = run.tune_text
             words = run.validation_text(run.config.evaluation.tune_words).words
-            lower = in_half(run.config.adapt) and not name.endswith(EXACT)
-            with half(lower):
+            lower = in_bfloat16(run.config.adapt) and not name.endswith(EXACT)
+            with bfloat16_products(lower):
                 total = score_protocol(
                     base, bound, text.articles, text.eos, protocol, text.lanes, name
                 ).total

@@ -4,9 +4,10 @@ What a user of the package needs is importable from here; it is loaded when it i
 so that `import mlm` costs nothing.
 """
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlm.base.lazy import lazily
 
 if TYPE_CHECKING:
     from mlm.base.errors import UserError
@@ -33,24 +34,15 @@ __all__ = [
     "score_articles",
 ]
 
-_HOMES = {
-    "Config": "mlm.settings.config",
-    "ModuleModel": "mlm.models.module",
-    "RunFolder": "mlm.store.run_folder",
-    "UserError": "mlm.base.errors",
-    "load": "mlm.reader",
-    "run_stages": "mlm.runs.stages",
-    "score_articles": "mlm.reading.scoring",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "base.errors": "UserError",
+        "models.module": "ModuleModel",
+        "reader": "load",
+        "reading.scoring": "score_articles",
+        "runs.stages": "run_stages",
+        "settings.config": "Config",
+        "store.run_folder": "RunFolder",
+    },
+)

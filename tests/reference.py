@@ -276,7 +276,7 @@ def unroll(
     A rule that remembers something of a tensor starts an article with `state(name)`; its `update`
     takes it last and returns (theta, what it remembers).
     """
-    shape = base.shape
+    shape = base.model
     assert isinstance(shape, RecurrentLM)
     lanes = segments[0].inputs.shape[0]
     total, tokens = torch.zeros((), dtype=torch.float64), 0

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import Finished
+from mlm.extensions.ngram_memory import phrases
+from mlm.extensions.word_coupling import relate
 from tiny import as_flags
 from worlds import EOS
 
 from mlm.experimental.through import ThroughLearned
-from mlm.extensions.phrases import phrases
-from mlm.extensions.related import relate
 from mlm.models.base import AdaptationBase, turned
 from mlm.models.recurrent import RecurrentLM
 from mlm.rules.family import open_slow, start_at

@@ -1,4 +1,4 @@
-"""base.schedule"""
+"""The shape of a learning rate over a training: warm-up, then a cosine."""
 
 from __future__ import annotations
 

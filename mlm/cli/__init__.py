@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from mlm.base.errors import run_cli
 
+__all__ = ["COMMANDS", "Command", "help_text", "main"]
+
 
 class Command(NamedTuple):
     """A subcommand as `mlm --help` shows it; `mlm.cli.<name>` has its `main`."""

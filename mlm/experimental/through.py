@@ -2,11 +2,11 @@
 
 Every lane reads under theta_0 + delta; an update rule moves delta after each segment, and theta_0
 and all other weights follow the gradient of the loss under theta_0 + delta. That is the
-first-order meta-gradient (see `rollout.meta_gradient`) with one update of theta_0 per segment:
+first-order meta-gradient (see `mlm.reading.meta_gradient`) with one update of theta_0 per segment:
 delta does not depend on theta_0 to first order. Compare MAML (Finn et al. 2017) and end-to-end
 test-time training. The rule is Krause's, with a Fisher that is learned along the way, or the one
 that another run's stage 2 has learned, in that run's bases; through the latter n-gram embeddings
-can be learned, too (`mlm.extensions.ngrams`). Letters: B lanes, T tokens per segment.
+can be learned, too. Letters: B lanes, T tokens per segment.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.extensions.phrases import phrases
-from mlm.extensions.related import untangled
-from mlm.extensions.warp import followed, warped_matrices
+from mlm.extensions.boundaries import Boundaries
+from mlm.extensions.learned_basis import folded_matrices, follow_weights
+from mlm.extensions.ngram_embeddings import NGramEmbeddings, NGramTrainer
+from mlm.extensions.ngram_memory import NGramMemory, inverse_square_length
+from mlm.extensions.surprise_weighting import SurpriseWeighting
+from mlm.extensions.word_coupling import COUPLING, uncoupled
 from mlm.kernels import buffers
-from mlm.models.base import RELATED, AdaptationBase, choose_dynamic
+from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, base_of
 from mlm.models.recurrent import BaseModel
 from mlm.reading.scoring import score_articles
-from mlm.reading.step import Reader, Scored, Step, begin, learning_at_once, step
+from mlm.reading.step import Reader, Scored, Step, begin, prepared, step
 from mlm.rules.hand_made import RMS
 from mlm.rules.protocol import Bound, LoadedRule, Static
 from mlm.settings.config import Config
@@ -87,7 +90,7 @@ class ThroughTrainer(LMTrainer):
         """
         segment = next(self.stream).to(self.device)
         base = self.base()
-        out = {n: buffers.take(tuple(w.shape), w) for n, w in self.reader.weights.items()}
+        out = {n: buffers.acquire(tuple(w.shape), w) for n, w in self.reader.weights.items()}
         now = step(base, self.bound(base), self.reader, segment, out, self.shared())
         count = int(segment.mask.sum())
         value = float(now.scored.nll.sum()) / count
@@ -108,8 +111,8 @@ class ThroughTrainer(LMTrainer):
         self.follow()  # the memory's weights are the trained ones, or follow them in place
         for n, old in before.items():  # delta is kept, theta_0 moves under it
             now.after.weights[n] += base.weights[n] - old
-        now.give(self.reader)
-        buffers.give(self.reader.weights.values())
+        now.release(self.reader)
+        buffers.release(self.reader.weights.values())
         self.reader, self.step = now.after, self.step + 1
         return value, count
 
@@ -198,12 +201,12 @@ class ThroughRMS(ThroughTrainer):
 
 
 class ThroughLearned(ThroughTrainer):
-    """Through a learned rule, with the bases, related words and Fisher of the run that has it.
+    """Through a learned rule, with the bases, word coupling and Fisher of the run that has it.
 
-    All of these stay as they are, and so does how words teach at once; a matrix that adapts in a
-    basis of its own, output = T L (P x), is trained as W = T L P (`mlm.extensions.warp`). Every article's
-    beginning is told, and tokens teach by their loss itself, so that one gradient serves the lanes
-    and theta_0 (`mlm.extensions.surprise` counts again when the rule reads).
+    All of these stay as they are, and so does how words teach within a segment. A matrix that
+    adapts in a basis of its own, output = T L (P x), is trained as W = T L P.
+    Article boundaries are marked, and tokens teach by their loss itself, so that one gradient
+    serves the lanes and theta_0 (surprise weighting counts again when the rule reads).
     """
 
     def __init__(
@@ -215,54 +218,61 @@ class ThroughLearned(ThroughTrainer):
         learned: LoadedRule,
     ) -> None:
         super().__init__(config, shape, text, device)
-        m = learned.base
-        rule = learned.bound()
-        held = dataclasses.replace(m, borders=None, surprise=0.0)
-        held = learning_at_once(held, rule)
+        held = learned.base.keeping(lambda e: not isinstance(e, Boundaries | SurpriseWeighting))
+        held = prepared(held, learned.bound())
         own = {n: w.clone() for n, w in held.weights.items()}
-        told = held.phrases and held.phrases._replace(scale=held.phrases.scale.clone())
-        if self.ngrams is not None:
-            told = told or phrases(own["embedding"], 0)
-            told = told._replace(ngrams=self.ngrams.ngrams)
-            told = told if held.phrases else told.of_corpus()
-        self._base = dataclasses.replace(held, weights=own, phrases=told)
+        extensions = held.extensions
+        if self.embeddings is not None:
+            own |= self.embeddings.weights()
+            extensions = (*extensions, self.embeddings.extension)
+        self._base = dataclasses.replace(held, weights=own, extensions=extensions)
         """Its weights are this trainer's own, and written in place."""
         self._bound = learned.rule.bind(learned.parameters, self._base)
-        self.dynamic = m.dynamic
-        self._turned = {base_of(n): n for n in warped_matrices(held)}
+        self.dynamic = held.dynamic
+        self._turned = {base_of(n): n for n in folded_matrices(held)}
         """Matrices W that adapt as L, and the names of their changes."""
         self._back = {n: torch.linalg.inv(own[n + BASIS]) for n in self._turned.values()}
         """P^-1."""
         self.follow()
         self.reader = begin(self._base, self.stream.lanes, self._bound)
 
+    @property
+    def embeddings(self) -> NGramTrainer | None:
+        """N-gram embeddings that are learned, if any."""
+        found = self.learned.get(NGramEmbeddings.name)
+        return found if isinstance(found, NGramTrainer) else None
+
     def hear(self, now: Step, segment: Segment) -> None:
-        """N-grams learn as phrases do."""
-        told, heard = self._base.phrases, now.scored.heard
-        if self.ngrams is None or told is None or heard is None or now.before.history is None:
+        """N-gram embeddings learn as n-gram memory does."""
+        embeddings, gradient = self.embeddings, now.scored.by_added
+        if embeddings is None or gradient is None:
             return
-        rows = told.known(self.ngrams.ngrams, now.before.history, segment.inputs)
-        rows = rows.masked_fill(~now.taught.unsqueeze(-1), len(self.ngrams.ngrams.contexts))
-        self.ngrams.learn(rows, heard.gradient * segment.inputs.shape[1], told.scale)
+        rows = now.scored.told.notes[NGramEmbeddings.name]
+        rows = rows.masked_fill(~now.taught.unsqueeze(-1), len(embeddings.ngrams.contexts))
+        scale = self._base.weights.get(f"{NGramMemory.name}/scale")
+        if scale is None:
+            scale = inverse_square_length(self.weights["embedding"])
+        embeddings.learn_rows(rows, gradient * segment.inputs.shape[1], scale)
 
     def _straight(self, name: str, x: Tensor) -> Tensor:
         """T^-1 x."""
-        related = self._base.weights.get(RELATED) if name == "softmax" else None
-        return x if related is None else untangled(x, related)
+        coupling = self._base.weights.get(COUPLING) if name == "softmax" else None
+        return x if coupling is None else uncoupled(x, coupling)
 
     def base(self) -> AdaptationBase:
         """theta_0 as it is now."""
         return self._base
 
     def follow(self) -> None:
-        """theta_0 follows: L_0 = T^-1 W P^-1; so does what phrases are measured by."""
-        moved = followed(self._base, self.weights).weights
-        for n, w in self._base.weights.items():
-            if moved[n] is not w:
-                w.copy_(moved[n])
-        own = self._base.phrases
-        if own is not None:
-            own.scale.copy_(phrases(self.weights["embedding"], own.tokens).scale)
+        """theta_0 follows: L_0 = T^-1 W P^-1; so does what extensions derive from it."""
+        own = self._base.weights
+        moved = follow_weights(self._base, self.weights).weights
+        for n in own:
+            if moved[n] is not own[n]:
+                own[n].copy_(moved[n])
+        for extension in self._base.extensions:
+            for n, w in extension.derived(self._base).items():
+                own[n].copy_(w)
 
     def bound(self, base: AdaptationBase) -> Bound:
         """The rule at work."""

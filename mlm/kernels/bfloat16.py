@@ -1,4 +1,4 @@
-"""Products in half precision: bfloat16 factors, float32 sums within a product.
+"""Matrix products with bfloat16 factors and float32 sums.
 
 What a lane costs is products of its own matrices, and gradients of their size; with factors of 8
 bits of mantissa a processor that multiplies bfloat16 natively (AVX512-BF16, AMX) does them in about
@@ -21,13 +21,13 @@ _state = {"on": False}
 
 
 def use_bfloat16(on: bool) -> None:
-    """Switch half precision on or off for the whole process."""
+    """Switch bfloat16 products on or off for the whole process."""
     _state["on"] = on
 
 
 @contextlib.contextmanager
-def half(on: bool = True) -> Iterator[None]:
-    """Half precision (or not) inside the block, for tests and comparisons."""
+def bfloat16_products(on: bool = True) -> Iterator[None]:
+    """bfloat16 products (or not) inside the block, for tests and comparisons."""
     before, _state["on"] = _state["on"], on
     try:
         yield
@@ -36,39 +36,39 @@ def half(on: bool = True) -> Iterator[None]:
 
 
 def lowered(x: Tensor) -> Tensor:
-    """`x` in bfloat16 where products are made so, else `x` itself; `done` gives it back."""
+    """`x` in bfloat16 where products are made so, else `x` itself; see `release_lowered`."""
     if not (_state["on"] and x.dtype == torch.float32 and x.device.type == "cpu"):
         return x
     if not x.is_contiguous() and x.mT.is_contiguous():
         return lowered(x.mT).mT
-    return buffers.take(tuple(x.shape), x, torch.bfloat16).copy_(x)
+    return buffers.acquire(tuple(x.shape), x, torch.bfloat16).copy_(x)
 
 
-def done(lower: Tensor, x: Tensor) -> None:
+def release_lowered(lower: Tensor, x: Tensor) -> None:
     """`lower`, which was `lowered(x)`, is memory for others now."""
     if lower is not x:
-        buffers.give([lower if lower.is_contiguous() else lower.mT])
+        buffers.release([lower if lower.is_contiguous() else lower.mT])
 
 
 def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> Tensor:
     """out = x y, or out += x y; a matrix product, or one per lane.
 
-    Factors may be lowered already; they are where half precision is on.
+    Factors may be lowered already; they are where bfloat16 products are on.
     """
     a, b = lowered(x), lowered(y)
     if a.dtype == out.dtype:
         if not add:
             return torch.matmul(a, b, out=out)
         return out.addmm_(a, b) if out.dim() == 2 else out.baddbmm_(a, b)
-    found = buffers.take(tuple(out.shape), out, a.dtype)
+    found = buffers.acquire(tuple(out.shape), out, a.dtype)
     torch.matmul(a, b, out=found)
     if add:  # piece by piece: add_ makes a float32 copy of what it adds
-        rows = max(1, buffers.SMALLEST // (4 * found[0].numel()))
+        rows = max(1, buffers.MIN_BYTES // (4 * found[0].numel()))
         for some, more in zip(out.split(rows), found.split(rows), strict=True):
             some.add_(more)
     else:
         out.copy_(found)
-    buffers.give([found])
-    done(a, x)
-    done(b, y)
+    buffers.release([found])
+    release_lowered(a, x)
+    release_lowered(b, y)
     return out

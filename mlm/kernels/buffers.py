@@ -3,8 +3,8 @@
 Weights and gradients of all lanes are blocks of tens of MB, needed in the same shapes at every
 segment. The C library returns such blocks to the system and the system clears them page by page
 when they come back, which took up to half of the time to score a segment (2 layers of 650, 16
-lanes). Whoever is done with a tensor may `give` it; `take` then finds it. What is not given is
-freed as usual. On a GPU PyTorch's own allocator does this.
+lanes). Whoever is done with a tensor may `release` it; `acquire` then finds it. What is not
+released is freed as usual. On a GPU PyTorch's own allocator does this.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20
+MIN_BYTES = 1 << 20
 """Bytes below which the C library is quick enough."""
 
 
@@ -24,11 +24,11 @@ _Key = tuple[tuple[int, ...], torch.dtype]
 _free: dict[_Key, list[Tensor]] = {}
 
 
-def take(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def acquire(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised contiguous tensor of this shape, on the device and in the dtype of `like`,
     or in another `dtype`.
 
-    The first dimension counts lanes: with another number of them, what was given before is freed.
+    The first dimension counts lanes: another number of them frees what was released before.
     """
     if like.device.type != "cpu":
         return like.new_empty(shape, dtype=dtype)
@@ -38,10 +38,10 @@ def take(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None)
     return found.pop() if found else like.new_empty(shape, dtype=dtype)
 
 
-def give(tensors: Iterable[Tensor]) -> None:
-    """Tensors that nobody else will read or write: memory for a later `take`."""
+def release(tensors: Iterable[Tensor]) -> None:
+    """Tensors that nobody else will read or write: memory for a later `acquire`."""
     for tensor in tensors:
-        large = tensor.numel() * tensor.itemsize >= SMALLEST
+        large = tensor.numel() * tensor.itemsize >= MIN_BYTES
         if large and tensor.device.type == "cpu" and tensor.is_contiguous():
             key = (tuple(tensor.shape[1:]), tensor.dtype)
             found = _free.setdefault(key, [])
@@ -51,5 +51,5 @@ def give(tensors: Iterable[Tensor]) -> None:
 
 
 def clear() -> None:
-    """Free everything that was given."""
+    """Free everything that was released."""
     _free.clear()

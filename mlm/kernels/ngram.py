@@ -1,4 +1,4 @@
-"""kernels.ngram"""
+"""The lookup of the n-gram memory: what equal n-grams before a token have taught."""
 
 from __future__ import annotations
 
@@ -21,8 +21,11 @@ def recall_phrases(
     lo, hi, inputs, keys, values, rates, size, first, since, new_BT, new_keys_BTE, steps, apart,
     rows_BTE, new_rates_BTK, within_BTT,
 ):  # fmt: skip
-    """Lanes lo..hi of `mlm.extensions.phrases.Phrases.recall`; `rows_BTE` are added to, and hold 0, as
-    `within_BTT` do. `apart` (1,): kappa is the exponential of so much times a squared distance."""
+    """Lanes lo..hi of `mlm.extensions.phrases.Phrases.recall`.
+
+    `rows_BTE` are added to, and hold 0, as `within_BTT` do. `apart` (1,): kappa is the exponential
+    of so much times a squared distance.
+    """
     length, orders = new_BT.shape[1], steps.shape[0]
     one = steps.dtype.type(1)
     for lane in range(lo, hi):

@@ -1,4 +1,4 @@
-"""kernels.recurrent"""
+"""Time loops of the LSTM and the QRNN, forward and backward, one lane at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels.softmax"""
+"""Softmax rows: losses, gradients in place of the logits, and what a segment teaches itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""kernels.update"""
+"""The update of a lane's weights, its transpose and its tangent, tile by tile."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.extensions.boundaries import Borders
-from mlm.extensions.ngrams import NAMES
-from mlm.extensions.phrases import Phrases
 from mlm.kernels import buffers
+from mlm.models.extension import Extension
 from mlm.models.language_model import LanguageModel, Weights
-from mlm.models.low_rank import BASIS, DIRECTIONS, LOW, whole
+from mlm.models.low_rank import BASIS, DIRECTIONS, LOW, fold_weights
 
 DYNAMIC_SETS = {
     "all": ("*",),
@@ -32,39 +30,17 @@ DYNAMIC_SETS = {
 }
 
 
-RELATED = "softmax.related"
-"""What relates words to each other in the output layer (see `mlm.extensions.related`)."""
-
-
-ROWS, COLUMNS = "softmax.once.rows", "softmax.once.columns"
-
-
-TWICE = "softmax.once.twice"
-"""How much of what a word teaches counts at the next one, and T^2 (see `mlm.extensions.at_once`)."""
-
-
-SURPRISE, ONCE_SURPRISE = "softmax.surprise", "softmax.once.surprise"
-"""How a token's loss counts for what it teaches after the segment and at once (`mlm.extensions.surprise`)."""
-
-
-ONCE = (ROWS, COLUMNS, TWICE, SURPRISE, ONCE_SURPRISE)
-
-
-CHANGES = (LOW, DIRECTIONS, BASIS, RELATED, *ONCE, *NAMES)
-"""Endings of what is not a weight of stage 1."""
-
-
 @dataclass(frozen=True)
 class AdaptationBase:
-    """What the corpus left behind, never written while reading.
+    """What the corpus left behind, never written while reading: the long-term memory.
 
-    `weights` is theta_0 (all tensors, shared by the lanes); `dynamic` names those that each lane
-    rewrites; `rms` is the root of the diagonal empirical Fisher (mean square of per-segment
-    gradients, Krause et al. 2018, eq. 5) of the dynamic tensors; `loss` the mean loss in nats per
-    token of the text it was estimated on.
+    `weights` is theta_0 (all tensors, shared by the lanes), with the extensions' own weights
+    beside the model's; `dynamic` names those that each lane rewrites; `rms` is the root of the
+    diagonal empirical Fisher (mean square of per-segment gradients, Krause et al. 2018, eq. 5) of
+    the dynamic tensors; `loss` the mean loss in nats per token of the text it was estimated on.
     """
 
-    shape: LanguageModel
+    model: LanguageModel
     weights: Weights
     dynamic: tuple[str, ...]
     rms: Weights
@@ -72,14 +48,8 @@ class AdaptationBase:
     segment: int
     limit: float = math.inf
     """Mean loss of a segment, in nats per token, above which a lane is reset (the guard)."""
-    borders: Borders | None = None
-    """What tells a lane that it has begun to read another article; None = nothing does."""
-    at_once: bool = False
-    """Scores are those of an output layer that learns within a segment, too (`mlm.extensions.at_once`)."""
-    surprise: float = 0.0
-    """s of `mlm.extensions.surprise`: tokens teach the more, the larger their loss."""
-    phrases: Phrases | None = None
-    """How a lane remembers phrases (`mlm.extensions.phrases`); None = not at all."""
+    extensions: tuple[Extension, ...] = ()
+    """What lanes read with besides, in the order in which it is asked."""
 
     @cached_property
     def mean_rms(self) -> float:
@@ -90,39 +60,57 @@ class AdaptationBase:
     @cached_property
     def static(self) -> Weights:
         """theta_0 without low-rank changes, which change nothing there."""
-        return {n: w for n, w in self.weights.items() if not n.endswith(CHANGES)}
+        return {n: w for n, w in self.weights.items() if _of_stage_1(n)}
 
     def start(self) -> Weights:
         """theta_0 of the dynamic tensors."""
         return {name: self.weights[name] for name in self.dynamic}
 
-    def slope(self) -> Tensor | None:
-        """(2,): 1 - s and s / L of `mlm.extensions.surprise`; None = s is 0."""
-        if not self.surprise:
-            return None
-        some = self.weights[self.dynamic[0]]
-        return some.new_tensor([1 - self.surprise, self.surprise / self.loss])
+    @property
+    def reweights(self) -> bool:
+        """Whether rules follow another gradient than that of the loss."""
+        return any(extension.reweights for extension in self.extensions)
 
-    def teaching(self, plain: bool = False) -> Weights:
-        """What tells `LanguageModel.read` how tokens teach; `plain`: the gradient asked for is
-        that of their losses all the same."""
-        slope = self.slope()
-        if slope is None:
-            return {}
-        return {ONCE_SURPRISE: slope} if plain else {ONCE_SURPRISE: slope, SURPRISE: slope}
+    def with_weights(self, weights: Weights) -> AdaptationBase:
+        """The same base with some weights in place of, or beside, its own."""
+        return dataclasses.replace(self, weights={**self.weights, **weights})
+
+    def keeping(self, wanted: Callable[[Extension], bool]) -> AdaptationBase:
+        """The same base with some of its extensions."""
+        return dataclasses.replace(self, extensions=tuple(filter(wanted, self.extensions)))
+
+    def of_model(self) -> AdaptationBase:
+        """As static reading sees it: with what belongs to the language model."""
+        return self.keeping(lambda extension: extension.of_model)
+
+    def for_rule(self, rule: object) -> AdaptationBase:
+        """As lanes that an update rule writes see it."""
+        return self.keeping(lambda extension: extension.applies_to(rule))
+
+    def for_protocol(self, protocol: str) -> AdaptationBase:
+        """As it is read with in a protocol."""
+        return self.keeping(lambda extension: extension.applies_in(protocol))
+
+    def derived(self) -> AdaptationBase:
+        """With the extensions' weights that follow from others."""
+        found: Weights = {}
+        for extension in self.extensions:
+            found |= extension.derived(self)
+        return self.with_weights(found) if found else self
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> AdaptationBase:
-        """The same memory on `device`, optionally in another dtype."""
+        """The same base on `device`, optionally in another dtype."""
         weights = {
             n: w.to(device, dtype if w.is_floating_point() else None)
             for n, w in self.weights.items()
         }
         rms = {n: w.to(device, dtype) for n, w in self.rms.items()}
-        borders = self.borders
-        if borders is not None:
-            borders = borders._replace(weights=borders.weights.to(device, dtype))
-        phrases = self.phrases and self.phrases.to(device, dtype)
-        return dataclasses.replace(self, weights=weights, rms=rms, borders=borders, phrases=phrases)
+        return dataclasses.replace(self, weights=weights, rms=rms)
+
+
+def _of_stage_1(name: str) -> bool:
+    """Whether this is a weight of a language model as stage 1 trains it."""
+    return "/" not in name and not name.endswith((LOW, DIRECTIONS, BASIS))
 
 
 def _patterns(wanted: str) -> dict[str, tuple[str, ...]]:
@@ -139,9 +127,9 @@ def has_low_rank(wanted: str) -> bool:
 def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
     """Names of the weights that adapt.
 
-    Low-rank changes, which a model has only once they are asked for (`mlm.training.directions`), are matched
-    by patterns that end in `.low`, and by no others. An LSTM's matrices and the softmax over
-    recurrent layers may have them.
+    Low-rank changes, which a model has only once they are asked for, are matched by patterns that
+    end in `.low`, and by no others. An LSTM's matrices and the softmax over recurrent layers may
+    have them.
 
     Args:
         weights: names of a language model's weights, with or without low-rank changes.
@@ -152,7 +140,7 @@ def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
     Raises:
         UserError: a pattern matches nothing.
     """
-    names = [name for name in weights if not name.endswith(CHANGES)]
+    names = [name for name in weights if _of_stage_1(name)]
     matrices = [n for n in names if n.startswith("lstm.") and n.endswith((".input", ".recurrent"))]
     if {"lstm.0.bias", "qrnn.0.bias"} & set(names):
         names += [name + LOW for name in (*matrices, "softmax")]
@@ -186,23 +174,23 @@ def reset_lanes(weights: Weights, start: Weights, new_B: Tensor) -> Weights:
         return weights
     out = {}
     for name, w in weights.items():
-        out[name] = buffers.take(tuple(w.shape), w).copy_(w)
+        out[name] = buffers.acquire(tuple(w.shape), w).copy_(w)
         out[name][new_B] = start[name]
     return out
 
 
-def turned(base: AdaptationBase) -> AdaptationBase:
+def fold_low_rank(base: AdaptationBase) -> AdaptationBase:
     """The same long-term memory; changes of full rank hold the matrix they change.
 
     Gates, gradients and losses are the same, to rounding. Not for recurrent matrices, whose change
     is a term in the time loop, nor for what adapts without a change, too, nor for the head of an
     adaptive softmax, which has other rows.
     """
-    return dataclasses.replace(base, weights=whole(base.weights, base.dynamic))
+    return dataclasses.replace(base, weights=fold_weights(base.weights, base.dynamic))
 
 
-def plain(base: AdaptationBase) -> AdaptationBase:
-    """`turned` undone: theta_0's changes are zero again."""
+def unfold_low_rank(base: AdaptationBase) -> AdaptationBase:
+    """`fold_low_rank` undone: theta_0's changes are zero again."""
     weights = dict(base.weights)
     for name in [n.removesuffix(BASIS) for n in weights if n.endswith(BASIS)]:
         weights[name + LOW] = torch.zeros_like(weights[name + LOW])

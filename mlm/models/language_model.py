@@ -1,4 +1,8 @@
-"""models.language_model"""
+"""What reading needs of any language model: its weights, its state, and one function that reads.
+
+Letters: B lanes, T time, E width of what the softmax sees, I its inputs in a basis, V vocabulary,
+S directions.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,13 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+"""Tensors by name. A name with a slash is not the model's own: `<extension>/<what>` belongs to an
+extension, `<tensor>/<what>` to an update rule that remembers something beside a tensor."""
+
+
+def own_weights(weights: Weights) -> Weights:
+    """Those that are the language model's own."""
+    return {name: w for name, w in weights.items() if "/" not in name}
 
 
 class State(Protocol):
@@ -35,6 +46,43 @@ class State(Protocol):
         ...
 
 
+class WithinSegment(NamedTuple):
+    """The dual form of a gradient step at every word of a segment (Sun et al. 2024, section 2.5).
+
+    With e_s the gradient of the segment's loss by the logits at word s, and k_s the layer's inputs
+    there, the logits at t lose a * sum_{s<t} e_s (k_s . (c * k_t) + d).
+    """
+
+    rows: Tensor
+    """(V,): a."""
+    columns: Tensor
+    """(I + 1,): c, then d."""
+    square: Tensor | None = None
+    """(V, S): R of T^2 = I + R Q^T, where the layer is coupled by T = I + Q Q^T."""
+    slope: Tensor | None = None
+    """(2,): how a token's loss counts in e (`OutputTerms.slope`)."""
+
+
+class OutputTerms(NamedTuple):
+    """What the output layer is told besides the hidden state; every term may be absent."""
+
+    added: Tensor | None = None
+    """(B, T, E): added to the hidden state."""
+    coupling: Tensor | None = None
+    """(V, S), shared: Q of T = I + Q Q^T, which couples the rows of an output layer in a basis of
+    its own: logits = T (L (P h)) + bias."""
+    within: WithinSegment | None = None
+    """What a segment's words teach the words behind them. It needs such a basis."""
+    repeats: Tensor | None = None
+    """(B, T, T): with `within`, how much of the error at word s < t the logits at t lose."""
+    slope: Tensor | None = None
+    """(2,), x and y: tokens weigh x + y * loss in the gradient of the total."""
+
+
+Tell = Callable[[Tensor], OutputTerms]
+"""From a segment's hidden states (B, T, E), not to be written, to terms for its output layer."""
+
+
 class Read(NamedTuple):
     """A segment read by a language model."""
 
@@ -43,14 +91,9 @@ class Read(NamedTuple):
     total: Tensor
     """Differentiable sum of nll times the shares that were asked for; zero without any."""
     output: Tensor
-    """(B, T, E): what the softmax sees."""
+    """(B, T, E): the last layer's hidden states."""
     state: State
     """Short-term memory after the segment."""
-
-
-Recall = Callable[[Tensor], Weights]
-"""From the hidden states of a segment (B, T, E), which are not written, to weights for its softmax
-layer, such as what phrases say (`mlm.extensions.phrases`)."""
 
 
 class LanguageModel(Protocol):
@@ -69,7 +112,7 @@ class LanguageModel(Protocol):
         targets_BT: Tensor,
         state: Any,
         share_BT: Tensor | None = None,
-        recall: Recall | None = None,
+        tell: Tell | None = None,
     ) -> Read:
         """Predict a segment.
 
@@ -78,7 +121,6 @@ class LanguageModel(Protocol):
             tokens_BT, targets_BT: what is read, and the next tokens, to be predicted.
             state: `initial_state`, or what the segment before left (`Read.state`).
             share_BT: of every token's loss in `Read.total`; None = no total is needed.
-            recall: given the hidden states, what its softmax layer is told besides; never given to
-                models without `run` (`mlm.reading.step.begin` refuses to remember phrases for them).
+            tell: given the hidden states, the terms of the output layer; None = none.
         """
         ...

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlm.base.errors import UserError
-from mlm.extensions.surprise import inner_total
-from mlm.models.base import ONCE_SURPRISE, SURPRISE
-from mlm.models.language_model import Read, Recall, Weights
+from mlm.models.language_model import OutputTerms, Read, Tell, Weights
 from mlm.models.low_rank import BASIS, DIRECTIONS, LOW
+from mlm.models.output_layer import weighted_total
 
 CONTRACT = (
     "a language model of your own needs initial_state(lanes) -> tuple of tensors, lanes first, and "
@@ -117,11 +116,13 @@ class ModuleModel:
         targets_BT: Tensor,
         state: ModuleState,
         share_BT: Tensor | None = None,
-        recall: Recall | None = None,
+        tell: Tell | None = None,
     ) -> Read:
-        """See `LanguageModel.read`; `Read.output` is (B, T, 0) where the module gives none."""
-        slope = weights.get(SURPRISE)
-        weights = {n: w for n, w in weights.items() if n not in (SURPRISE, ONCE_SURPRISE)}
+        """See `LanguageModel.read`; `Read.output` is (B, T, 0) where the module gives none.
+
+        Raises:
+            ValueError: the output layer is told more than how tokens weigh: it is the module's own.
+        """
         wrong = weights.keys() ^ self._dims.keys()
         if wrong:
             raise UserError(
@@ -142,11 +143,14 @@ class ModuleModel:
             logits_BTV, output_BTE, *parts = (torch.cat(p) for p in zip(*pieces, strict=True))
         else:
             logits_BTV, output_BTE, *parts = self._forward(weights, tokens_BT, state.parts)
+        terms = OutputTerms() if tell is None else tell(output_BTE.detach())
+        if any(term is not None for term in terms._replace(slope=None)):
+            raise ValueError("extensions of the output layer need a model that stage 1 trains")
         nll = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
         nll = nll.view_as(targets_BT)
         total = nll.new_zeros(())
         if share_BT is not None:
-            total = inner_total(nll, share_BT, slope)
+            total = weighted_total(nll, share_BT, terms.slope)
         return Read(nll, total, output_BTE, state.of(parts))
 
     def _forward(

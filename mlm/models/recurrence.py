@@ -1,6 +1,8 @@
-"""The LSTM recurrence in which every lane carries its own weights: the engine of the project.
+"""Recurrences in which every lane carries its own weights: the engine of the project.
 
-Letters: B lanes, T time, H hidden. Gate order is PyTorch's: input, forget, cell, output.
+An LSTM's time loop, and a QRNN's (Bradbury et al. 2017, arXiv 1611.01576).
+Letters: B lanes, T time, I inputs, H hidden. Gate order of an LSTM is PyTorch's: input, forget,
+cell, output; of a QRNN z, f, o.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.kernels.bfloat16 import product
-from mlm.kernels.buffers import take
+from mlm.kernels.buffers import acquire
 
 CACHE_BYTES = 8 << 20
 
@@ -71,8 +73,8 @@ class LaneRecurrence(torch.autograd.Function):
 
     Forward saves the activated gates of all steps; backward walks the steps once and forms the
     gradient of the recurrent weights with ONE batched product over all of them. On a CPU each
-    lane runs through all its steps in a compiled kernel (`mlm.kernels.compile`), its weights in the
-    cache; elsewhere `eager_forward` and `eager_backward` take all lanes step by step.
+    lane runs through all its steps in a compiled kernel (`mlm.kernels`), its weights in the
+    cache; elsewhere `lstm_eager_forward` and `lstm_eager_backward` take all lanes step by step.
     """
 
     @staticmethod
@@ -98,7 +100,7 @@ class LaneRecurrence(torch.autograd.Function):
         if low is None or directions is None:
             low, directions = gates_BTG.new_empty(lanes, 0, 0), gates_BTG.new_empty(0, hidden)
         own = (gates_BTG, h_BTH, c_BTH, tanh_c_BTH)
-        _run(kernels.lstm_forward, eager_forward, recurrent, (low, directions), *own)
+        _run(kernels.lstm_forward, lstm_eager_forward, recurrent, (low, directions), *own)
         ctx.save_for_backward(recurrent, low, directions, *own)
         return h_BTH[:, 1:], h_BTH[:, -1].clone(), c_BTH[:, -1].clone()
 
@@ -110,17 +112,17 @@ class LaneRecurrence(torch.autograd.Function):
         dh, dc = (g.clone(memory_format=torch.contiguous_format) for g in (dh_last, dc_last))
         dgates_BTG = torch.empty_like(gates_BTG)
         own = (gates_BTG, c_BTH, tanh_c_BTH, dy_BTH.contiguous(), dh, dc, dgates_BTG)
-        _run(kernels.lstm_backward, eager_backward, recurrent, (low, directions), *own)
+        _run(kernels.lstm_backward, lstm_eager_backward, recurrent, (low, directions), *own)
         before = h_BTH[:, :-1]
         drecurrent = dlow = None
         if ctx.needs_input_grad[1]:
             if recurrent.dim() == 2:
                 drecurrent = dgates_BTG.flatten(0, 1).t() @ before.flatten(0, 1)
             else:
-                drecurrent = take(tuple(recurrent.shape), recurrent)
+                drecurrent = acquire(tuple(recurrent.shape), recurrent)
                 product(dgates_BTG.transpose(1, 2), before, drecurrent)
         if any(ctx.needs_input_grad[4:5]):
-            dlow = take(tuple(low.shape), low)
+            dlow = acquire(tuple(low.shape), low)
             torch.bmm(dgates_BTG.transpose(1, 2), before @ directions.t(), out=dlow)
         return dgates_BTG, drecurrent, dh, dc, dlow, None
 
@@ -147,7 +149,7 @@ def _run(
         eager(weights, low[block], directions, *own)
 
 
-def eager_forward(
+def lstm_eager_forward(
     recurrent: Tensor,
     low: Tensor,
     directions: Tensor,
@@ -172,7 +174,7 @@ def eager_forward(
         torch.mul(o, tanh_c_BTH[:, t], out=h_BTH[:, t + 1])
 
 
-def eager_backward(
+def lstm_eager_backward(
     recurrent: Tensor,
     low: Tensor,
     directions: Tensor,
@@ -234,7 +236,7 @@ class LaneLinear(torch.autograd.Function):
         dx = torch.bmm(dy_BTO, weight) if ctx.needs_input_grad[0] else None
         dweight = dbias = None
         if ctx.needs_input_grad[1]:
-            dweight = take(tuple(weight.shape), weight)
+            dweight = acquire(tuple(weight.shape), weight)
             product(dy_BTO.transpose(1, 2), x_BTI, dweight)
         if ctx.needs_input_grad[2]:
             dbias = dy_BTO.sum(1 if ctx.bias_dim == 2 else (0, 1))
@@ -292,3 +294,117 @@ def lane_lstm(
     own = (gates, w_recurrent, h_BH, c_BH, *(change or ()))
     y, h, c = LaneRecurrence.apply(*own)  # type: ignore[misc]
     return y, h, c
+
+
+# -- QRNN
+
+
+class LanePooling(torch.autograd.Function):
+    """The time loop of one QRNN layer (fo-pooling, Bradbury et al. 2017, eq. 4).
+
+        c_t = f_t c_{t-1} + (1 - f_t) z_t,   h_t = o_t c_t
+
+    z = tanh, f and o = sigmoid of the convolution. No weights are in the loop: forward saves the
+    activated gates and cells, backward walks the steps once. On a CPU in a compiled kernel
+    (`mlm.kernels`), elsewhere `eager_pool_forward` and `eager_pool_backward` take all lanes step by
+    step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gates_BTG: Tensor, c_BH: Tensor):
+        """Arguments: the convolution's output (B, T, 3H); the cells before the first step.
+
+        Returns outputs (B, T, H), last c (B, H).
+        """
+        lanes, steps, hidden = *gates_BTG.shape[:2], c_BH.shape[1]
+        c_BTH = gates_BTG.new_empty(lanes, steps + 1, hidden)
+        c_BTH[:, 0] = c_BH
+        y_BTH = gates_BTG.new_empty(lanes, steps, hidden)
+        gates_BTG = gates_BTG.clone(memory_format=torch.contiguous_format)
+        _pool(kernels.qrnn_forward, eager_pool_forward, gates_BTG, c_BTH, y_BTH)
+        ctx.save_for_backward(gates_BTG, c_BTH)
+        return y_BTH, c_BTH[:, -1].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor):
+        """Back-propagation through time; gradients in the order of `forward`'s arguments."""
+        dy_BTH, dc_last = grads
+        gates_BTG, c_BTH = ctx.saved_tensors
+        dc_BH = dc_last.clone(memory_format=torch.contiguous_format)
+        dgates_BTG = torch.empty_like(gates_BTG)
+        own = (gates_BTG, c_BTH, dy_BTH.contiguous(), dc_BH, dgates_BTG)
+        _pool(kernels.qrnn_backward, eager_pool_backward, *own)
+        return dgates_BTG, dc_BH
+
+
+def _pool(kernel: Any, eager: Any, gates_BTG: Tensor, *lane_tensors: Tensor) -> None:
+    """The time loop of every lane: compiled where that is possible, else eager."""
+    if kernels.usable(gates_BTG, *lane_tensors):
+        kernels.share_out(kernel, len(gates_BTG), gates_BTG.numel(), gates_BTG, *lane_tensors)
+    else:
+        eager(gates_BTG, *lane_tensors)
+
+
+def eager_pool_forward(gates_BTG: Tensor, c_BTH: Tensor, y_BTH: Tensor) -> None:
+    """`kernels.qrnn_forward` for all lanes with tensor operations; arguments as there."""
+    hidden = y_BTH.shape[2]
+    z, f, o = gates_BTG.split(hidden, 2)
+    z.tanh_()
+    gates_BTG[..., hidden:].sigmoid_()
+    for t in range(gates_BTG.shape[1]):
+        torch.lerp(z[:, t], c_BTH[:, t], f[:, t], out=c_BTH[:, t + 1])
+    torch.mul(o, c_BTH[:, 1:], out=y_BTH)
+
+
+def eager_pool_backward(
+    gates_BTG: Tensor, c_BTH: Tensor, dy_BTH: Tensor, dc_BH: Tensor, dgates_BTG: Tensor
+) -> None:
+    """`kernels.qrnn_backward` for all lanes with tensor operations; arguments as there."""
+    hidden = dy_BTH.shape[2]
+    z, f, o = gates_BTG.split(hidden, 2)
+    dz, df, do = dgates_BTG.split(hidden, 2)
+    torch.mul(dy_BTH * c_BTH[:, 1:], o - o * o, out=do)
+    torch.mul(1 - f, 1 - z * z, out=dz)  # times dc below
+    torch.mul(c_BTH[:, :-1] - z, f - f * f, out=df)
+    for t in reversed(range(gates_BTG.shape[1])):
+        dc_BH.addcmul_(dy_BTH[:, t], o[:, t])
+        dz[:, t] *= dc_BH
+        df[:, t] *= dc_BH
+        dc_BH *= f[:, t]
+
+
+def plain_pooling(gates_BTG: Tensor, c_BH: Tensor) -> tuple[Tensor, Tensor]:
+    """`LanePooling` step by step in plain operations; arguments and results as there."""
+    z, f, o = gates_BTG.chunk(3, 2)
+    z, f, o = z.tanh(), f.sigmoid(), o.sigmoid()
+    steps = []
+    for t in range(gates_BTG.shape[1]):
+        c_BH = f[:, t] * c_BH + (1 - f[:, t]) * z[:, t]
+        steps.append(o[:, t] * c_BH)
+    return torch.stack(steps, 1), c_BH
+
+
+def lane_qrnn(
+    x_BTI: Tensor, weights: tuple[Tensor, Tensor], c_BH: Tensor, before_BI: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One QRNN layer whose weights may differ from lane to lane.
+
+    Args:
+        x_BTI: inputs (B, T, I).
+        weights: input (3H, window * I), bias (3H), each shared or with a leading B.
+        c_BH: the cells before the first step.
+        before_BI: the input before the first; the window then is two tokens, the earlier one's
+            columns first. None = the window is one token.
+
+    Returns:
+        outputs (B, T, H), last c (B, H). Differentiable once in every argument, any number of
+        times within `plain_operations`.
+    """
+    if before_BI is not None:
+        earlier = torch.cat([before_BI.unsqueeze(1), x_BTI[:, :-1]], 1)
+        x_BTI = torch.cat([earlier, x_BTI], 2)
+    gates = lane_linear(x_BTI, *weights).to(c_BH.dtype)  # a half precision ends at the loop
+    if is_plain():
+        return plain_pooling(gates, c_BH)
+    y, c = LanePooling.apply(gates, c_BH)  # type: ignore[misc]
+    return y, c

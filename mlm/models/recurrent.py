@@ -4,7 +4,8 @@
 standard LSTM or QRNN with tied embedding and softmax (AWD-LSTM and AWD-QRNN, Merity et al. 2018).
 Weights are a plain dict of tensors; each tensor is either shared by all lanes or has a leading lane
 dimension, so static training, scoring and reading with a memory in the weights are the same
-functions. A matrix `name` may come with a low-rank change `name.low` (see `mlm.training.directions`).
+functions. A matrix `name` may come with a low-rank change `name.low` (see
+`mlm.models.low_rank`).
 
 Letters: B lanes, T time, E embedding, H hidden, V vocabulary, L layers, r rank.
 """
@@ -22,12 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlm.extensions.phrases import SAID
-from mlm.models.language_model import Read, Recall, State, Weights
-from mlm.models.low_rank import _dense, _linear, _low_rank, _turned
+from mlm.models.language_model import OutputTerms, Read, State, Tell, Weights
+from mlm.models.low_rank import dense, is_folded, linear, low_rank_product
 from mlm.models.output_layer import token_nll, weighted_nll
-from mlm.models.qrnn import lane_qrnn
-from mlm.models.recurrence import is_plain, lane_lstm
+from mlm.models.recurrence import is_plain, lane_lstm, lane_qrnn
 
 Layout = dict[str, tuple[tuple[int, ...], float]]
 """Of every weight: its size, and the bound of its uniform initial values (0 = it starts at 0)."""
@@ -137,19 +136,16 @@ class BaseModel(ABC):
         targets_BT: Tensor,
         state: Any,
         share_BT: Tensor | None = None,
-        recall: Recall | None = None,
+        tell: Tell | None = None,
     ) -> Read:
         """See `LanguageModel.read`."""
         hidden = self.run(weights, tokens_BT, state)
-        if recall is not None:
-            weights = {**weights, **recall(hidden.output.detach())}
-        output, said = hidden.output, weights.get(SAID)
-        if said is not None:
-            output = output + said
+        terms = OutputTerms() if tell is None else tell(hidden.output.detach())
+        output = hidden.output if terms.added is None else hidden.output + terms.added
         if share_BT is None:
-            nll = token_nll(weights, self, output, targets_BT)
+            nll = token_nll(weights, self, output, targets_BT, terms=terms)
             return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
-        nll, total = weighted_nll(weights, self, output, targets_BT, share_BT)
+        nll, total = weighted_nll(weights, self, output, targets_BT, share_BT, terms)
         return Read(nll, total, hidden.output, hidden.state)
 
 
@@ -309,7 +305,7 @@ def embed(weights: Weights, shape: BaseModel, tokens_BT: Tensor) -> Tensor:
     for k, (lo, hi, _) in enumerate(shape.clusters()[1:], start=1):
         inside = (tokens_BT >= lo) & (tokens_BT < hi)
         rows = _lookup(weights[f"embedding.tail{k}"], (tokens_BT - lo).clamp(0, hi - lo - 1))
-        out = torch.where(inside.unsqueeze(-1), _linear(rows, weights[f"projection.tail{k}"]), out)
+        out = torch.where(inside.unsqueeze(-1), linear(rows, weights[f"projection.tail{k}"]), out)
     return out
 
 
@@ -361,10 +357,10 @@ def _input(weights: Weights, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     low = weights.get(f"{name}.low")
     if low is None or low.dim() == 2:
-        return x, _dense(weights, name), None
-    if _turned(weights, name):
-        return _linear(x, weights[f"{name}.basis"]), low, None
-    return x, weights[name], _low_rank(weights, name, x)
+        return x, dense(weights, name), None
+    if is_folded(weights, name):
+        return linear(x, weights[f"{name}.basis"]), low, None
+    return x, weights[name], low_rank_product(weights, name, x)
 
 
 def _recurrent_weight(weights: Weights, name: str) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -372,7 +368,7 @@ def _recurrent_weight(weights: Weights, name: str) -> tuple[Tensor, tuple[Tensor
     low = weights.get(f"{name}.low")
     if low is not None and low.dim() == 3:
         return weights[name], (low, weights[f"{name}.directions"])
-    return _dense(weights, name), None
+    return dense(weights, name), None
 
 
 def dropped_input(

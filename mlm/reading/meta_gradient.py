@@ -1,4 +1,7 @@
-"""reading.meta_gradient"""
+"""The first-order meta-gradient of an unroll, in three ways that agree.
+
+Letters: B lanes, M tokens per segment, T segments of an unroll.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class _Past(NamedTuple):
     weights: Weights
     gradients: Weights
     objective: Weights
-    """The meta-loss's gradient by `weights`: `gradients`, unless surprise counts."""
+    """The meta-loss's gradient by `weights`: `gradients`, unless an extension weighs tokens."""
     signal: Signal
     new: Tensor
 
@@ -77,10 +80,10 @@ class _Unroll:
     ) -> tuple[_Past, Reader]:
         """Segment `t`: one update and the reader after it; `again` counts nothing."""
         learn = () if again or not t else self.learn
-        out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
+        out = {n: buffers.acquire(tuple(w.shape), w) for n, w in reader.weights.items()}
         now = step(self.base, self.rule, reader, segment, out, learn)
         objective = now.scored
-        if self.base.surprise:
+        if self.base.reweights:
             objective = score_segment(self.base, now.before, segment, learn, now.taught, plain=True)
         if not again:
             self._count(t, now, objective)
@@ -138,8 +141,8 @@ def meta_gradient(
         d phi += c <S_t, gradient_{t+1}>
 
     c turns the gradient of sum(nll)/M into that of the mean over all tokens of the meta-loss. An
-    article border inside the unroll stops lam, or zeroes S, in its lane. Where surprise counts
-    (`mlm.extensions.surprise`) the inner gradient is not the meta-loss's, and every segment is scored twice.
+    article border inside the unroll stops lam, or zeroes S, in its lane. Where an extension weighs
+    tokens, the inner gradient is not the meta-loss's, and every segment is scored twice.
 
     `learn` names weights of the language model to train through the adaptation. A rule moves a
     lane by what its gradients say, and back towards theta_0 in proportion to the distance (f = 1 -
@@ -170,11 +173,11 @@ def snapshot_spacing(updates: int) -> int:
 
 def _recycle(now: _Past, weights: bool) -> None:
     """What an update was made of is memory for the next ones."""
-    buffers.give(now.gradients.values())
+    buffers.release(now.gradients.values())
     if now.objective is not now.gradients:
-        buffers.give(now.objective.values())
+        buffers.release(now.objective.values())
     if weights:
-        buffers.give(now.weights.values())
+        buffers.release(now.weights.values())
 
 
 def _forward(unroll: _Unroll, reader: Reader, found: Parameters) -> Reader:

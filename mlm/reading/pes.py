@@ -159,13 +159,13 @@ class Evolution:
         """The steps of one particle, each for use before the next; moves its reader on."""
         for t, segment in enumerate(segments):
             reader = self.readers[particle]
-            out = {n: buffers.take(tuple(w.shape), w) for n, w in reader.weights.items()}
+            out = {n: buffers.acquire(tuple(w.shape), w) for n, w in reader.weights.items()}
             now = rollout.step(self.base, rule, reader, segment, out)
             self.readers[particle] = now.after
             yield now
-            now.give(reader)
+            now.release(reader)
             if t:  # the first weights may be theta_0 itself, or in somebody's hands
-                buffers.give(reader.weights.values())
+                buffers.release(reader.weights.values())
 
     def _draw(self) -> Tensor:
         """Perturbations in units of `sigma_P`, (2N, P): N of them, then their mirror images."""

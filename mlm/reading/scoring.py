@@ -5,7 +5,6 @@ Letters: B lanes, A articles, M tokens per segment, E width of what the softmax 
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,16 +15,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError
-from mlm.extensions.ngrams import Trail, ngrams_of
-from mlm.extensions.phrases import SAID
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
-from mlm.models.language_model import Weights
-from mlm.models.recurrent import BaseModel
 from mlm.reading.cache import Cache, CacheSetting
-from mlm.reading.step import begin, learning_at_once, step
+from mlm.reading.static import StaticReader
+from mlm.reading.step import begin, prepared, step
 from mlm.rules.protocol import Bound
-from mlm.text.streams import LaneStream, Segment, Text
+from mlm.text.streams import LaneStream, Segment
 
 
 class Scores(NamedTuple):
@@ -47,13 +43,13 @@ class Scores(NamedTuple):
         return total if np.isfinite(total) else float("inf")
 
 
-class _Heard(NamedTuple):
+class _Predicted(NamedTuple):
     """A segment as it was predicted."""
 
     nll: Tensor
     """(B, M) nats."""
     output: Tensor
-    """(B, M, E): what the softmax saw."""
+    """(B, M, E): the last layer's hidden states."""
     flushed: list[int]
     """Lanes that the guard reset."""
 
@@ -62,39 +58,20 @@ class _Static:
     """Lanes that read under theta_0."""
 
     def __init__(self, base: AdaptationBase, lanes: int) -> None:
-        some = base.weights[base.dynamic[0]]
-        self.base = base
-        self.state = base.shape.initial_state(lanes, some.device, some.dtype)
-        self.ngrams = base.phrases and base.phrases.ngrams
-        self.trail = Trail.begin(lanes, some.device)
+        self.reader = StaticReader(base, lanes)
+        self.select = self.reader.select
 
-    def select(self, lanes: Tensor) -> None:
-        """Go on with some of the lanes (their indices)."""
-        self.state = self.state.select(lanes)
-        self.trail = self.trail.select(lanes)
-
-    @torch.no_grad()
-    def read(self, segment: Segment) -> _Heard:
+    def read(self, segment: Segment) -> _Predicted:
         """Predict a segment, without a gradient."""
-        state = self.state.keep(~segment.new)
-        weights = {**self.base.static, **self._recall(segment)}
-        now = self.base.shape.read(weights, segment.inputs, segment.targets, state)
-        self.state = now.state
-        return _Heard(now.nll * segment.mask, now.output, [])
-
-    def _recall(self, segment: Segment) -> Weights:
-        """What n-grams say, if the model has any."""
-        if self.ngrams is None:
-            return {}
-        rows, self.trail = self.ngrams.follow(self.trail, segment.inputs, segment.new)
-        return {SAID: self.ngrams.said(rows)}
+        now = self.reader.read(segment)
+        return _Predicted(now.nll * segment.mask, now.output, [])
 
 
 class _Adapting:
     """Lanes whose weights a rule rewrites, in two sets of buffers by turns."""
 
     def __init__(self, base: AdaptationBase, rule: Bound, lanes: int) -> None:
-        self.base, self.rule = learning_at_once(base, rule), rule
+        self.base, self.rule = prepared(base, rule), rule
         self.reader = begin(base, lanes, rule)
         weights = self.reader.weights
         self.spare, self.other = (
@@ -108,14 +85,14 @@ class _Adapting:
             {n: w[: len(lanes)] for n, w in some.items()} for some in (self.spare, self.other)
         )
 
-    def read(self, segment: Segment) -> _Heard:
+    def read(self, segment: Segment) -> _Predicted:
         """Predict a segment, then learn from it."""
         now = step(self.base, self.rule, self.reader, segment, self.spare)
-        now.give(self.reader)
+        now.release(self.reader)
         self.reader = now.after
         self.spare, self.other = self.other, self.spare
         flushed = now.flushed.nonzero().flatten().tolist()
-        return _Heard(now.scored.nll, now.scored.output, flushed)
+        return _Predicted(now.scored.nll, now.scored.output, flushed)
 
 
 def score_articles(
@@ -212,12 +189,6 @@ def score_stream(
     return _scores(columns, both, both - whole.seconds, flushes)
 
 
-def read_in(base: AdaptationBase, protocol: str) -> AdaptationBase:
-    """The long-term memory as a protocol reads with it: in `article` borders are marked, and nobody
-    looks for them."""
-    return dataclasses.replace(base, borders=None) if protocol == "article" else base
-
-
 def score_protocol(
     base: AdaptationBase,
     rule: Bound | None,
@@ -228,8 +199,8 @@ def score_protocol(
     title: str | None = None,
     cache: Sequence[CacheSetting] = (),
 ) -> Scores:
-    """`score_articles` or `score_stream` by the protocol's name; see `read_in`."""
-    base = read_in(base, protocol)
+    """`score_articles` or `score_stream`, by the protocol's name."""
+    base = base.for_protocol(protocol)
     if protocol == "stream":
         return score_stream(base, rule, articles, eos, title, cache)
     return score_articles(base, rule, articles, eos, lanes, title, cache)
@@ -258,35 +229,3 @@ def check_finite(scores: Scores, rule: str, protocol: str, titles: Sequence[str]
                 f"article {title!r}; its weights diverged. Use a smaller step size "
                 "(--meta.learning-rate, or tune again with a larger --budget)"
             )
-
-
-@torch.no_grad()
-def static_loss(
-    weights: Weights,
-    shape: BaseModel,
-    text: Text,
-    lanes: int,
-    segment: int,
-    precision: torch.dtype = torch.float32,
-) -> float:
-    """Mean loss in nats per token of `text` under fixed weights, state reset at borders.
-
-    N-grams among the weights are read with.
-    """
-    device = weights["embedding"].device
-    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
-    state = shape.initial_state(stream.lanes, device)
-    ngrams, trail = ngrams_of(weights), Trail.begin(stream.lanes, device)
-    total, tokens = 0.0, 0
-    for raw in stream:
-        piece = raw.to(device)
-        state = state.keep(~piece.new)
-        if ngrams is not None:
-            rows, trail = ngrams.follow(trail, piece.inputs, piece.new)
-            weights = {**weights, SAID: ngrams.said(rows)}
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            now = shape.read(weights, piece.inputs, piece.targets, state)
-        state = now.state
-        total += float((now.nll * piece.mask).sum())
-        tokens += int(piece.mask.sum())
-    return total / tokens

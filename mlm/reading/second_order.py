@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mlm.extensions.phrases import Heard
 from mlm.models.base import AdaptationBase
-from mlm.models.language_model import State, Weights
+from mlm.models.extension import Outcome, Told
+from mlm.models.language_model import State, Weights, own_weights
 from mlm.models.recurrence import plain_operations
 from mlm.reading.meta_gradient import MetaGradient
-from mlm.reading.step import Reader, beginning, open_articles, recollection, remembered
+from mlm.reading.step import Reader, Telling, carry_extras, find_restart, open_articles
 from mlm.rules.protocol import Parameters, Signal, UpdateRule
 from mlm.text.streams import Segment
 
@@ -32,11 +32,11 @@ def second_order(
     learn: Sequence[str] = (),
     ewc: float = 0.0,
 ) -> MetaGradient:
-    """`rollout.meta_gradient` without its approximations; arguments and result as there.
+    """`meta_gradient` without its approximations; arguments and result as there.
 
     Second order as in MAML (Finn et al. 2017): the inner gradients depend on theta, and so do the
     losses that gates see and the hidden state that is carried on. What came before the unroll is a
-    constant: the lanes' distance from theta_0, and their hidden state; so is what phrases recall.
+    constant: the lanes' distance from theta_0, and their hidden state; so is what extensions add.
     """
     with plain_operations(), torch.enable_grad():
         phi = {n: p.detach().requires_grad_() for n, p in parameters.items()}
@@ -80,17 +80,17 @@ def _unroll(
     loss = penalty = torch.zeros_like(reader.age.sum())
     tokens, flushed = 0, 0
     for t, segment in enumerate(segments):
-        reader = _leaves(open_articles(start, reader, segment.new | reader.exploded))
+        reader = _leaves(open_articles(base, start, reader, segment.new | reader.exploded))
         taught = segment.mask
         now = _inner(base, reader, segment, taught)
         nll = now.nll
-        begun, aside = beginning(base, segment, reader)
-        if begun is not None:
+        restart, reader = find_restart(base, reader, segment)
+        if restart is not None:
             nobody = torch.zeros_like(segment.new)
-            reader = _leaves(open_articles(start, reader, nobody, begun.lanes))
-            taught = begun.taught & taught
+            reader = _leaves(open_articles(base, start, reader, nobody, restart.lanes))
+            taught = restart.taught & taught
             now = _inner(base, reader, segment, taught)
-            nll = torch.where(begun.follows, now.nll, nll)
+            nll = torch.where(restart.follows, now.nll, nll)
         if t:
             loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
             penalty = penalty + _distance(base, reader.weights)
@@ -99,8 +99,9 @@ def _unroll(
         theta = rule.formula(phi, base, reader.weights, now.gradients, signal)
         exploded = (own.detach() > base.limit) & (reader.age > 0)
         flushed += int(exploded.sum())
-        history = remembered(base, reader, segment, now.heard, taught)
-        reader = Reader(theta, now.state, reader.age + 1, exploded, aside, history)
+        outcome = Outcome(now.by_added, taught)
+        extras = carry_extras(base, reader.extras, segment, now.told, outcome)
+        reader = Reader(theta, now.state, reader.age + 1, exploded, extras)
     terms = len(reader.age) * max(1, len(segments) - 1)
     return loss, tokens, penalty / terms, reader, flushed
 
@@ -121,26 +122,30 @@ class _Inner(NamedTuple):
     """(B, M)."""
     gradients: Weights
     state: State
-    heard: Heard | None
-    """What phrases brought, a constant."""
+    told: Told
+    """What extensions told the output layer, a constant."""
+    by_added: Tensor | None
+    """(B, M, E): of the same sum by what they added to the hidden states, a constant."""
 
 
 def _inner(base: AdaptationBase, reader: Reader, segment: Segment, taught: Tensor) -> _Inner:
-    """Read a segment, as `rollout.score_segment` does."""
+    """Read a segment, as `mlm.reading.step.score_segment` does."""
     theta = {n: reader.weights[n] for n in base.dynamic}
     share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
-    full = {**base.weights, **base.teaching(), **theta}
-    recall = recollection(base, reader, segment)
-    now = base.shape.read(full, segment.inputs, segment.targets, reader.state, share, recall)
+    full = {**base.weights, **theta}
+    telling = Telling(base, full, reader.extras, segment)
+    now = base.model.read(
+        own_weights(full), segment.inputs, segment.targets, reader.state, share, telling
+    )
     found = torch.autograd.grad(
         now.total,
-        [*theta.values(), *([recall.recalled.rows] if recall else [])],
+        [*theta.values(), *telling.leaves()],
         create_graph=True,
         materialize_grads=True,
     )
     gradients = dict(zip(theta, found, strict=False))
-    heard = recall and recall.recalled.heard(found[-1].detach())
-    return _Inner(now.nll * segment.mask, gradients, now.state, heard)
+    by_added = found[-1].detach() if telling.leaves() else None
+    return _Inner(now.nll * segment.mask, gradients, now.state, telling.told, by_added)
 
 
 def _distance(base: AdaptationBase, weights: Weights) -> Tensor:

@@ -20,38 +20,9 @@ from scipy import stats
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, LEARNED
-from mlm.report.losses import (
-    EOS,
-    PROTOCOLS,
-    STATIC,
-    LossTable,
-    rule_label,
-    rule_order,
-    write_losses,
-)
-from mlm.report.tables import evaluation_markdown, format_totals
-
-__all__ = [
-    "COMPARISONS",
-    "LossTable",
-    "Row",
-    "bootstrap_interval",
-    "evaluate_rows",
-    "format_totals",
-    "half_gains",
-    "merge_evaluation",
-    "position_edges",
-    "position_gains",
-    "read_evaluation",
-    "rule_label",
-    "write_evaluation",
-    "write_losses",
-]
-
-
-Row = dict[str, Any]
-
+from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
+from mlm.report.losses import LossTable
+from mlm.report.tables import Row, evaluation_markdown
 
 #: Pairs (rule, against) whose gains are compared, where both were measured.
 COMPARISONS = (

@@ -16,9 +16,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from mlm.base.errors import UserError
+from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure, short_title
 from mlm.report.evaluation import half_gains
-from mlm.report.losses import STATIC, LossTable, rule_label, rule_order
+from mlm.report.losses import LossTable
 
 WINDOW = 200  # words per point
 

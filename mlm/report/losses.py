@@ -17,36 +17,7 @@ import pyarrow.parquet as pq
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
-from mlm.base.names import CACHE
-
-EOS = "<eos>"
-
-
-STATIC = "static"
-
-
-PROTOCOLS = ("article", "stream")
-
-
-#: Known rules in the order of tables and legends; any other name is shown after them.
-RULE_LABELS = {
-    STATIC: "static",
-    "sgd": "SGD dynamic evaluation",
-    "momentum": "momentum dynamic evaluation",
-    "rms": "RMS dynamic evaluation",
-    "adam": "Adam-like dynamic evaluation",
-    "tensor_steps": "learned steps per tensor",
-    "weight_steps": "learned steps per weight",
-    "two_levels": "2 levels",
-    "three_levels": "3 levels",
-    "unit_steps": "3 levels, steps per row and column",
-    "four_levels": "4 levels",
-    "surprise": "3 levels with momentum",
-    "adaptive": "3 levels with momentum and second moment",
-    "mlp": "3 levels, MLP gates",
-    "lstm": "3 levels, LSTM gates",
-}
-
+from mlm.base.names import PROTOCOLS, STATIC, rule_order
 
 _KEYS = {
     "split": pa.string(),
@@ -62,27 +33,12 @@ def column_name(rule: str, protocol: str) -> str:
     return rule if protocol == PROTOCOLS[0] else f"{rule}_{protocol}"
 
 
-def rule_of(column: str) -> tuple[str, str]:
+def rule_and_protocol(column: str) -> tuple[str, str]:
     """Return the (rule, protocol) that the loss column `column` holds."""
     for protocol in PROTOCOLS[1:]:
         if column.endswith(f"_{protocol}"):
             return column.removesuffix(f"_{protocol}"), protocol
     return column, PROTOCOLS[0]
-
-
-def rule_label(rule: str) -> str:
-    """Return the name of `rule` for readers."""
-    base = rule.removesuffix(CACHE)
-    if base == STATIC and rule != base:
-        return "neural cache"
-    label = RULE_LABELS.get(base, base.replace("_", " "))
-    return label if rule == base else f"{label} + cache"
-
-
-def rule_order(rule: str) -> tuple[int, str]:
-    """Sort key: known rules first, in the order of `RULE_LABELS`, then the others by name."""
-    known, base = list(RULE_LABELS), rule.removesuffix(CACHE)
-    return (known.index(base) if base in known else len(known), rule)
 
 
 @dataclass(frozen=True)
@@ -178,7 +134,7 @@ class LossTable:
 
     def rules(self, protocol: str) -> list[str]:
         """Return the rules measured in `protocol`, known ones first."""
-        pairs = [rule_of(name) for name in self.losses]
+        pairs = [rule_and_protocol(name) for name in self.losses]
         return sorted((rule for rule, where in pairs if where == protocol), key=rule_order)
 
     def compared_protocols(self) -> list[str]:
@@ -298,7 +254,9 @@ def _with_old_columns(new: LossTable, old: LossTable) -> LossTable:
     """Add to `new` the columns only `old` has, if the same model read the same text."""
     if len(new.word_N) != len(old.word_N) or (new.word_N != old.word_N).any():
         return new
-    shared = [name for name in new.losses if rule_of(name)[0] == STATIC and name in old.losses]
+    shared = [
+        name for name in new.losses if rule_and_protocol(name)[0] == STATIC and name in old.losses
+    ]
     # Static losses are the model's fingerprint; 1e-3 nats allows for another device or lane count.
     same_model = bool(shared) and all(
         np.abs(new.losses[name] - old.losses[name]).mean() < 1e-3 for name in shared

@@ -18,9 +18,10 @@ import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
+from mlm.base.names import EOS, rule_label, rule_texts
 from mlm.report.figure2 import panels_of
-from mlm.report.losses import EOS, LossTable, column_name, rule_label
-from mlm.report.word_picture import BETTER, CLIP_PERCENTILE, POWER, WORSE
+from mlm.report.losses import LossTable, column_name
+from mlm.report.word_picture import BETTER, CLIP_PERCENTILE, COLOUR_POWER, WORSE
 
 WORD_LIMIT = 60_000
 
@@ -63,6 +64,7 @@ class WordLossPage:
             raise UserError(f"a page of {self.words} words shows nothing; ask for at least 1")
         table = self.table
         protocols = table.compared_protocols()
+        texts = rule_texts([rule for protocol in protocols for rule in table.rules(protocol)])
         shown = min(self.words, len(table.word_N))
         words = [str(word) for word in table.word_N[:shown]]
         number = {word: i for i, (word, _) in enumerate(Counter(words).most_common())}
@@ -97,8 +99,9 @@ class WordLossPage:
                 }
                 for protocol in protocols
             ],
+            "about": {text.label: text.about for text in texts},
             "colours": {"better": BETTER, "worse": WORSE},
-            "power": POWER,
+            "power": COLOUR_POWER,
             "percentile": CLIP_PERCENTILE,
         }
 

@@ -12,10 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mlm.base.errors import UserError
+from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
 from mlm.report.evaluation import PositionBin, position_gains
 from mlm.report.figure2 import figure2, panels_of
-from mlm.report.losses import STATIC, LossTable, default_split, rule_label, rule_order, splits
+from mlm.report.losses import LossTable, default_split, splits
 from mlm.report.page import write_page
 from mlm.report.word_picture import word_picture
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from mlm.report.losses import STATIC, rule_label, rule_order
+from mlm.base.names import STATIC, rule_label, rule_order, rule_texts
 
 Row = dict[str, Any]
 
@@ -67,6 +68,8 @@ def _gain_percent(row: Row, static: Row | None) -> float | None:
 def format_totals(rows: Sequence[Row]) -> str:
     """Return the totals as a table for the terminal, one block per split and protocol."""
     lines: list[str] = []
+    names = {row["rule"] for row in _of(rows, "total")}
+    width = max([24, *(len(rule_label(name)) + 1 for name in names)])
     for split, protocol in _groups(rows):
         totals = sorted(
             _of(rows, "total", split=split, protocol=protocol), key=lambda r: rule_order(r["rule"])
@@ -76,7 +79,7 @@ def format_totals(rows: Sequence[Row]) -> str:
             f"{first.get('corpus', '')} {split}, protocol {protocol} "
             f"({_PROTOCOL_MEANING.get(protocol, '')}): {first['words']:,} words, "
             f"{first.get('articles', 0):,} articles".lstrip(),
-            f"  {'rule':<24}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>32}"
+            f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>25}"
             f"{'words/s':>10}",
         ]
         for row in totals:
@@ -86,11 +89,13 @@ def format_totals(rows: Sequence[Row]) -> str:
                 else _with_interval(row["nats_per_word_gained"], row["interval"])
             )
             lines.append(
-                f"  {rule_label(row['rule']):<24}{_number(row['word_perplexity']):>11}"
-                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>32}"
+                f"  {rule_label(row['rule']):<{width}}{_number(row['word_perplexity']):>11}"
+                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}"
                 f"{_number(row['words_per_second'], ',.0f'):>10}"
             )
         lines.append("")
+    for text in rule_texts(names):
+        lines += textwrap.wrap(f"{text.label}: {text.about}", 100, subsequent_indent="  ")
     return "\n".join(lines).rstrip()
 
 
@@ -103,6 +108,7 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
         "rule's on the same words, each scored before it is learned from. Brackets: 95 % bootstrap "
         "interval over articles, paired.",
         "",
+        *_rules(rows),
     ]
     for split, protocol in _groups(rows):
         here = {"split": split, "protocol": protocol}
@@ -122,6 +128,13 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
             *_article_table(_of(rows, "article", **here)),
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _rules(rows: Sequence[Row]) -> list[str]:
+    """What every rule of the tables is, once."""
+    texts = rule_texts({row["rule"] for row in rows})
+    lines = [f"* {escape_markdown(text.label)}: {escape_markdown(text.about)}" for text in texts]
+    return ["Rules:", "", *lines, ""] if lines else []
 
 
 def _totals_table(totals: Sequence[Row]) -> list[str]:

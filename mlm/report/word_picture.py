@@ -17,15 +17,16 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
 
 from mlm.base.errors import UserError
+from mlm.base.names import EOS, rule_label
 from mlm.report.drawing import new_figure, project_style, save_figure, short_title
-from mlm.report.losses import EOS, LossTable, rule_label
+from mlm.report.losses import LossTable
 
 BETTER, NEUTRAL, WORSE = (0x43, 0x93, 0xC3), (0xFF, 0xFF, 0xFF), (0xD6, 0x60, 0x4D)
 
 
 #: The colour of a difference d is (|d| / range) ** POWER of the way from white: the many small
 #: differences stay visible beside the few large ones.
-POWER = 0.6
+COLOUR_POWER = 0.6
 
 
 CLIP_PERCENTILE = 99.0
@@ -46,7 +47,7 @@ def colour_range(difference_N: np.ndarray) -> float:
 def word_colour(difference: float, limit: float) -> tuple[float, float, float]:
     """Return the RGB (0 to 1) of a loss difference in nats: blue below zero (better), white at
     zero, red above; saturated at `limit`."""
-    share = min(abs(difference) / limit, 1.0) ** POWER
+    share = min(abs(difference) / limit, 1.0) ** COLOUR_POWER
     end = BETTER if difference < 0 else WORSE
     red, green, blue = ((n + share * (e - n)) / 255 for n, e in zip(NEUTRAL, end, strict=True))
     return red, green, blue

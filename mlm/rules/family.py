@@ -32,25 +32,6 @@ HAND_MADE_RULES: dict[str, HandMade] = {
 """Rules with settings, by name; those with parameters to train are `mlm.base.names.LEARNED`."""
 
 
-ABOUT: dict[str, str] = {
-    "sgd": "a step against the gradient (Mikolov et al. 2010)",
-    "momentum": "surprise with momentum, and forgetting (Behrouz et al. 2025, eqs. 9 to 13)",
-    "rms": "steps over the RMS gradient, decay to theta_0 (Krause et al. 2018, eqs. 5 to 8)",
-    "adam": "rms with running moments of the gradient (Kingma and Ba 2015, algorithm 1)",
-    "tensor_steps": "a learned step size and decay per tensor (Li et al. 2017, coarser)",
-    "weight_steps": "a learned step size per weight (Meta-SGD, Li et al. 2017, eq. 5)",
-    "two_levels": "linear gates without FLUSH (Wolf et al. 2018, eq. 6 with z = 0)",
-    "three_levels": "linear gates with FLUSH (Wolf et al. 2018, eq. 6)",
-    "unit_steps": "three_levels and a learned step size per row and column of every weight matrix",
-    "four_levels": "unit_steps in two memories, fast and slow (Hinton and Plaut 1987)",
-    "surprise": "three_levels on a learned momentum (Behrouz et al. 2025, eq. 10)",
-    "adaptive": "three_levels on learned running moments: a learned Adam (Kingma and Ba 2015)",
-    "mlp": "three_levels and a network shared by all weights (Metz et al. 2019)",
-    "lstm": "three_levels and an LSTM with a state per weight (Andrychowicz et al. 2016)",
-}
-"""One line for every rule: what it does and where it comes from."""
-
-
 def learned_rule(
     name: str,
     *,
@@ -245,13 +226,13 @@ def _check_contains(rule: LinearGates, other: LinearGates) -> None:
 
 
 def describe(rule: LinearGates) -> dict[str, Any]:
-    """What makes the rule, as values for a JSON file; `rule_of` reads them."""
+    """What makes the rule, as values for a JSON file; `rule_from_description` reads them."""
     values = dataclasses.asdict(rule)
     values.pop("name")
     return {key: list(v) if isinstance(v, tuple) else v for key, v in values.items()}
 
 
-def rule_of(name: str, about: Mapping[str, Any]) -> LinearGates:
+def rule_from_description(name: str, about: Mapping[str, Any]) -> LinearGates:
     """The rule that `describe` wrote; parts that `about` does not mention are absent.
 
     Raises:

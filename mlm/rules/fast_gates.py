@@ -5,9 +5,7 @@ Letters: B lanes, N weights of a tensor, K copies in a tangent, C lane inputs of
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +15,9 @@ from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
 from mlm.rules.forward import Tangent, dots, push_tensor, zero_tangent
-from mlm.rules.hand_made import relax
-from mlm.rules.moments import Filter
-from mlm.rules.protocol import ByFormula, Parameters, Signal, UpdateRule, of_tensor
+from mlm.rules.hand_made import relax_weights
+from mlm.rules.moments import Moments
+from mlm.rules.protocol import ByFormula, FastGatesRule, Parameters, Signal, of_tensor
 
 LANE = ("loss", "age")
 """Features that are one number per lane."""
@@ -37,51 +35,7 @@ UNIT_STEP = 0.5
 """The steps of rows and columns are learned in halves: they are many, and each is seen little."""
 
 
-class SeparableRule(UpdateRule):
-    """What the fast forms ask of a rule with gates; `mlm.rules.gates` holds its equations."""
-
-    flush: bool
-    gain: bool
-    momentum: bool
-    square: bool
-    per_weight: bool
-    per_unit: bool
-    eps: float
-    features: Any
-    """Names of the features, a tuple."""
-    columns: Any
-    """Column of every feature in a gate's row, a dict."""
-
-    @abstractmethod
-    def group(self, base: AdaptationBase, name: str) -> int:
-        """Row of the parameters that serves this tensor."""
-
-    @abstractmethod
-    def lane_features(self, base: AdaptationBase, signal: Signal) -> dict[str, Tensor]:
-        """Features that are one number per lane, (B,) each."""
-
-    @abstractmethod
-    def lane_part(self, row_F: Tensor, base: AdaptationBase, signal: Signal) -> Tensor | None:
-        """Part of w . x that is one number per lane: (B,)."""
-
-    @abstractmethod
-    def fisher(self, base: AdaptationBase, name: str, gate: str) -> Tensor:
-        """log(RMS / mean RMS), the tensor's shape."""
-
-    @abstractmethod
-    def weight_logs(
-        self, parameters: Parameters, base: AdaptationBase, name: str, gate: str
-    ) -> Tensor:
-        """Logarithm of a gate's factor per weight: the tensor's shape."""
-
-    @abstractmethod
-    def filter_numbers(
-        self, parameters: Parameters, base: AdaptationBase, name: str
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """(mu, a) of a tensor's moments, None = without."""
-
-
-class SeparableGates(ByFormula):
+class FastGates(ByFormula):
     """`LinearGates` whose gates are a factor per weight times a factor per lane.
 
     The factors per weight are computed once; an update is then three passes over the weights, the
@@ -89,9 +43,9 @@ class SeparableGates(ByFormula):
     gate touches its clip take the formula instead.
     """
 
-    rule: SeparableRule
+    rule: FastGatesRule
 
-    def __init__(self, rule: SeparableRule, parameters: Parameters, base: AdaptationBase) -> None:
+    def __init__(self, rule: FastGatesRule, parameters: Parameters, base: AdaptationBase) -> None:
         super().__init__(rule, parameters, base)
         self._step: Weights = {}
         self._flush: Weights = {}
@@ -120,7 +74,7 @@ class SeparableGates(ByFormula):
         part = self.rule.lane_part(row, self.base, signal)
         return None if part is None else part.exp()
 
-    filters = False
+    has_moments = False
     """Whether it acts on another gradient than the segment's."""
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
@@ -192,7 +146,7 @@ class SeparableGates(ByFormula):
         """One tensor's update with this gradient, into `out`; `z_B` is FLUSH's factor per lane."""
         step_B = self._factor(name, signal)
         rest = self._step[name], self._z[name], step_B, z_B, out[name]
-        relax(weights[name], gradient, self.base.weights[name], *rest)
+        relax_weights(weights[name], gradient, self.base.weights[name], *rest)
 
     def pullback(
         self,
@@ -426,20 +380,20 @@ class SeparableGates(ByFormula):
         return sums.sum((0, 1))[:, : columns + bool(fishers)]
 
 
-class FilteredGates(SeparableGates):
-    """`SeparableGates` that act on a filtered gradient, or have a factor of their own per weight.
+class MomentGates(FastGates):
+    """`FastGates` on a gradient with moments, or with a learned factor per weight, row or column.
 
     Update and pullback are fast; forward mode differentiates the formula.
     """
 
-    def __init__(self, rule: SeparableRule, parameters: Parameters, base: AdaptationBase) -> None:
+    def __init__(self, rule: FastGatesRule, parameters: Parameters, base: AdaptationBase) -> None:
         super().__init__(rule, parameters, base)
-        self._filters: dict[str, Filter] = {}
+        self._moments: dict[str, Moments] = {}
         for name in base.dynamic:
-            mu, a = rule.filter_numbers(parameters, base, name)
+            mu, a = rule.moment_numbers(parameters, base, name)
             given = {"momentum": mu, "square": a, "rms": base.rms[name], "eps": rule.eps}
-            self._filters[name] = Filter(name, **given)
-        self.filters = rule.momentum or rule.square
+            self._moments[name] = Moments(name, **given)
+        self.has_moments = rule.momentum or rule.square
 
     def _push(
         self,
@@ -450,7 +404,7 @@ class FilteredGates(SeparableGates):
         z_B: Tensor | None,
         out: Weights,
     ) -> None:
-        with self._filters[name].pushed(weights, gradient, out) as move:
+        with self._moments[name].pushed(weights, gradient, out) as move:
             super()._push(name, weights, move, signal, z_B, out)
 
     def _pull(
@@ -464,9 +418,9 @@ class FilteredGates(SeparableGates):
         own: float,
         found: Parameters,
     ) -> Weights:
-        filter, lam = self._filters[name], cotangent[name]
+        moments, lam = self._moments[name], cotangent[name]
         step, step_B = self._step[name], self._factor(name, signal)
-        move, state, sums = filter.pull(weights, gradient, lam, step, step_B, cotangent)
+        move, state, sums = moments.pull(weights, gradient, lam, step, step_B, cotangent)
         group = self.rule.group(self.base, name)
         for part, unit, value in zip(("momentum", "square"), (1, SQUARE_UNIT), sums, strict=True):
             if part in found:
@@ -475,7 +429,7 @@ class FilteredGates(SeparableGates):
             self._collect_steps(name, step * _products(lam, move, step_B), found)
         back = super()._pull(name, weights, move, {name: lam}, signal, z_B, 0.0, found)
         back[name].add_(gradient, alpha=own)
-        buffers.give([move])
+        buffers.release([move])
         return back | state
 
     def _collect_steps(self, name: str, products: Tensor, found: Parameters) -> None:

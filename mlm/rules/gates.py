@@ -23,15 +23,15 @@ from mlm.rules.fast_gates import (
     LANE,
     SQUARE_UNIT,
     UNIT_STEP,
-    FilteredGates,
-    SeparableGates,
-    SeparableRule,
+    FastGates,
+    MomentGates,
 )
-from mlm.rules.moments import filtered
+from mlm.rules.moments import with_moments
 from mlm.rules.networks import LSTM, MLP, Network
 from mlm.rules.protocol import (
     Bound,
     ByFormula,
+    FastGatesRule,
     LaneByLane,
     Parameters,
     Signal,
@@ -73,7 +73,7 @@ def preprocess(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class LinearGates(SeparableRule, TwoMemoryRule):
+class LinearGates(FastGatesRule, TwoMemoryRule):
     """The meta-learner of eq. 6: gates linear in a few features, shared by all coordinates.
 
         theta_t = f theta_{t-1} + i g~ + z theta_0
@@ -85,8 +85,8 @@ class LinearGates(SeparableRule, TwoMemoryRule):
     loss minus corpus mean), `age` (1/sqrt(1 + updates since theta_0)), `gradient` (over its RMS)
     and `distance` theta - theta_0, both preprocessed as in Andrychowicz et al. 2016. With
     `per_tensor` every tensor has its own w, s, v, k. g~ is the gradient, after `momentum` and
-    `square` if the rule has them (`mlm.rules.moments`), each with a number per group. `per_weight` adds
-    a number per weight to w . x (Meta-SGD, Li et al. 2017), `per_unit` one per row and one per
+    `square` if the rule has them (`mlm.rules.moments`), each with a number per group. `per_weight`
+    adds a number per weight to w . x (Meta-SGD, Li et al. 2017), `per_unit` one per row and one per
     column of every tensor, `gain` multiplies i by a number per group; `mlp` and `lstm` networks
     that see x add to w . x and v . x (`mlm.rules.networks`).
 
@@ -171,7 +171,7 @@ class LinearGates(SeparableRule, TwoMemoryRule):
         return {name: k for k, name in enumerate(names)}
 
     @property
-    def separable(self) -> bool:
+    def has_fast_form(self) -> bool:
         """Gates are (one number per weight) x (one number per lane): the fast path applies."""
         return not (self.free_copy or self.networks or set(COORDINATE) & set(self.features))
 
@@ -416,10 +416,10 @@ class LinearGates(SeparableRule, TwoMemoryRule):
             f = f + FLUSH_UNIT * linear("copy")
         return f, i, z
 
-    def filter_numbers(
+    def moment_numbers(
         self, parameters: Parameters, base: AdaptationBase, name: str
     ) -> tuple[Tensor | None, Tensor | None]:
-        """(mu, a) of a tensor's filters, None = without."""
+        """(mu, a) of a tensor's moments, None = without."""
         group = self.group(base, name)
         mu = parameters["momentum"][group] if self.momentum else None
         return mu, SQUARE_UNIT * parameters["square"][group] if self.square else None
@@ -455,9 +455,9 @@ class LinearGates(SeparableRule, TwoMemoryRule):
             return joined(near, far)
         new = dict(weights)
         for name, gradient in gradients.items():
-            numbers = self.filter_numbers(parameters, base, name)
+            numbers = self.moment_numbers(parameters, base, name)
             scale = base.rms[name] + self.eps
-            move, moments = filtered(name, weights, gradient, *numbers, scale, self.eps)
+            move, moments = with_moments(name, weights, gradient, *numbers, scale, self.eps)
             said, hidden = self._said(parameters, base, weights, name, gradient, signal)
             theta = weights[name]
             f, i, z = self.gates(parameters, base, name, theta, gradient, signal, said)
@@ -466,13 +466,13 @@ class LinearGates(SeparableRule, TwoMemoryRule):
         return new
 
     def bind(self, parameters: Parameters, base: AdaptationBase) -> Bound:
-        """Separable gates get a fast form, networks their formula in pieces."""
+        """The fast form where there is one; networks get their formula in pieces."""
         if self.slow:
             return TwoMemories(self, parameters, base)
         if self.networks:
             return LaneByLane(self, parameters, base)
-        if not self.separable:
+        if not self.has_fast_form:
             return ByFormula(self, parameters, base)
         if self.momentum or self.square or self.per_weight or self.per_unit or self.gain:
-            return FilteredGates(self, parameters, base)
-        return SeparableGates(self, parameters, base)
+            return MomentGates(self, parameters, base)
+        return FastGates(self, parameters, base)

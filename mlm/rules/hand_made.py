@@ -1,4 +1,4 @@
-"""rules.hand_made"""
+"""Hand-made rules, whose few settings are tuned: SGD, momentum, RMS and Adam."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from mlm import kernels
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
-from mlm.rules.moments import Filter, root
+from mlm.rules.moments import Moments, root
 from mlm.rules.protocol import Bound, ByFormula, Parameters, Signal, UpdateRule, of_tensor, per_lane
 
 
@@ -70,8 +70,8 @@ class Momentum(HandMade):
         """A pass for the momentum, one for the weights."""
         ones = {n: torch.ones_like(w) for n, w in base.start().items()}
         factors: Factors = {n: (one, one) for n, one in ones.items()}
-        filters = {n: Filter(n, momentum=parameters["momentum"]) for n in ones}
-        return Relaxation(self, parameters, base, factors, filters)
+        moments = {n: Moments(n, momentum=parameters["momentum"]) for n in ones}
+        return Relaxation(self, parameters, base, factors, moments)
 
 
 def scaled_by_rms(base: AdaptationBase, name: str, eps: float) -> tuple[Tensor, Tensor]:
@@ -143,11 +143,11 @@ class Adam(HandMade):
         """A pass for the moments, one for the weights."""
         mu, square = parameters["momentum"], parameters["square"]
         factors: Factors = {n: scaled_by_rms(base, n, self.eps) for n in base.dynamic}
-        filters = {
-            n: Filter(n, momentum=mu, gain=1 - mu, square=square, rms=base.rms[n], eps=self.eps)
+        moments = {
+            n: Moments(n, momentum=mu, gain=1 - mu, square=square, rms=base.rms[n], eps=self.eps)
             for n in base.dynamic
         }
-        return Relaxation(self, parameters, base, factors, filters)
+        return Relaxation(self, parameters, base, factors, moments)
 
 
 Factors = dict[str, tuple[Tensor, Tensor | None]]
@@ -166,10 +166,10 @@ class Relaxation(ByFormula):
         parameters: Parameters,
         base: AdaptationBase,
         factors: Factors,
-        filters: dict[str, Filter] | None = None,
+        moments: dict[str, Moments] | None = None,
     ) -> None:
         super().__init__(rule, parameters, base)
-        self.factors, self.filters = factors, filters or {n: Filter(n) for n in factors}
+        self.factors, self.moments = factors, moments or {n: Moments(n) for n in factors}
         decay = float(parameters["decay"].max()) if "decay" in parameters else 0.0
         self.clipped = [
             n for n, (_, z) in factors.items() if z is not None and decay * float(z.max()) > 1
@@ -188,12 +188,12 @@ class Relaxation(ByFormula):
                 super().update(of_tensor(weights, n), {n: gradient}, signal, of_tensor(out, n))
                 continue
             decay = None if z is None else self.parameters["decay"].expand(lanes)
-            with self.filters[n].pushed(weights, gradient, out) as move:
-                relax(weights[n], move, self.base.weights[n], step, z, rate, decay, out[n])
+            with self.moments[n].pushed(weights, gradient, out) as move:
+                relax_weights(weights[n], move, self.base.weights[n], step, z, rate, decay, out[n])
         return out
 
 
-def relax(
+def relax_weights(
     theta: Tensor,
     gradient: Tensor,
     start: Tensor,

@@ -35,7 +35,7 @@ def root(x: Tensor) -> Tensor:
     return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
 
 
-def filtered(
+def with_moments(
     name: str,
     weights: Weights,
     gradient: Tensor,
@@ -63,8 +63,8 @@ def filtered(
 
 
 @dataclass(frozen=True)
-class Filter:
-    """Fast form of `filtered` for one tensor, and its transpose; without parts it does nothing.
+class Moments:
+    """Fast form of `with_moments` for one tensor, and its transpose; without parts it does nothing.
 
     One pass in a compiled kernel; without it tensor operations, on a CPU one lane at a time.
     """
@@ -106,12 +106,12 @@ class Filter:
             yield gradient
             return
         before, after = self._state(weights, gradient), self._state(out, gradient)
-        move = after[0] if self.square is None else buffers.take(tuple(gradient.shape), gradient)
+        move = after[0] if self.square is None else buffers.acquire(tuple(gradient.shape), gradient)
         push = _push_compiled if kernels.usable(gradient, *after) else _push_eager
         push(gradient, *before, self._scale, self._numbers(gradient), *after, move)
         yield move
         if self.square is not None:
-            buffers.give([move])
+            buffers.release([move])
 
     def pull(
         self,
@@ -134,7 +134,7 @@ class Filter:
             derivatives by mu and a, summed over lanes, (2,).
         """
         up_s, up_v = (t.contiguous() for t in self._state(cotangent, gradient))
-        move = buffers.take(tuple(gradient.shape), gradient)
+        move = buffers.acquire(tuple(gradient.shape), gradient)
         a_B = gradient.new_ones(len(gradient)) if step_B is None else step_B.contiguous()
         pull = _pull_compiled if kernels.usable(gradient, lam) else _pull_eager
         s, v = self._state(weights, gradient)
@@ -224,9 +224,9 @@ def _push_compiled(
     new_v: Tensor,
     out: Tensor,
 ) -> None:
-    """One pass of `push_filter`; arguments of `_push_eager`."""
+    """One pass of `push_moments`; arguments of `_push_eager`."""
     kernels.share_out(
-        push_filter,
+        push_moments,
         kernels.tiles(gradient[0].numel()),
         gradient.numel(),
         *_rows(len(gradient), gradient, s, v),
@@ -249,11 +249,11 @@ def _pull_compiled(
     up_v: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """One pass of `pull_filter`; arguments and result of `_pull_eager`."""
+    """One pass of `pull_moments`; arguments and result of `_pull_eager`."""
     number = kernels.tiles(gradient[0].numel())
     sums = gradient.new_zeros(number, len(gradient), 2)
     kernels.share_out(
-        pull_filter,
+        pull_moments,
         number,
         gradient.numel(),
         *_rows(len(gradient), gradient, s, v, lam),
@@ -287,8 +287,8 @@ def _divide_tile(surprise, v, scale, eps, out):
 
 
 @jit
-def push_filter(lo, hi, gradient_BN, s_BN, v_BN, scale, numbers_4B, new_s_BN, new_v_BN, out_BN):
-    """Tiles lo..hi of every lane: S_t, v_t and, with the latter, g~ of `filtered` into `out_BN`.
+def push_moments(lo, hi, gradient_BN, s_BN, v_BN, scale, numbers_4B, new_s_BN, new_v_BN, out_BN):
+    """Tiles lo..hi of every lane: S_t, v_t and, if there is v, g~ of `with_moments`, in `out_BN`.
 
     `s_BN` and `v_BN` (B, 0) = without; `scale` (N,); `numbers_4B` holds mu, gain, a and eps.
     """
@@ -343,14 +343,14 @@ def _down_tile(lam, step, b, down):
 
 
 @jit
-def pull_filter(
+def pull_moments(
     lo, hi, gradient_BN, s_BN, v_BN, lam_BN, step, step_B, scale, numbers_4B, up_s_BN, up_v_BN,
     out_BN, sums,
 ):  # fmt: skip
-    """Tiles lo..hi of the transpose of `filtered`, in place of `up_s_BN` and `up_v_BN`.
+    """Tiles lo..hi of the transpose of `with_moments`, in place of `up_s_BN` and `up_v_BN`.
 
     The cotangent of g~ is -(step_B step) lam. `out_BN` receives g~, `sums` (tiles, B, 2) the
-    derivatives by mu and a of each tile; the other arguments are those of `push_filter`.
+    derivatives by mu and a of each tile; the other arguments are those of `push_moments`.
     """
     size = out_BN.shape[1]
     scratch = np.empty(TILE, out_BN.dtype)

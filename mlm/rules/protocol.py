@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -143,6 +143,50 @@ class UpdateRule(ABC):
     def bind(self, parameters: Parameters, base: AdaptationBase) -> Bound:
         """The fast form; this default evaluates `formula`."""
         return ByFormula(self, parameters, base)
+
+
+class FastGatesRule(UpdateRule):
+    """What the fast forms ask of a rule with gates; `mlm.rules.gates` holds its equations."""
+
+    flush: bool
+    gain: bool
+    momentum: bool
+    square: bool
+    per_weight: bool
+    per_unit: bool
+    eps: float
+    features: Any
+    """Names of the features, a tuple."""
+    columns: Any
+    """Column of every feature in a gate's row, a dict."""
+
+    @abstractmethod
+    def group(self, base: AdaptationBase, name: str) -> int:
+        """Row of the parameters that serves this tensor."""
+
+    @abstractmethod
+    def lane_features(self, base: AdaptationBase, signal: Signal) -> dict[str, Tensor]:
+        """Features that are one number per lane, (B,) each."""
+
+    @abstractmethod
+    def lane_part(self, row_F: Tensor, base: AdaptationBase, signal: Signal) -> Tensor | None:
+        """Part of w . x that is one number per lane: (B,)."""
+
+    @abstractmethod
+    def fisher(self, base: AdaptationBase, name: str, gate: str) -> Tensor:
+        """log(RMS / mean RMS), the tensor's shape."""
+
+    @abstractmethod
+    def weight_logs(
+        self, parameters: Parameters, base: AdaptationBase, name: str, gate: str
+    ) -> Tensor:
+        """Logarithm of a gate's factor per weight: the tensor's shape."""
+
+    @abstractmethod
+    def moment_numbers(
+        self, parameters: Parameters, base: AdaptationBase, name: str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(mu, a) of a tensor's moments, None = without."""
 
 
 class ByFormula:

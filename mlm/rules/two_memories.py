@@ -16,7 +16,7 @@ from mlm import kernels
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
-from mlm.rules.fast_gates import SeparableGates
+from mlm.rules.fast_gates import FastGates
 from mlm.rules.protocol import ByFormula, Parameters, Signal, UpdateRule
 
 SLOW = "slow/"
@@ -79,8 +79,8 @@ class TwoMemories(ByFormula):
         own, others = parts_of(parameters)
         self._fast = rule.fast.bind(own, base)
         self._slow = rule.slowly.bind(others, away(base))
-        both = [b for b in (self._fast, self._slow) if isinstance(b, SeparableGates)]
-        self._both = [b for b in both if rule.flush and not b.filters]
+        both = [b for b in (self._fast, self._slow) if isinstance(b, FastGates)]
+        self._both = [b for b in both if rule.flush and not b.has_moments]
         """The two, where one pass of `kernels.relax_both` does."""
         self._gates: Weights = {}
         """(4, N): UPDATE and FLUSH per weight of the one and of the other."""
@@ -117,12 +117,12 @@ class TwoMemories(ByFormula):
                 self._push(name, weights, gradient.contiguous(), signal, out)
             return out
         (near, far), (new_near, new_far) = halves(weights), halves(out)
-        kept = {n: buffers.take(tuple(w.shape), w) for n, w in gradients.items()}
+        kept = {n: buffers.acquire(tuple(w.shape), w) for n, w in gradients.items()}
         for name in gradients:
             near[name] = torch.sub(near[name], far[name], out=kept[name])
         self._fast.update(near, gradients, signal, new_near)
         self._slow.update(far, gradients, signal, new_far)
-        buffers.give(kept.values())
+        buffers.release(kept.values())
         for name in gradients:
             new_near[name].add_(new_far[name])
         return out
@@ -137,13 +137,13 @@ class TwoMemories(ByFormula):
     ) -> tuple[Weights, Parameters]:
         """See `Bound.pullback`; the memories' cotangents are those of F and S."""
         (near, far), (lam, lam_far) = halves(weights), halves(cotangent)
-        kept = {n: buffers.take(tuple(w.shape), w) for n, w in gradients.items()}
+        kept = {n: buffers.acquire(tuple(w.shape), w) for n, w in gradients.items()}
         for name in gradients:
             near[name] = torch.sub(near[name], far[name], out=kept[name])
             lam_far[name] = lam_far[name].add_(lam[name])
         back, found = self._fast.pullback(near, gradients, signal, lam, own)
         back_far, more = self._slow.pullback(far, gradients, signal, lam_far, own)
-        buffers.give(kept.values())
+        buffers.release(kept.values())
         for name in gradients:
             back_far[name].sub_(back[name])
         found |= {SLOW + n: p for n, p in more.items()}

@@ -1,80 +1,81 @@
-"""runs.base"""
+"""The adaptation base of a run: made once after stage 1, then taken from the run folder."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from mlm.base.errors import UserError
-from mlm.extensions.boundaries import learn_borders
-from mlm.extensions.related import relate, related_words
-from mlm.extensions.warp import followed, learn_bases
-from mlm.models.base import AdaptationBase, choose_dynamic, turned
+from mlm.extensions.learned_basis import follow_weights
+from mlm.models.base import AdaptationBase, choose_dynamic
+from mlm.models.extension import Extension, Making
 from mlm.models.language_model import Weights
 from mlm.models.recurrent import BaseModel
-from mlm.runs.identity import _base_settings, base_identity
+from mlm.runs.identity import base_extensions, base_identity, base_settings
 from mlm.runs.run import Run
 from mlm.settings.config import Config
+from mlm.settings.flags import flag
 from mlm.settings.sections import AdaptConfig
 from mlm.store.models import load_lm, save_base
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
-from mlm.text.streams import Text
 from mlm.training.directions import add_low_rank
 from mlm.training.fisher import estimate_fisher
 
 
 def new_base(
     weights: Weights,
-    shape: BaseModel,
+    model: BaseModel,
     adapt: AdaptConfig,
-    text: Text,
-    quiet: bool = True,
-    corpus: Text | None = None,
+    making: Making,
+    extensions: Sequence[Extension] = (),
 ) -> AdaptationBase:
-    """theta_0 with the low-rank changes that are asked for, and its Fisher, from held-out text;
-    words are related as in `corpus` (None: that text, too)."""
+    """theta_0 with the low-rank changes that are asked for, its Fisher, and what extensions make.
+
+    Each of `extensions` is made with those before it, and those of the model, at work.
+    """
     dynamic = choose_dynamic(weights, adapt.dynamic)
-    weights = add_low_rank(weights, shape, dynamic, adapt.rank, text, adapt.fisher_words)
-    if adapt.related:
-        found = related_words(corpus or text, shape.vocabulary, adapt.related)
-        weights = relate(weights, dynamic, found)
-    return estimate_fisher(
-        weights,
-        shape,
-        dynamic,
-        text,
-        adapt.update_every,
-        adapt.fisher_words,
-        quiet=quiet,
-        prior=adapt.fisher_prior,
-    )
+    weights = add_low_rank(weights, model, dynamic, adapt.rank, making.text, adapt.fisher_words)
+    base = AdaptationBase(model, weights, dynamic, {}, 0.0, adapt.update_every)
+    of_model = tuple(e for e in extensions if e.of_model)
+    at_work: tuple[Extension, ...] = ()
+    for extension in extensions:
+        folded = extension.fold(base, making)
+        at_work += () if folded is base else (extension,)
+        base = folded
+    base = dataclasses.replace(base, extensions=at_work + of_model)
+    quiet, prior = making.quiet, adapt.fisher_prior
+    base = estimate_fisher(base, making.text, adapt.fisher_words, quiet=quiet, prior=prior)
+    at_work = ()
+    for extension in (e for e in extensions if not e.of_model):
+        base = dataclasses.replace(base, extensions=at_work + of_model)
+        base = extension.make(base, making)
+        at_work += (extension,)
+    return dataclasses.replace(base, extensions=())
 
 
 def build_base(run: Run) -> AdaptationBase:
-    """theta_0 and its Fisher, estimated after stage 1 and kept in the run folder.
+    """The adaptation base, made after stage 1 and kept in the run folder.
 
     What the folder holds is taken if it was made from the same.
     """
     path, mark = run.folder.checkpoint("memory"), base_identity(run)
-    if _made_from(path, mark):
+    if made_from(path, mark):
         return run.base
-    weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
+    weights, model, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
-    adapt, text = run.config.adapt, run.training_text(1)
-    through = run.config.lm.through == "learned"
-    if through:
-        base = followed(base_of_through_run(run), weights)
+    making = Making(run.training_text(1), run.training_text(0), run.quiet)
+    of_model = tuple(e for e in run.config.extensions.active(weights) if e.of_model)
+    extensions = (*base_extensions(run), *of_model)
+    if run.config.lm.through == "learned":
+        base = follow_weights(base_of_through_run(run), weights)
+        for extension in extensions:
+            base = extension.make(base, making) if extension.of_hidden_states else base
     else:
-        corpus = run.training_text(0) if adapt.related else None
-        base = new_base(weights, shape, adapt, text, run.quiet, corpus)
-    if adapt.borders:  # by the hidden states of this very model
-        base = dataclasses.replace(base, borders=learn_borders(shape, weights, text))
-    if adapt.basis_words and not through:
-        base = dataclasses.replace(turned(base), at_once=adapt.at_once)
-        base = learn_bases(base, text, adapt.basis_words, run.quiet)
+        base = new_base(weights, model, run.config.adapt, making, extensions)
     save_base(path, base, run.data.vocabulary.hash, mark)
     return run.ready(base)
 
@@ -104,8 +105,9 @@ def base_of_through_run(run: Run) -> AdaptationBase:
         UserError: it was made for other settings of adaptation than the run's.
     """
     other = through_run(run.config, run.data.vocabulary.hash, run.device)
-    mine, its = (_base_settings(r) for r in (run, other))
-    differ = sorted(f"--adapt.{n.replace('_', '-')}" for n in mine if mine[n] != its[n])
+    mine, its = (base_settings(r) for r in (run, other))
+    names = sorted(n for n in mine.keys() | its.keys() if mine.get(n) != its.get(n))
+    differ = [flag(f"adapt.{n}" if hasattr(run.config.adapt, n) else n) for n in names]
     if differ:
         raise UserError(
             f"the language model was trained through the rule of {other.folder.path}, whose "
@@ -115,7 +117,7 @@ def base_of_through_run(run: Run) -> AdaptationBase:
     return other.base
 
 
-def _made_from(path: Path, mark: str) -> bool:
+def made_from(path: Path, mark: str) -> bool:
     """Whether the long-term memory at `path` is whole and made from what `mark` names."""
     try:
         return load_about(path, "").get("identity") == mark

@@ -8,15 +8,14 @@ from typing import Any
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
-from mlm.extensions.related import no_basis
 from mlm.models.base import choose_dynamic, has_low_rank
-from mlm.models.low_rank import LOW, base_of
-from mlm.models.recurrent import BaseModel
-from mlm.rules.family import HAND_MADE_RULES, rule_of
+from mlm.models.low_rank import folds
+from mlm.rules.family import HAND_MADE_RULES, rule_from_description
 from mlm.runs.base import base_of_through_run
 from mlm.runs.language_model import rule_of_through_run
 from mlm.runs.rules import rule_to_train
 from mlm.runs.run import Run
+from mlm.settings.checks import extension_problems, plan_of
 from mlm.settings.config import Config
 from mlm.settings.flags import flag, leaves
 from mlm.store.run_folder import RunFolder
@@ -166,7 +165,9 @@ def check_plan(run: Run) -> None:
             rule_of_through_run(config, shape, data.vocabulary.hash, run.device)
     if "meta" in config.stages:
         dynamic = choose_dynamic(shape.layout(), config.adapt.dynamic)
-        problems = extension_problems(config, shape, dynamic)
+        sizes = {name: size for name, (size, _) in shape.layout().items()}
+        folded = folds(sizes, dynamic, config.adapt.rank)
+        problems = extension_problems(plan_of(config, dynamic, folded))
         if problems:
             raise UserError("; ".join(problems))
         if through == "learned":
@@ -194,8 +195,9 @@ def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
                 f"train it first (--stages meta --train-rules {meta.start}), or start from "
                 f"{', '.join(HAND_MADE)}"
             )
-        start = rule_of(meta.start, _about(run, meta.start, dynamic)["rule"])
-    for name in meta.rules if start else ():
+        start = rule_from_description(meta.start, _about(run, meta.start, dynamic)["rule"])
+    for name in meta.rules if start is not None else ():
+        assert start is not None
         rule_to_train(meta, name, start)
     scored = {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED)
     for name in scored - set(meta.rules) if "evaluate" in stages else ():
@@ -219,38 +221,7 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
     return about
 
 
-# -- extensions ---------------------------------------------------------------------------------
-
-
-def extension_problems(config: Config, shape: BaseModel, dynamic: tuple[str, ...]) -> list[str]:
-    """What optional parts of the memory need of the model, one line each."""
-    found, adapt = [], config.adapt
-    whole = _in_own_basis(shape, dynamic, adapt.rank)
-    for path in ("adapt.at_once", "adapt.related"):
-        if leaves(config)[path] and "softmax" not in whole:
-            found.append(str(no_basis(flag(path))))
-    if adapt.basis_words and not whole:
-        found.append(
-            "--adapt.basis-words needs a matrix that adapts in a basis of its own: name "
-            "softmax.low or lstm.*.input.low in --dynamic, with a --rank of all its inputs"
-        )
-    return found
-
-
-def _in_own_basis(shape: BaseModel, dynamic: tuple[str, ...], rank: int) -> list[str]:
-    """The matrices that adapt in a basis of their own (see `mlm.models.low_rank.whole`)."""
-    sizes = {name: size for name, (size, _) in shape.layout().items()}
-    found = []
-    for name in [n.removesuffix(LOW) for n in dynamic if n.endswith(LOW)]:
-        outputs, inputs = sizes[base_of(name)]
-        rows = sizes["softmax.bias"][0] if name == "softmax" else outputs
-        square = rank >= inputs and rows == outputs
-        if square and base_of(name) not in dynamic and not name.endswith(".recurrent"):
-            found.append(name)
-    return found
-
-
-def clear(run: Run) -> None:
+def remove_results(run: Run) -> None:
     """Remove what an earlier run left, so that no file of one model stands beside another's."""
     for file in run.folder.results():
         file.unlink()

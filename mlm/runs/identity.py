@@ -1,4 +1,4 @@
-"""runs.identity"""
+"""Hashes of what a result of stage 2 depends on: a changed one is not reused."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from mlm.models.base import has_low_rank
+from mlm.models.extension import Extension
 from mlm.runs.run import Run
 from mlm.settings.record import to_dict
 from mlm.store.run_folder import RunFolder
@@ -16,7 +17,7 @@ FIRST_ORDER = ("reverse", "checkpoint", "forward")
 
 
 def identity(run: Run, learned: bool = True) -> str:
-    """Hash of what a stage-2 result depends on; a changed one is not reused.
+    """Hash of what a stage-2 result depends on.
 
     `learned`: what is learned matters; hand-made rules depend neither on it nor on the seed.
     """
@@ -25,47 +26,47 @@ def identity(run: Run, learned: bool = True) -> str:
     for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
         keys["evaluation"].pop(name)
     keys["adapt"].pop("kernels")  # how it is computed; results agree to rounding
-    if not keys["meta"]["read_out_words"]:
-        keys["meta"].pop("read_out_words")
     if keys["meta"]["gradient"] in FIRST_ORDER:
         keys["meta"].pop("gradient")
     if not learned:
         for name in ("meta", "seed"):
             keys.pop(name)
-        _keep_memory(keys["adapt"])
+    enabled = run.config.extensions.enabled()
+    keys["extensions"] = _fingerprints(enabled if learned else base_extensions(run))
     return _hash(run, keys)
 
 
-def _keep_memory(adapt: dict[str, Any]) -> None:
-    """Forget settings of adaptation that only learned rules depend on."""
-    adapt["surprise"], adapt["phrases"] = 0.0, 0
-    if not adapt["basis_words"]:  # else bases are learned so
-        adapt["at_once"] = False
+def base_extensions(run: Run) -> tuple[Extension, ...]:
+    """Those that the adaptation base depends on: up to the last that changes it."""
+    enabled = [e for e in run.config.extensions.enabled() if not e.of_model]
+    last = max((k for k, e in enumerate(enabled, 1) if e.makes_base), default=0)
+    return tuple(enabled[:last])
+
+
+def _fingerprints(extensions: tuple[Extension, ...]) -> dict[str, Any]:
+    """Settings and constants; those of the model are in its file's hash."""
+    return {e.name: e.fingerprint() for e in extensions if not e.of_model}
 
 
 def base_identity(run: Run) -> str:
-    """Hash of what the long-term memory depends on."""
+    """Hash of what the adaptation base depends on."""
     config = to_dict(run.config)
-    keys = {k: config[k] for k in ("corpus", "text")} | {"adapt": _base_settings(run)}
+    keys = {k: config[k] for k in ("corpus", "text")} | {"adapt": base_settings(run)}
     return _hash(run, keys)
 
 
-def _base_settings(run: Run) -> dict[str, Any]:
-    """Settings of adaptation that the long-term memory depends on."""
+def base_settings(run: Run) -> dict[str, Any]:
+    """Settings that the adaptation base depends on, by name."""
     adapt = to_dict(run.config.adapt)
     for name in ("kernels", "guard"):
         adapt.pop(name)
-    _keep_memory(adapt)
-    return adapt
+    return adapt | _fingerprints(base_extensions(run))
 
 
 def _hash(run: Run, keys: dict[str, Any]) -> str:
     """Of settings, without those that are not in use, and the language model."""
     if not has_low_rank(run.config.adapt.dynamic):
         keys["adapt"].pop("rank")
-    for name in ("related", "borders", "basis_words", "at_once", "surprise", "phrases"):
-        if not keys["adapt"][name]:
-            keys["adapt"].pop(name)
     if keys["adapt"]["precision"] == "float32":
         keys["adapt"].pop("precision")
     if run.config.lm.through == "learned" and run.config.lm.through_run is not None:

@@ -62,9 +62,9 @@ def rule_of_through_run(
     if not other.meta.rules:
         raise UserError(f"--lm.through-run {path}: no rule was learned there (--train-rules)")
     base = run.base
-    if base.shape != shape:
+    if base.model != shape:
         raise UserError(
-            f"--lm.through-run {path}: its model is {base.shape}, but the settings say {shape}; "
+            f"--lm.through-run {path}: its model is {base.model}, but the settings say {shape}; "
             "use the same --model.* settings"
         )
     if other.adapt.update_every != config.lm.segment:

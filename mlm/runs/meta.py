@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 
-from mlm.extensions.phrases import ReadOut
-from mlm.extensions.read_out import as_tensors, learn_read_out, read_out_of, with_read_out
+from mlm.models.language_model import Weights
 from mlm.rules.family import (
     describe,
 )
 from mlm.rules.protocol import Parameters
 from mlm.runs.base import build_base
 from mlm.runs.identity import identity
-from mlm.runs.rules import _parted, new_rule, seen_by, starting_point
+from mlm.runs.rules import WEIGHTS, new_rule, parted, starting_point
 from mlm.runs.run import Run, say
 from mlm.store.tensors import save_tensors
 from mlm.text.streams import Text
 from mlm.training.judge import static_of, validation_gain
-from mlm.training.meta import READ_OUT_GAIN, MetaTrainer, train_meta
+from mlm.training.meta import EXTENSION_GAIN, MetaTrainer, train_meta
 
 
 def meta_text(run: Run) -> Text:
@@ -42,14 +41,8 @@ def stage_meta(run: Run) -> None:
     for name in meta.rules:
         start = starting_point(run, base)
         rule, first = new_rule(meta, name, start)
-        own = dataclasses.replace(
-            start.base,
-            borders=base.borders,  # what a hand-made start does not see
-            at_once=base.at_once,
-            surprise=base.surprise,
-            phrases=base.phrases,
-        )
-        own = with_read_out(seen_by(rule, own), read_out_of(start.base))
+        # a hand-made start does not see every extension
+        own = dataclasses.replace(start.base, extensions=base.extensions).derived().for_rule(rule)
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(
             trainer,
@@ -65,33 +58,38 @@ def stage_meta(run: Run) -> None:
             "rule": describe(rule),
             "dynamic": list(base.dynamic),
             "columns": list(rule.columns),
-            "gain": gain,
             "identity": mark,
         }
-        read_out = read_out_of(own)
-        if meta.read_out_words:
-            found, gained = _read_out(run, trainer, best, text, static)
-            if gained > gain:
-                read_out, gain = found, gained
-                about["gain"] = gain
-        save_tensors(run.folder.checkpoint(name), {**best, **as_tensors(read_out)}, about)
+        learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain)
+        kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
+        tensors = best | {WEIGHTS + n: w for n, w in kept.items()}
+        save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
         say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:
             say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
 
 
-def _read_out(
-    run: Run, trainer: MetaTrainer, best: Parameters, text: Text, static: dict[str, float]
-) -> tuple[ReadOut, float]:
-    """What the best rule learns of how to read phrases out, and its gain on validation with it."""
-    parameters, own = _parted(best)
-    base = dataclasses.replace(trainer.base, weights={**trainer.base.weights, **own})
-    rule, meta = trainer.rule, run.config.meta
-    bound = rule.bind(parameters, base)
-    seed = run.config.seed + 4
-    found = learn_read_out(base, bound, text, meta.read_out_words, seed, run.quiet)
-    able = with_read_out(base, found)
-    gained = validation_gain(able, rule, parameters, run.tune_text, static)
-    row = {READ_OUT_GAIN: gained * text.tokens_per_word}
-    run.folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
-    return found, gained
+def _learned_by_extensions(
+    run: Run,
+    trainer: MetaTrainer,
+    best: Parameters,
+    text: Text,
+    static: dict[str, float],
+    gain: float,
+) -> tuple[Weights, float]:
+    """What extensions learn with the best rule, where it gains on validation, and the gain then."""
+    parameters, own = parted(best)
+    base, rule = trainer.base.with_weights(own), trainer.rule
+    kept: Weights = {}
+    for extension in base.extensions:
+        bound = rule.bind(parameters, base)
+        found = extension.after_rule(base, bound, text, run.config.seed + 4, run.quiet)
+        if not found:
+            continue
+        able = base.with_weights(found)
+        gained = validation_gain(able, rule, parameters, run.tune_text, static)
+        row = {"extension": extension.name, EXTENSION_GAIN: gained * text.tokens_per_word}
+        run.folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
+        if gained > gain:
+            base, gain, kept = able, gained, kept | found
+    return kept, gain

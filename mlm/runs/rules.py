@@ -1,4 +1,4 @@
-"""runs.rules"""
+"""Rules of a run, ready to read: hand-made ones tuned, learned ones loaded from the run folder."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
-from mlm.extensions.read_out import taken, with_read_out
-from mlm.models.base import AdaptationBase, plain
+from mlm.models.base import AdaptationBase, unfold_low_rank
+from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
 from mlm.rules.family import (
     HAND_MADE_RULES,
     as_gates,
     learned_rule,
     open_slow,
-    rule_of,
+    rule_from_description,
     start_at,
 )
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, UpdateRule, as_parameters
-from mlm.runs.base import _made_from, through_run
+from mlm.runs.base import made_from, through_run
 from mlm.runs.identity import base_identity, identity
 from mlm.runs.run import Run, say
 from mlm.settings.sections import MetaConfig
@@ -35,7 +35,7 @@ from mlm.training.cache_tuning import tune_cache
 from mlm.training.tuning import Trial, tune
 
 WEIGHTS = "weights/"
-"""Beginning of the names of the language model's weights beside a rule's parameters."""
+"""Beginning of the names of weights beside a rule's parameters."""
 
 
 def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
@@ -64,25 +64,11 @@ def tuned_rule(
 ) -> tuple[UpdateRule, dict[str, float]]:
     """A hand-made rule and its best settings on validation."""
     rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
-    base = seen_by(rule, base)
+    base = base.for_rule(rule)
     setting = _tuned(
         run, f"{name}/{protocol}", lambda: tune(base, rule, run.tune_text, protocol, budget)
     )
     return rule, setting
-
-
-def seen_by(rule: UpdateRule, base: AdaptationBase) -> AdaptationBase:
-    """The long-term memory as a rule reads with it: borders open FLUSH, where it is learned, and
-    hand-made rules read as they were published."""
-    learned = isinstance(rule, LinearGates)
-    borders = base.borders if learned and rule.flush else None
-    return dataclasses.replace(
-        base,
-        borders=borders,
-        at_once=base.at_once and learned,
-        surprise=base.surprise if learned else 0.0,
-        phrases=base.phrases if learned else base.phrases and base.phrases.of_corpus(),
-    )
 
 
 def starting_point(run: Run, base: AdaptationBase) -> LoadedRule:
@@ -143,8 +129,8 @@ def rule_to_train(meta: MetaConfig, name: str, start: UpdateRule) -> LinearGates
     return rule
 
 
-def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A rule's parameters, and the language model's weights beside them, by their own names."""
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A rule's parameters, and the weights of model and extensions beside them."""
     own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
     return {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}, own
 
@@ -168,13 +154,13 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
             f"{path}: {', '.join(broken)} of rule {name} are not finite; run `--stages meta` again"
         )
     tensors = {n: t.to(run.device) for n, t in tensors.items()}
-    read_out, tensors = taken(tensors)
-    parameters, own = _parted(tensors)
-    if own:
-        base = plain(base)
-        base = dataclasses.replace(base, weights={**base.weights, **own})
-    rule = rule_of(name, about["rule"])
-    return LoadedRule(rule, parameters, with_read_out(seen_by(rule, base), read_out))
+    parameters, own = parted(tensors)
+    if own_weights(own):
+        base = unfold_low_rank(base)
+    base = base.with_weights(own)
+    base = dataclasses.replace(base, extensions=run.config.extensions.active(base.weights))
+    rule = rule_from_description(name, about["rule"])
+    return LoadedRule(rule, parameters, base.derived().for_rule(rule))
 
 
 def check_learned(run: Run) -> None:
@@ -184,7 +170,7 @@ def check_learned(run: Run) -> None:
         UserError: the memory was made with other settings, or see `Run.memory` and `load_learned`.
     """
     base, path = run.base, run.folder.checkpoint("memory")
-    if not _made_from(path, base_identity(run)):
+    if not made_from(path, base_identity(run)):
         raise UserError(
             f"{path} was made with other settings of --adapt or --text than these, or from another "
             "language model; run `--stages meta` again"
@@ -230,7 +216,7 @@ def _ready(run: Run, name: str, protocol: str) -> Ready:
         return Ready(base, None, (), {})
     if name in HAND_MADE:
         rule, setting = tuned_rule(run, base, name, protocol)
-        base = seen_by(rule, base)
+        base = base.for_rule(rule)
         return Ready(base, rule.bind(as_parameters(setting, base), base), (), dict(setting))
     learned = load_learned(run, name, base)
     rule = learned.rule

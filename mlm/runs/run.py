@@ -14,13 +14,11 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError
-from mlm.extensions.phrases import of_corpus, phrases
-from mlm.extensions.related import no_basis
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
 from mlm.kernels.processor import multiplies_bfloat16
-from mlm.models.base import RELATED, AdaptationBase, choose_dynamic, turned
-from mlm.models.low_rank import BASIS, check_rank
+from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
+from mlm.models.low_rank import check_rank
 from mlm.settings.config import Config
 from mlm.settings.sections import AdaptConfig
 from mlm.store.models import check_vocabulary, load_base
@@ -160,16 +158,6 @@ class Run:
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, base.weights, adapt.rank)
-        found = {
-            "--adapt.related": (RELATED in base.weights, adapt.related > 0),
-            "--adapt.borders": (base.borders is not None, adapt.borders),
-        }
-        for flag, (made, wanted) in found.items():
-            if made != wanted:
-                raise UserError(
-                    f"{path} was made with{'' if made else 'out'} {flag}, but the settings say "
-                    "otherwise; run `--stages meta` again"
-                )
         return self.ready(base)
 
     def ready(self, base: AdaptationBase) -> AdaptationBase:
@@ -177,16 +165,9 @@ class Run:
         base = guarded(base, self.config.adapt, self.vocabulary.size)
         # What else is learned, or was, is stored in terms of the plain form.
         if set(self.config.meta.learn) <= {"rule"}:
-            base = turned(base)
-        if self.config.adapt.at_once and "softmax" + BASIS not in base.weights:
-            raise no_basis("--adapt.at-once")
-        adapt = self.config.adapt
-        own = of_corpus(base.weights)
-        if adapt.phrases:
-            own = phrases(base.weights["embedding"], adapt.phrases, own and own.ngrams)
-        return dataclasses.replace(
-            base, at_once=adapt.at_once, surprise=adapt.surprise, phrases=own
-        )
+            base = fold_low_rank(base)
+        extensions = self.config.extensions.active(base.weights)
+        return dataclasses.replace(base, extensions=extensions).derived()
 
 
 def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:
@@ -205,7 +186,7 @@ def open_run(config: Config, quiet: bool = False) -> Run:
     if "lm" in config.stages:
         resolve_precision(config.lm.precision, device)
     use_kernels(config.adapt.kernels == "auto")
-    lower = in_half(config.adapt)
+    lower = in_bfloat16(config.adapt)
     use_bfloat16(lower)
     if config.adapt.precision == "bfloat16" and not lower and device.type == "cpu":
         say(
@@ -215,7 +196,7 @@ def open_run(config: Config, quiet: bool = False) -> Run:
     return Run(config, RunFolder(run_path(config)), device, quiet)
 
 
-def in_half(adapt: AdaptConfig) -> bool:
+def in_bfloat16(adapt: AdaptConfig) -> bool:
     """Whether lanes' products have bfloat16 factors: asked for, and the processor is fast at it."""
     return adapt.precision == "bfloat16" and multiplies_bfloat16()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlm.runs.checks import check_folder, check_plan, check_text, clear
+from mlm.runs.checks import check_folder, check_plan, check_text, remove_results
 from mlm.runs.evaluate import draw, show, stage_evaluate
 from mlm.runs.language_model import stage_lm
 from mlm.runs.meta import stage_meta
@@ -22,7 +22,7 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:
-        clear(run)
+        remove_results(run)
     if not (config.resume and run.folder.checkpoint("lm_last").exists()):
         run.folder.save_config(config)
     if "lm" in config.stages:

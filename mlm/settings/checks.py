@@ -7,8 +7,9 @@ from typing import Any
 
 from mlm.base.errors import UserError
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, RULES
+from mlm.models.extension import Plan
 from mlm.settings.config import Config
-from mlm.settings.flags import flag, leaves
+from mlm.settings.flags import UNGROUPED, flag, leaves
 
 AT_LEAST_ONE = (
     "model.embedding",
@@ -35,12 +36,7 @@ NOT_NEGATIVE = (
     "text.train_words",
     "text.vocabulary_size",
     "lm.validation_words",
-    "lm.ngrams",
-    "adapt.related",
-    "adapt.basis_words",
-    "adapt.phrases",
     "meta.steps",
-    "meta.read_out_words",
     "evaluation.max_articles",
 )
 POSITIVE = (
@@ -54,7 +50,7 @@ POSITIVE = (
     "meta.clip",
 )
 FINITE = ("lm.weight_decay", "lm.ar", "lm.tar", "lm.through_decay", "adapt.guard", "meta.ewc")
-SHARES = ("adapt.fisher_prior", "adapt.surprise", "meta.stream_share")
+SHARES = ("adapt.fisher_prior", "meta.stream_share")
 DROPOUT = (
     "lm.dropout_embedding",
     "lm.dropout_input",
@@ -83,13 +79,18 @@ def _values(values: dict[str, Any]) -> list[str]:
         need(0 <= values[path] < math.inf, path, "it must be 0 or more and finite")
     for path in SHARES:
         need(0 <= values[path] <= 1, path, "it must be in [0, 1]")
+    for path, value in values.items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        if path.startswith(UNGROUPED) and all(isinstance(n, int | float) for n in numbers):
+            fine = all(0 <= number < math.inf for number in numbers)
+            need(fine, path, "it must be 0 or more and finite")
     for path in DROPOUT:
         need(0 <= values[path] < 1, path, "it must be in [0, 1)")
     for path in NOT_EMPTY:
         if not values[path]:
             found.append(f"{flag(path)} is empty; name at least one")
     for path, value in values.items():
-        if isinstance(value, tuple) and path != "model.cutoffs":
+        if isinstance(value, tuple) and path != "model.cutoffs" and not path.startswith(UNGROUPED):
             twice = sorted({str(one) for one in value if value.count(one) > 1})
             if twice:
                 found.append(f"{flag(path)} names {', '.join(twice)} twice; name each once")
@@ -137,11 +138,6 @@ def _stage_1(c: Config) -> list[str]:
             f"--lm.through-run {lm.through_run} is read with --lm.through learned only; add that, "
             "or leave it out"
         )
-    if lm.ngrams and (lm.through == "rms" or lm.init is None):
-        found.append(
-            f"--lm.ngrams is {lm.ngrams}; they are learned by a language model that goes on from "
-            "another one (--lm.init), as usual or with --lm.through learned"
-        )
     return found
 
 
@@ -174,32 +170,21 @@ def validate(config: Config) -> Config:
     problems = _values(leaves(config)) or [
         *_stage_1(config),
         *_stage_2(config),
-        *extension_problems(config),
+        *extension_problems(plan_of(config)),
     ]
     if problems:
         raise UserError("; ".join(problems))
     return config
 
 
-# -- extensions ---------------------------------------------------------------------------------
+def plan_of(
+    c: Config, dynamic: tuple[str, ...] = (), folded: tuple[str, ...] | None = None
+) -> Plan:
+    """What extensions are asked about: the settings, and what the model says, if it is known."""
+    goes_on, enabled = c.lm.init is not None, c.extensions.enabled()
+    return Plan(dynamic, folded, c.meta.learn, c.meta.gradient, c.lm.through, goes_on, enabled)
 
 
-def extension_problems(c: Config) -> list[str]:
-    """What optional parts of the memory need of the other settings, one line each."""
-    found = []
-    alone = c.meta.learn == ("rule",)
-    for path in ("adapt.related", "adapt.basis_words", "adapt.at_once"):
-        value = leaves(c)[path]
-        if value and not alone:
-            found.append(f"{flag(path)} is {value}; it goes with --meta.learn rule only")
-    if c.adapt.at_once and c.meta.gradient in ("second", "pes"):
-        found.append(
-            f"--meta.gradient is {c.meta.gradient}; --adapt.at-once goes with reverse, checkpoint "
-            "or forward"
-        )
-    if c.meta.read_out_words and not c.adapt.phrases:
-        found.append(
-            f"--meta.read-out-words is {c.meta.read_out_words}; it reads phrases out, and none are "
-            "remembered: set --adapt.phrases, or use 0"
-        )
-    return found
+def extension_problems(plan: Plan) -> list[str]:
+    """Why extensions cannot work in such a run, one line each."""
+    return [problem for extension in plan.extensions for problem in extension.problems(plan)]

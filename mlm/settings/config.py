@@ -1,4 +1,4 @@
-"""settings.config"""
+"""The tree of all settings of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from mlm.extensions import Extensions
 from mlm.settings.sections import (
     AdaptConfig,
     EvaluationConfig,
@@ -52,3 +53,4 @@ class Config:
     adapt: AdaptConfig = field(default_factory=AdaptConfig)
     meta: MetaConfig = field(default_factory=MetaConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    extensions: Extensions = field(default_factory=Extensions)

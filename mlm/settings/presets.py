@@ -5,6 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from mlm.extensions import (
+    Boundaries,
+    IntraSegment,
+    LearnedBasis,
+    NGramMemory,
+    NGramReadOut,
+    SurpriseWeighting,
+    WordCoupling,
+)
 from mlm.settings.config import Config
 
 Changes = dict[str, dict[str, Any]]
@@ -58,12 +67,6 @@ RULE_SETTINGS: dict[str, Changes] = {
         "adapt": {
             "dynamic": "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias",
             "rank": 2048,  # full rank in every size
-            "related": 256,
-            "basis_words": 1_500_000,
-            "borders": True,
-            "at_once": True,
-            "surprise": 0.25,
-            "phrases": 32_768,
             "update_every": 64,
             "precision": "bfloat16",
             "fisher_words": 100_000,
@@ -73,12 +76,20 @@ RULE_SETTINGS: dict[str, Changes] = {
             "lanes": 8,
             "steps": 32,
             "learning_rate": 0.07,
-            "read_out_words": 2_000_000,
         },
         "evaluation": {
             "rules": ("static", "rms", "four_levels"),
             "budget": 10,
             "tune_words": 20_000,
+        },
+        "extensions": {
+            "word_coupling": WordCoupling(directions=256),
+            "boundaries": Boundaries(on=True),
+            "intra_segment": IntraSegment(on=True),
+            "learned_basis": LearnedBasis(words=1_500_000),
+            "ngram_memory": NGramMemory(tokens=32_768),
+            "ngram_read_out": NGramReadOut(words=2_000_000),
+            "surprise_weighting": SurpriseWeighting(share=0.25),
         },
     },
 }

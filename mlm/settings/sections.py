@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mlm.base.names import PROTOCOLS, LearnedRule
+from mlm.base.names import PROTOCOLS, LearnedName
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,6 @@ class LMTrainingConfig:
     """Step size of Krause's rule."""
     through_decay: float = 0.01
     """Decay of Krause's rule towards the trained weights."""
-    ngrams: int = 0
-    """Contexts of one to four tokens, the training text's most frequent, behind which training,
-    from --lm.init on, as usual or through a learned rule, learns what follows: rows as wide as the
-    embedding, added to what the softmax sees; where a rule remembers phrases (--adapt.phrases),
-    theirs begin there."""
 
 
 @dataclass(frozen=True)
@@ -112,25 +107,6 @@ class AdaptConfig:
     softmax.low or lstm.*.recurrent, comma-separated."""
     rank: int = 32
     """Rank of low-rank changes; at most the matrix's inputs."""
-    related: int = 0
-    """Directions in which words that articles use together move together in the output layer;
-    0 = none. They need `softmax.low` at full rank."""
-    basis_words: int = 0
-    """Held-out training words from which the bases of `.low` at full rank, and how words are
-    related, are learned while reading, with the same static model; 0 = principal directions."""
-    borders: bool = False
-    """A lane whose hidden state says that another article has begun drops what it learned from the
-    last: FLUSH in texts whose borders nobody marks: protocol `stream`, not `article`."""
-    at_once: bool = False
-    """Between two updates the output layer already predicts with what the words so far teach it:
-    learned rules gain, most with long segments. It needs `softmax.low` at full rank."""
-    surprise: float = 0.0
-    """0 to 1: how much more a token teaches learned rules the less it was expected; 0 = all teach
-    the same, 1 = in proportion to their loss."""
-    phrases: int = 0
-    """Tokens of the article in which learned rules look for the last two to five read: a table of
-    n-gram embeddings learns, beside the weights, what followed them; 0 = none. 8192 holds most
-    articles."""
     update_every: int = 20
     """M: tokens between two updates of the weights, 5 to 100."""
     fisher_words: int = 20_000
@@ -153,7 +129,7 @@ class AdaptConfig:
 class MetaConfig:
     """Stage 2: the meta-learner."""
 
-    rules: tuple[LearnedRule, ...] = ("two_levels", "three_levels")
+    rules: tuple[LearnedName, ...] = ("two_levels", "three_levels")
     """Rules that stage 2 trains: tensor_steps, weight_steps, two_levels, three_levels, unit_steps,
     four_levels, surprise, adaptive, mlp, lstm."""
     features: tuple[Literal["fisher", "loss", "age", "gradient", "distance"], ...] = (
@@ -208,10 +184,6 @@ class MetaConfig:
     """Peak rate of Adam on the gates' parameters, which are logarithms; cosine to zero."""
     clip: float = 1.0
     """Largest meta-gradient norm."""
-    read_out_words: int = 0
-    """Words of --meta.text, at most all of it, that a trained rule then reads to learn how what it
-    recalls of phrases enters the softmax, kept where it gains on validation; 0 = as it is. They
-    need --adapt.phrases."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The run folder: config, metrics, checkpoints; atomic save, checked load."""
+"""Language models and bases of adaptation as files, saved and loaded with checks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.extensions.boundaries import Borders
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import LanguageModel
 from mlm.models.recurrent import BaseModel, RecurrentLM
@@ -22,7 +21,7 @@ def save_lm(
 ) -> None:
     """Write a language model's weights."""
     about = {"shape": _record(shape), "vocabulary": vocabulary_hash, **more}
-    save_tensors(path, weights, about)
+    save_tensors(path, weights, about, of_model=True)
 
 
 def _record(shape: LanguageModel) -> dict[str, Any]:
@@ -75,16 +74,13 @@ def save_base(path: Path, base: AdaptationBase, vocabulary_hash: str, identity: 
     tensors = {f"theta_0/{n}": w for n, w in base.weights.items()}
     tensors |= {f"rms/{n}": r for n, r in base.rms.items()}
     about = {
-        "shape": _record(base.shape),
+        "shape": _record(base.model),
         "vocabulary": vocabulary_hash,
         "dynamic": list(base.dynamic),
         "loss": base.loss,
         "segment": base.segment,
         "identity": identity,
     }
-    if base.borders is not None:
-        tensors["borders"] = base.borders.weights
-        about["eos"] = base.borders.eos
     save_tensors(path, tensors, about)
 
 
@@ -100,7 +96,6 @@ def load_base(path: Path, vocabulary_hash: str) -> AdaptationBase:
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    borders = Borders(tensors["borders"], about["eos"]) if "borders" in tensors else None
     return AdaptationBase(
         _shape(about),
         part("theta_0/"),
@@ -108,5 +103,4 @@ def load_base(path: Path, vocabulary_hash: str) -> AdaptationBase:
         part("rms/"),
         about["loss"],
         about["segment"],
-        borders=borders,
     )

@@ -1,4 +1,4 @@
-"""store.run_folder"""
+"""The run folder: its paths, settings, metrics and what it says about how it was made."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import naming, write_text
 from mlm.settings.config import Config
 from mlm.settings.record import from_dict, to_dict
+from mlm.store.versions import FORMAT
 
 RESULTS = (
     "checkpoints/*.safetensors",
@@ -90,6 +91,7 @@ class RunFolder:
     def save_config(self, config: Config) -> None:
         """Write config.json: settings, command, versions, machine, commit."""
         record = {
+            "format": FORMAT,
             "config": to_dict(config),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -110,7 +112,14 @@ class RunFolder:
                 f"`python train.py --out {self.path}`"
             )
         try:
-            return from_dict(json.loads(self.config_file.read_text(encoding="utf-8"))["config"])
+            record = json.loads(self.config_file.read_text(encoding="utf-8"))
+            written = record.get("format", "of an earlier version")
+            if written != FORMAT:
+                raise UserError(
+                    f"{self.path} was made by another version of mlm (format {written}, now "
+                    f"{FORMAT}); train again with another --out"
+                )
+            return from_dict(record["config"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.config_file} is damaged ({error}). Restore it, or train again with another "

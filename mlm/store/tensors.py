@@ -1,4 +1,4 @@
-"""store.tensors"""
+"""Tensors with a JSON description in safetensors files: atomic to write, checked when read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from torch import Tensor
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
+from mlm.store.versions import differences, written_now
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write tensors and a JSON description to a safetensors file, atomically."""
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], about: dict[str, Any], of_model: bool = False
+) -> None:
+    """Write tensors and a JSON description to a safetensors file, atomically.
+
+    Args:
+        of_model: it depends on nothing but the language model (`mlm.store.versions`).
+    """
     from safetensors.torch import save
 
     plain = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
-    body = save(plain, metadata={"mlm": json.dumps(about)})
+    body = save(plain, metadata={"mlm": json.dumps({**about, **written_now(of_model)})})
     with atomic_path(path) as temporary:
         temporary.write_bytes(body)
 
@@ -34,7 +41,13 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise UserError(f"{path} is missing: {what}")
     try:
         with safe_open(path, framework="pt") as file:
-            yield file, json.loads((file.metadata() or {})["mlm"])
+            about = json.loads((file.metadata() or {})["mlm"])
+            other = differences(about)
+            if other:
+                raise UserError(
+                    f"{path} was written by another version of mlm ({other}); run its stage again"
+                )
+            yield file, about
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
 

@@ -19,9 +19,10 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
+from mlm.base.names import EOS
 from mlm.text.corpora import Article, Corpus, count_words
 from mlm.text.encoding import encode_articles, token_dtype
-from mlm.text.vocabulary import EOS, UNK, Vocabulary, fit_vocabulary, load_vocabulary
+from mlm.text.vocabulary import UNK, Vocabulary, fit_vocabulary, load_vocabulary
 
 __all__ = [
     "EOS",

@@ -21,9 +21,10 @@ import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
+from mlm.base.names import EOS
 from mlm.text.articles import Article, count_words
 
-EOS, UNK = "<eos>", "<unk>"
+UNK = "<unk>"
 
 
 KINDS = ("bpe", "unigram", "word")

@@ -1,17 +1,4 @@
-"""Low-rank dynamic weights: a matrix that follows the article without a copy for every lane.
-
-    W_lane = W + D_lane P
-
-W (O, I) is shared, P (r, I) are fixed directions shared by the lanes, D_lane (O, r) is rewritten
-while reading and zero at the start of every article: FLUSH pulls it to zero, and without an update
-the model is the static one. For a matrix `name` the weights D and P are `name.low` and
-`name.directions`; `softmax.low` changes the output layer only, not the embedding it is tied to (of
-an adaptive softmax the head with its clusters), `lstm.*.input.low` and `lstm.*.recurrent.low` the
-gates. With r = I the change is the matrix itself in another basis, and reading is faster with
-
-    W_lane x = (W P^-1 + D_lane) (P x)
-
-one product instead of two (`turned`): then `name.low` starts at W P^-1, and P is `name.basis`.
+"""The directions of low-rank changes (`mlm.models.low_rank`): principal directions of inputs.
 
 Letters: B lanes, T time, I inputs, O outputs, r rank, N vectors.
 """

@@ -1,4 +1,7 @@
-"""training.fisher"""
+"""The diagonal empirical Fisher of what adapts, from static reading of held-out text.
+
+Letters: B lanes, M tokens per segment.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError
-from mlm.extensions.phrases import of_corpus
 from mlm.models.base import AdaptationBase
-from mlm.models.language_model import LanguageModel, Weights
-from mlm.reading.step import (
-    begin,
-    open_articles,
-    remembered,
-    score_segment,
-)
+from mlm.models.extension import Outcome
+from mlm.reading.step import begin, carry_extras, open_articles, score_segment
 from mlm.text.streams import LaneStream, Text
 
 
@@ -31,35 +28,35 @@ def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
 
 @torch.no_grad()
 def estimate_fisher(
-    weights: Weights,
-    shape: LanguageModel,
-    dynamic: tuple[str, ...],
+    base: AdaptationBase,
     text: Text,
-    segment: int,
     words: int,
     lanes: int = 16,
     quiet: bool = True,
     prior: float = 0.0,
 ) -> AdaptationBase:
-    """Long-term memory: theta_0 with the diagonal empirical Fisher of its dynamic weights.
+    """The base with the diagonal empirical Fisher of its dynamic weights, and the text's mean loss.
 
     The mean over segments of the squared per-segment gradient (Krause et al. 2018, eq. 5), read
     statically on the first `words` words of `text`, `smooth_fisher` by `prior`.
+
+    Raises:
+        UserError: no article is as long as a segment, or the Fisher is not finite.
     """
-    base = AdaptationBase(shape, weights, dynamic, {}, 0.0, segment, phrases=of_corpus(weights))
-    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
+    stream = LaneStream(text.articles, min(lanes, len(text.articles)), base.segment, text.eos)
     reader = begin(base, stream.lanes)
-    squares = {n: torch.zeros_like(weights[n]) for n in dynamic}
+    squares = {n: torch.zeros_like(w) for n, w in base.start().items()}
     segments, tokens, total = 0, 0, 0.0
     wanted = min(text.tokens, int(words * text.tokens_per_word))
-    device = weights[dynamic[0]].device
+    device = base.weights[base.dynamic[0]].device
     with tqdm(total=wanted, desc="Fisher", unit="tok", unit_scale=True, disable=quiet) as bar:
         for raw in stream:
             piece = raw.to(device)
-            reader = open_articles(base.start(), reader, piece.new)
+            reader = open_articles(base, base.start(), reader, piece.new)
             scored = score_segment(base, reader, piece)
-            history = remembered(base, reader, piece, scored.heard, piece.mask)
-            reader = reader._replace(state=scored.state, history=history)
+            outcome = Outcome(scored.by_added, piece.mask)
+            extras = carry_extras(base, reader.extras, piece, scored.told, outcome)
+            reader = reader._replace(state=scored.state, extras=extras)
             full = piece.mask.all(1)
             for n, gradient in scored.gradients.items():
                 squares[n] += gradient[full].square().sum(0)
@@ -72,7 +69,7 @@ def estimate_fisher(
                 break
     if not segments:
         raise UserError(
-            f"no held-out article is as long as one segment (--update-every {segment}); use a "
+            f"no held-out article is as long as one segment (--update-every {base.segment}); use a "
             "smaller M or more text"
         )
     rms = {n: smooth_fisher(s / segments, prior).sqrt() for n, s in squares.items()}

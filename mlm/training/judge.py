@@ -1,4 +1,4 @@
-"""training.judge"""
+"""How a step of meta-training is judged: nats gained on validation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlm.models.base import AdaptationBase
-from mlm.reading.scoring import read_in, score_articles
+from mlm.reading.scoring import score_articles
 from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Parameters
 from mlm.training.tuning import TuneText
@@ -29,7 +29,7 @@ def validation_gain(
     gains = []
     for protocol, without in static.items():
         articles = _judged(text, protocol)
-        own = read_in(base, protocol)
+        own = base.for_protocol(protocol)
         nll = score_articles(own, bound, articles, text.eos, text.lanes).total
         gains.append((without - nll) / tokens)
     return float(np.mean(gains))

@@ -18,14 +18,12 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.schedule import cosine
-from mlm.extensions.ngrams import Learning, Trail, most_frequent, ngrams_of
-from mlm.extensions.phrases import phrases
 from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.models.language_model import State, Weights
 from mlm.models.output_layer import token_nll
 from mlm.models.recurrent import BaseModel, Dropout, RecurrentLM
 from mlm.models.snail import snail_like
-from mlm.reading.scoring import static_loss
+from mlm.reading.static import static_loss
 from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
@@ -77,9 +75,10 @@ def initial_weights(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> W
         weights, its, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
     except UserError as error:
         raise UserError(f"--lm.init {run.path}: {error}") from None
-    if ngrams_of(weights) is not None:
+    others = sorted({name.partition("/")[0] for name in weights if "/" in name})
+    if others:
         raise UserError(
-            f"--lm.init {run.path}: its model has n-gram embeddings (--lm.ngrams), without which "
+            f"--lm.init {run.path}: its model was trained with {', '.join(others)}, without which "
             "it is another; go on from one that has none"
         )
     if its != shape:
@@ -127,12 +126,13 @@ class LMTrainer:
         self.stream = LaneStream(text.articles, lanes, config.lm.segment, text.eos, config.seed)
         self.dropout_generator = torch.Generator(device).manual_seed(config.seed + 1)
         self.state: State = shape.initial_state(lanes, device)
-        self.ngrams: Learning | None = None
-        """N-gram embeddings, if they are learned."""
-        if config.lm.ngrams:
-            contexts = most_frequent(text.articles, text.eos, config.lm.ngrams)
-            self.ngrams = Learning.begin(contexts, self.weights["embedding"][0].detach())
-        self.trail = Trail.begin(lanes, device)
+        self.extensions = tuple(config.extensions)
+        learned = {
+            e.name: e.with_model(text, self.weights["embedding"].detach(), lanes)
+            for e in self.extensions
+        }
+        self.learned = {name: part for name, part in learned.items() if part is not None}
+        """What extensions learn beside the weights."""
         self.steps = max(1, math.ceil(config.lm.epochs * text.tokens / (lanes * config.lm.segment)))
         self.step = 0
         self.validated = 0
@@ -145,18 +145,18 @@ class LMTrainer:
             s.dropout_embedding, s.dropout_input, s.dropout_hidden, s.dropout_output, s.weight_drop
         )
 
-    def loss(self, segment: Segment, said: Tensor | None = None) -> tuple[Tensor, Tensor, State]:
+    def loss(self, segment: Segment, added: list[Tensor]) -> tuple[Tensor, Tensor, State]:
         """(objective, nats per token, state): cross-entropy plus AR and TAR.
 
         Args:
-            said: (B, T, E), what n-grams add to what the softmax sees.
+            added: (B, T, E) each, what extensions add to the hidden states.
         """
         use = self.precision == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
             hidden = self.shape.run(
                 self.weights, segment.inputs, self.state, self.dropout, self.dropout_generator
             )
-            output = hidden.output if said is None else hidden.output + said
+            output = sum(added, hidden.output)
             nll = token_nll(self.weights, self.shape, output, segment.targets)
         count = segment.mask.sum()
         loss = (nll.float() * segment.mask).sum() / count
@@ -180,8 +180,8 @@ class LMTrainer:
         """
         segment = next(self.stream).to(self.device)
         self.state = self.state.keep(~segment.new)
-        known = self._recall(segment)
-        objective, loss, state = self.loss(segment, known and known[1])
+        added = [part.added(segment) for part in self.learned.values()]
+        objective, loss, state = self.loss(segment, added)
         value = float(loss)
         if not math.isfinite(value):
             raise UserError(
@@ -192,29 +192,13 @@ class LMTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
         count = int(segment.mask.sum())
-        if known is not None:
-            self._remember(*known, count)
+        for part, rows in zip(self.learned.values(), added, strict=True):
+            assert rows.grad is not None
+            part.learn(rows.grad * count, self.weights["embedding"])
         self._descend()
         self.state = state
         self.step += 1
         return value, count
-
-    def _recall(self, segment: Segment) -> tuple[Tensor, Tensor] | None:
-        """Which n-grams are read (B, T, K), those of padding none, and what they say (B, T, E), a
-        leaf."""
-        if self.ngrams is None:
-            return None
-        ngrams = self.ngrams.ngrams
-        rows, self.trail = ngrams.follow(self.trail, segment.inputs, segment.new)
-        rows = rows.masked_fill(~segment.mask.unsqueeze(2), len(ngrams.contexts))
-        return rows, ngrams.said(rows).requires_grad_()
-
-    def _remember(self, rows: Tensor, said: Tensor, count: int) -> None:
-        """N-grams learn from what `_recall` gave, the loss of `count` tokens differentiated."""
-        assert self.ngrams is not None
-        assert said.grad is not None
-        scale = phrases(self.weights["embedding"], 0).scale
-        self.ngrams.learn(rows, said.grad * count, scale)
 
     def _descend(self) -> None:
         """One step of Adam along the gradients that the weights hold."""
@@ -232,28 +216,33 @@ class LMTrainer:
     def validation_loss(self, valid: Text) -> float:
         """Mean loss on validation, nats per token: what chooses the best weights."""
         s = self.settings
-        return static_loss(self.model(), self.shape, valid, s.lanes, s.segment, self.precision)
+        weights = self.model()
+        extensions = tuple(e for e in self.extensions if e.of_model and e.active(weights))
+        more = (s.lanes, s.segment, self.precision, extensions)
+        return static_loss(weights, self.shape, valid, *more)
 
     # -- checkpoints ------------------------------------------------------------------------
 
     def model(self) -> Weights:
-        """The language model, as its checkpoint holds it, with its n-grams."""
-        known = {} if self.ngrams is None else self.ngrams.ngrams.tensors()
-        return {n: w.detach() for n, w in self.weights.items()} | known
+        """The language model, as its checkpoint holds it, with what extensions learned."""
+        found = {n: w.detach() for n, w in self.weights.items()}
+        for part in self.learned.values():
+            found |= part.weights()
+        return found
 
     def more_tensors(self) -> dict[str, Tensor]:
-        """What a kind of training carries on beside weights, Adam and state: n-grams, if any."""
-        if self.ngrams is None:
-            return {}
-        trail = {f"trail/{name}": t for name, t in self.trail._asdict().items()}
-        return {**self.ngrams.tensors(), **trail}
+        """What a kind of training carries on beside weights, Adam and state."""
+        return {
+            f"{name}/{what}": t
+            for name, part in self.learned.items()
+            for what, t in part.tensors().items()
+        }
 
     def load_more(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `more_tensors`."""
-        if self.ngrams is None:
-            return
-        self.ngrams.load(tensors)
-        self.trail = Trail(*(tensors[f"trail/{name}"].to(self.device) for name in Trail._fields))
+        for name, part in self.learned.items():
+            own = {n: t for n, t in tensors.items() if n.startswith(f"{name}/")}
+            part.load({n.removeprefix(f"{name}/"): t for n, t in own.items()})
 
     def save(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Write everything that the next step depends on."""

@@ -1,4 +1,4 @@
-"""Stage 2: estimate the Fisher, then train the meta-learner, or the weights it starts from.
+"""Stage 2: train the meta-learner, or the weights it starts from.
 
 Letters: B lanes, M tokens per segment, A articles.
 """
@@ -25,7 +25,7 @@ from mlm.reading.second_order import second_order
 from mlm.reading.step import (
     Reader,
     begin,
-    learning_at_once,
+    prepared,
 )
 from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Parameters
@@ -34,8 +34,8 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import adam_tensors, load_adam, load_tensors, save_tensors
 from mlm.text.streams import MixedLanes, Segment, Text
 
-READ_OUT_GAIN = "read_out_gain_per_word"
-"""In metrics.jsonl: nats per word gained on validation with what `mlm.extensions.read_out` learned."""
+EXTENSION_GAIN = "gain_with_extension_per_word"
+"""In metrics.jsonl: nats per word gained on validation with what an extension learned."""
 
 
 def _norm(tensors: Parameters) -> float:
@@ -124,7 +124,7 @@ class MetaTrainer:
         else:
             assert mode != "pes"
             bound = self.rule.bind(self.parameters, self.base)
-            base = learning_at_once(self.base, bound)
+            base = prepared(self.base, bound)
             found = meta_gradient(base, bound, *state, mode, learn, ewc)
         if self.settings.theta_0 == "reptile":
             found.weights.update(reptile(self.base, found.reader, self.learn))
@@ -286,7 +286,7 @@ def _ahead(row: dict[str, Any], trainer: MetaTrainer) -> bool:
     if (row.get("stage"), row.get("rule")) != ("meta", trainer.rule.name):
         return False
     reached = trainer.judged if "gain" in row else trainer.step
-    return trainer.judged < 0 or row["step"] > reached or READ_OUT_GAIN in row
+    return trainer.judged < 0 or row["step"] > reached or EXTENSION_GAIN in row
 
 
 def _judge(

@@ -23,14 +23,24 @@ from torch import Tensor, nn
 from mlm import kernels
 from mlm.base.names import HAND_MADE, LEARNED
 from mlm.experimental.through import ThroughLearned, ThroughRMS
-from mlm.extensions.boundaries import SURE, Borders, learn_borders
-from mlm.extensions.ngrams import NGrams, most_frequent
-from mlm.extensions.phrases import ReadOut, phrases
-from mlm.extensions.read_out import learn_read_out, with_read_out
-from mlm.extensions.related import relate, related_words
-from mlm.extensions.warp import learn_bases
+from mlm.extensions import (
+    Boundaries,
+    Extensions,
+    IntraSegment,
+    NGramEmbeddings,
+    NGramMemory,
+    NGramReadOut,
+    SurpriseWeighting,
+    WordCoupling,
+)
+from mlm.extensions.boundaries import SURE, learn_boundaries
+from mlm.extensions.learned_basis import learn_bases
+from mlm.extensions.ngram_embeddings import NGrams, most_frequent
+from mlm.extensions.ngram_memory import STEPS as ROW_STEPS
+from mlm.extensions.ngram_read_out import ReadOut, learn_read_out
+from mlm.extensions.word_coupling import couple, coupling_of
 from mlm.kernels.bfloat16 import use_bfloat16
-from mlm.models.base import AdaptationBase, turned
+from mlm.models.base import AdaptationBase, fold_low_rank
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import DIRECTIONS
 from mlm.models.module import ModuleModel
@@ -41,10 +51,9 @@ from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.pes import Evolution
 from mlm.reading.scoring import Scores, score_protocol
 from mlm.reading.second_order import second_order
-from mlm.reading.step import begin, learning_at_once
+from mlm.reading.step import begin, prepared
 from mlm.rules.family import HAND_MADE_RULES, learned_rule, open_slow, start_at
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, as_parameters
-from mlm.runs.rules import seen_by
 from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig, MetaConfig, ModelConfig
 from mlm.store.run_folder import RunFolder
@@ -169,17 +178,18 @@ def rich_memory(rank: int = 99, related: bool = False) -> AdaptationBase:
             at = value.abs().argmax(1, keepdim=True)
             weights[name] = value * value.gather(1, at).sign()
     if related:
-        weights = relate(weights, RICH_DYNAMIC, between(-0.4, 0.4, VOCABULARY, 3, seed=8))
-    return turned(long_term(RICH, weights, RICH_DYNAMIC))
+        bare = AdaptationBase(RICH, weights, RICH_DYNAMIC, {}, LOSS, SEGMENT)
+        weights = couple(bare, between(-0.4, 0.4, VOCABULARY, 3, seed=8)).weights
+    return fold_low_rank(long_term(RICH, weights, RICH_DYNAMIC))
 
 
 LIKELY = SURE
 """Log odds from which on a border is believed in."""
 
 
-def made_up_borders(width: int) -> Borders:
+def made_up_borders(width: int) -> Tensor:
     """A regression that believes in a border at some line ends, and nearly does at another."""
-    return Borders(between(-7.5, 7.5, width + 1, seed=3), EOS)
+    return between(-7.5, 7.5, width + 1, seed=3)
 
 
 def made_up_read_out(width: int, orders: int) -> ReadOut:
@@ -205,25 +215,39 @@ def made_up_ngrams(width: int) -> NGrams:
     return NGrams(contexts, rows)
 
 
+EXTENSIONS = Extensions(
+    word_coupling=WordCoupling(directions=3),
+    boundaries=Boundaries(on=True),
+    intra_segment=IntraSegment(on=True),
+    ngram_memory=NGramMemory(tokens=50, steps=tuple(step / 4 for step in ROW_STEPS)),
+    ngram_read_out=NGramReadOut(words=1),
+    surprise_weighting=SurpriseWeighting(share=0.3),
+)
+"""Steps of n-gram memory are made for wider embeddings."""
+PARTS = {
+    "related": "word_coupling",
+    "borders": "boundaries",
+    "at_once": "intra_segment",
+    "phrases": "ngram_memory",
+    "read_out": "ngram_read_out",
+    "ngrams": "ngram_embeddings",
+    "surprise": "surprise_weighting",
+}
+
+
 def with_parts(base: AdaptationBase, *parts: str) -> AdaptationBase:
     """The memory with some of what can be switched on."""
-    embedding = base.weights["embedding"]
-    width = embedding.shape[1]
+    width = base.weights["embedding"].shape[1]
+    weights: Weights = {}
     if "ngrams" in parts:
-        own = phrases(embedding, 0, made_up_ngrams(width)).of_corpus()
-        weights = {**base.weights, **made_up_ngrams(width).tensors()}
-        base = dataclasses.replace(base, weights=weights, phrases=own)
-    if "phrases" in parts:
-        own = phrases(embedding, 50, base.phrases and base.phrases.ngrams)
-        own = own._replace(steps=own.steps / 4)  # which are made for wider embeddings
-        base = dataclasses.replace(base, phrases=own)
-        if "read_out" in parts:
-            base = with_read_out(base, made_up_read_out(width, len(own.steps)))
+        weights |= NGramEmbeddings().weights(made_up_ngrams(width))
+    if "read_out" in parts:
+        weights |= NGramReadOut().weights(made_up_read_out(width, len(ROW_STEPS)))
     if "borders" in parts:
-        base = dataclasses.replace(base, borders=made_up_borders(RICH.embedding))
-    return dataclasses.replace(
-        base, at_once="at_once" in parts, surprise=0.3 * ("surprise" in parts)
-    )
+        weights |= Boundaries().weights(made_up_borders(RICH.embedding), EOS)
+    wanted = {PARTS[part] for part in parts}
+    extensions = tuple(e for e in EXTENSIONS if e.name in wanted)
+    return dataclasses.replace(base.with_weights(weights), extensions=extensions).derived()
 
 
 ALL = ("related", "borders", "at_once", "surprise", "phrases", "read_out", "ngrams")
@@ -335,7 +359,7 @@ def read_extended(
     """A rule on the rich memory with these parts, as far as the rule sees them."""
     base = extended(*parts, rank=rank)
     rule, parameters = rule_of(name, base, rate=rate)
-    base = seen_by(rule, base)
+    base = base.for_rule(rule)
     return read_in_all_ways(base, lambda: rule.bind(parameters, base))
 
 
@@ -344,10 +368,10 @@ def log_odds_at_line_ends() -> Tensor:
     base = extended("borders")
     tokens = np.concatenate(articles_to_score())
     inputs = torch.from_numpy(np.array([[EOS, *tokens[:-1]]]))
-    state = base.shape.initial_state(1, dtype=torch.float64)
-    output = base.shape.read(base.static, inputs, inputs, state).output[0]
-    borders = made_up_borders(RICH.embedding)
-    logits = output @ borders.weights[:-1] + borders.weights[-1]
+    state = base.model.initial_state(1, dtype=torch.float64)
+    output = base.model.read(base.static, inputs, inputs, state).output[0]
+    regression = made_up_borders(RICH.embedding)
+    logits = output @ regression[:-1] + regression[-1]
     return logits[inputs[0] == EOS]
 
 
@@ -425,16 +449,8 @@ def estimate_the_fisher() -> Found:
     """Of a plain memory, and of one with n-grams and changes of low rank."""
     found = {}
     for title, base in {"plain": plain_memory(), "ngrams": extended("ngrams", rank=3)}.items():
-        made = estimate_fisher(
-            base.weights,
-            base.shape,
-            base.dynamic,
-            made_up_text(6, 6),
-            SEGMENT,
-            200,
-            lanes=4,
-            prior=0.04,
-        )
+        bare = dataclasses.replace(base, rms={}, loss=0.0)
+        made = estimate_fisher(bare, made_up_text(6, 6), 200, lanes=4, prior=0.04)
         found[f"{title}/rms"] = joined(made.rms.values())
         found[f"{title}/loss"] = torch.tensor(made.loss, dtype=torch.float64)
     return found
@@ -443,13 +459,13 @@ def estimate_the_fisher() -> Found:
 def learn_the_borders() -> Found:
     """The regression, fitted to where it no longer moves."""
     base = plain_memory()
-    found = learn_borders(base.shape, base.weights, made_up_text(40, 7), segment=16)
-    return {"weights": found.weights}
+    found = learn_boundaries(base.model, base.weights, made_up_text(40, 7), segment=16)
+    return {"weights": found}
 
 
 def find_related_words() -> Found:
     """Q Q^T: the signs of Q's columns are anybody's."""
-    found = related_words(made_up_text(12, 9), VOCABULARY, 4)
+    found = coupling_of(made_up_text(12, 9), VOCABULARY, 4)
     return {"projection": found @ found.t()}
 
 
@@ -480,13 +496,13 @@ def gradient_of(
 ) -> Found:
     """Loss, gradients and the lanes afterwards, of an unroll; a short one of the second order."""
     rule, parameters = rule_of(name, base)
-    base = seen_by(rule, base)
+    base = base.for_rule(rule)
     bound = rule.bind(parameters, base)
     state = parameters, begin(base, 3, bound), unroll(6 if mode == "second" else updates)
     if mode == "second":
         found = second_order(base, rule, *state, learn, ewc)
     else:
-        told = learning_at_once(base, bound)
+        told = prepared(base, bound)
         found = meta_gradient(told, bound, *state, mode, learn, ewc)  # type: ignore[arg-type]
     return {
         "loss": torch.tensor(found.loss, dtype=torch.float64),
@@ -532,7 +548,7 @@ def _meta(base: AdaptationBase, name: str = "three_levels", **settings: Any) -> 
     rule, parameters = rule_of(name, base)
     usual = {"lanes": 4, "unroll": 4, "steps": 4, "pes_pairs": 2, "weight_rate": 1e-3}
     config = MetaConfig(**{**usual, **settings})
-    own = seen_by(rule, base)
+    own = base.for_rule(rule)
     return MetaTrainer(own, rule, parameters, made_up_text(6, 8), config, seed=0)
 
 
@@ -558,7 +574,12 @@ def _lm_config(**changes: Any) -> Config:
     usual = {"lanes": 3, "segment": SEGMENT, "epochs": 1.0, "precision": "float32"}
     usual |= {"learning_rate": 0.02, "ar": 0.5, "tar": 0.5, "dropout_hidden": 0.0}
     usual |= {"dropout_input": 0.0, "dropout_output": 0.0}
-    return Config(lm=LMTrainingConfig(**{**usual, **changes}), model=ModelConfig(12, 12))
+    ngrams = NGramEmbeddings(contexts=changes.pop("ngrams", 0))
+    return Config(
+        lm=LMTrainingConfig(**{**usual, **changes}),
+        model=ModelConfig(12, 12),
+        extensions=Extensions(ngram_embeddings=ngrams),
+    )
 
 
 def in_double(trainer: LMTrainer) -> LMTrainer:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import Finished
-from settings.pairs import World, all_choices, all_pairs, base_config, covering
+from settings.pairs import World, all_choices, all_pairs, base_config
 
 from mlm import kernels
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
-from mlm.runs.run import open_run
 from mlm.runs.stages import run_stages
-from mlm.settings.flags import flag, leaves, replaced
+from mlm.settings.flags import flag, replaced
 
 
 @pytest.fixture(scope="module")
