@@ -28,7 +28,7 @@ EOS = 0
 class TinyBase(AdaptationBase):
     """A memory whose model has recurrent layers: its sizes may be asked for."""
 
-    shape: RecurrentLM
+    model: RecurrentLM
 
 
 def made_up_rms(weights: Weights, names: Sequence[str], generator: torch.Generator) -> Weights:
