@@ -41,8 +41,9 @@ def stage_meta(run: Run) -> None:
     for name in meta.rules:
         start = starting_point(run, base)
         rule, first = new_rule(meta, name, start)
-        # a hand-made start does not see every extension
-        own = dataclasses.replace(start.base, extensions=base.extensions).derived().for_rule(rule)
+        # a hand-made start does not see every extension, a trained one may have learned for more
+        extensions = run.config.extensions.active(start.base.weights)
+        own = dataclasses.replace(start.base, extensions=extensions).derived().for_rule(rule)
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(
             trainer,

@@ -172,8 +172,8 @@ def check_learned(run: Run) -> None:
     base, path = run.base, run.folder.checkpoint("memory")
     if not made_from(path, base_identity(run)):
         raise UserError(
-            f"{path} was made with other settings of --adapt or --text than these, or from another "
-            "language model; run `--stages meta` again"
+            f"{path} was made with other settings of --adapt, --text or an extension than these, "
+            "or from another language model; run `--stages meta` again"
         )
     for name in {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED):
         load_learned(run, name, base)

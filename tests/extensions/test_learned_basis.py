@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.word_coupling import relate
+from worlds import EOS, articles, segments, tiny_base
+
+from mlm import kernels
+from mlm.base.errors import UserError
+from mlm.extensions import warp
 from mlm.extensions.learned_basis import (
     Bases,
     basis_gradients,
@@ -21,11 +25,7 @@ from mlm.extensions.learned_basis import (
     read_by,
     with_bases,
 )
-from worlds import EOS, articles, segments, tiny_base
-
-from mlm import kernels
-from mlm.base.errors import UserError
-from mlm.extensions import warp
+from mlm.extensions.word_coupling import relate
 from mlm.models.base import AdaptationBase, turned
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import begin, step

@@ -11,6 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
+from through_world import as_usual, flags_through, through
+from tiny import as_flags
+from worlds import EOS, check_resumed, tiny_base
+
+from mlm.experimental.through import ThroughTrainer
+from mlm.extensions.boundaries import learn_boundaries
 from mlm.extensions.ngram_embeddings import (
     AFTER,
     MOST,
@@ -25,12 +31,6 @@ from mlm.extensions.ngram_embeddings import (
     ngrams_of,
 )
 from mlm.extensions.ngram_memory import phrases
-from through_world import as_usual, flags_through, through
-from tiny import as_flags
-from worlds import EOS, check_resumed, tiny_base
-
-from mlm.experimental.through import ThroughTrainer
-from mlm.extensions.boundaries import learn_boundaries
 from mlm.reading.scoring import score_articles, static_loss
 from mlm.reading.step import begin, step
 from mlm.rules.hand_made import RMS

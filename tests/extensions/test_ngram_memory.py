@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.ngram_memory import ALIKE, ORDERS, Phrases, phrases
 from tiny import perplexities
 from worlds import EOS, TinyBase, bigram_base, segments, tiny_base
 
 from mlm import kernels
 from mlm.extensions.boundaries import Borders
+from mlm.extensions.ngram_memory import ALIKE, ORDERS, Phrases, phrases
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles, score_stream
 from mlm.reading.second_order import second_order

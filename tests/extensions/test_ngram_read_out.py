@@ -10,6 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
+from tiny import perplexities
+from worlds import EOS, TinyBase, tiny_base
+
+from mlm.base.errors import UserError
 from mlm.extensions.ngram_memory import AGAIN, SAID, STEPS, ReadOut, phrases
 from mlm.extensions.ngram_read_out import (
     NAMES,
@@ -21,10 +25,6 @@ from mlm.extensions.ngram_read_out import (
     taken,
     with_read_out,
 )
-from tiny import perplexities
-from worlds import EOS, TinyBase, tiny_base
-
-from mlm.base.errors import UserError
 from mlm.models.language_model import Weights
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import prepared, recollection, score_segment
