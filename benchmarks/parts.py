@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from mlm.extensions.ngram_memory import phrases
-from mlm.extensions.ngram_read_out import read_out_of, with_read_out
 
 from benchmarks.claim_tables import LEARNED_RULE
 from benchmarks.output import HOME
@@ -26,6 +24,8 @@ from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
 from mlm.base.names import PROTOCOLS
+from mlm.extensions.ngram_memory import phrases
+from mlm.extensions.ngram_read_out import read_out_of, with_read_out
 from mlm.kernels.bfloat16 import bfloat16_products
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_protocol

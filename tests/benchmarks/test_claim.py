@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Command, Finished
-from mlm.extensions.ngram_read_out import taken
 
 import benchmarks.claim
 import benchmarks.claim_tables
@@ -27,6 +26,7 @@ from benchmarks.claim_tables import (
 )
 from mlm.base.errors import UserError
 from mlm.base.names import PROTOCOLS
+from mlm.extensions.ngram_read_out import taken
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
 from mlm.store.run_folder import RunFolder
