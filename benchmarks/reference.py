@@ -95,9 +95,10 @@ def messages(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, message) of every `UserError` in a file, or below a folder, whose text is there."""
     for file in [folder] if folder.is_file() else sorted(folder.rglob("*.py")):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
-            made = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
-            if made and node.args and (text := _template(node.args[0])) is not None:
+        calls = [node for node in nodes if isinstance(node, ast.Call)]
+        for call in sorted(calls, key=lambda call: call.lineno):
+            made = getattr(call.func, "id", "") == "UserError" and call.args
+            if made and (text := _template(call.args[0])) is not None:
                 yield file, " ".join(text.split())
 
 

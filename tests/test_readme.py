@@ -215,7 +215,8 @@ def test_every_command_runs(
         outcome = command(module, *words)
         assert outcome.code == 0, f"README: `{line}`, run as {module} {words}:\n{outcome.err}"
         ran.append(line)
-        monkeypatch.setattr("mlm.runs.evaluate.draw", lambda folder, split=None: None)
+        for where in ("evaluate", "stages"):
+            monkeypatch.setattr(f"mlm.runs.{where}.draw", lambda folder, split=None: None)
     assert (tmp_path / "runs" / "pydocs" / "figures" / "figure2.png").is_file()
     assert not (tmp_path / "results").exists(), "results/ is for what was published"
     assert "python train.py" in ran

@@ -14,7 +14,7 @@ from mlm.rules.family import (
 from mlm.rules.protocol import Parameters
 from mlm.runs.base import build_base
 from mlm.runs.identity import identity
-from mlm.runs.rules import WEIGHTS, new_rule, parted, starting_point
+from mlm.runs.rules import BESIDE, new_rule, parted, starting_point
 from mlm.runs.run import Run, say
 from mlm.store.tensors import save_tensors
 from mlm.text.streams import Text
@@ -63,7 +63,7 @@ def stage_meta(run: Run) -> None:
         }
         learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain)
         kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
-        tensors = best | {WEIGHTS + n: w for n, w in kept.items()}
+        tensors = best | {BESIDE + n: w for n, w in kept.items()}
         save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
         say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:

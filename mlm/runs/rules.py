@@ -34,7 +34,7 @@ from mlm.store.tensors import load_tensors
 from mlm.training.cache_tuning import tune_cache
 from mlm.training.tuning import Trial, tune
 
-WEIGHTS = "weights/"
+BESIDE = "weights/"
 """Beginning of the names of weights beside a rule's parameters."""
 
 
@@ -131,8 +131,8 @@ def rule_to_train(meta: MetaConfig, name: str, start: UpdateRule) -> LinearGates
 
 def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A rule's parameters, and the weights of model and extensions beside them."""
-    own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
-    return {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}, own
+    own = {n.removeprefix(BESIDE): t for n, t in tensors.items() if n.startswith(BESIDE)}
+    return {n: t for n, t in tensors.items() if not n.startswith(BESIDE)}, own
 
 
 def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
