@@ -12,7 +12,14 @@ from tiny import as_flags
 from worlds import EOS
 
 from mlm.experimental.through import ThroughLearned
-from mlm.extensions import Extensions, IntraSegment, NGramMemory, SurpriseWeighting, WordCoupling
+from mlm.extensions import (
+    Extensions,
+    IntraSegment,
+    NGramEmbeddings,
+    NGramMemory,
+    SurpriseWeighting,
+    WordCoupling,
+)
 from mlm.extensions.ngram_memory import STEPS
 from mlm.extensions.word_coupling import couple
 from mlm.models.base import AdaptationBase, fold_low_rank
@@ -44,7 +51,12 @@ def text_of_articles(seed: int = 0) -> Text:
 def through_config(**changes) -> Config:
     lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
     lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
-    return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
+    embeddings = NGramEmbeddings(contexts=changes.pop("contexts", 0))
+    return Config(
+        lm=LMTrainingConfig(**{**lm, **changes}),  # type: ignore[arg-type]
+        model=ModelConfig(8, 8),
+        extensions=Extensions(ngram_embeddings=embeddings),
+    )
 
 
 def as_usual(text: Text | None = None, **changes) -> LMTrainer:
