@@ -96,9 +96,10 @@ def messages(folder: Path) -> Iterator[tuple[Path, str]]:
     for file in [folder] if folder.is_file() else sorted(folder.rglob("*.py")):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
-            made = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError"
-            if made and node.args and (text := _template(node.args[0])) is not None:
-                yield file, " ".join(text.split())
+            match node:
+                case ast.Call(ast.Name("UserError"), [first, *_]):
+                    if (text := _template(first)) is not None:
+                        yield file, " ".join(text.split())
 
 
 def errors_table(*folders: str) -> list[str]:
