@@ -91,7 +91,7 @@ class Options:
     updates: int = 4
     """Segments per turn of the other rows."""
     threads: int = 0
-    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (presets small and awd)."""
+    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (`--size small` and `awd`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     out: Path = HOME / "ceiling"

@@ -4,8 +4,8 @@
 
 Reads the tuning words of validation with the rule that `benchmarks.claim` left in RUN/claim/seed_0,
 whole and without one part at a time (steps and weights as they were trained with it), and with RMS
-on all weights, tuned, as published and with n-gram memory; both with float32 products, too, where the
-claim's are bfloat16.
+on all weights, tuned, as published and with n-gram memory; both with float32 products, too, where
+the claim's are bfloat16.
 """
 
 from __future__ import annotations

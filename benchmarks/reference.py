@@ -1,4 +1,4 @@
-"""Tables of the documentation that are made from the code: settings, presets, error messages.
+"""Tables of the documentation that are made from the code: settings and error messages.
 
 `benchmarks.readme` puts them between markers, as it does with run files:
 
