@@ -66,13 +66,10 @@ def stage_meta(run: Run) -> None:
         kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
         tensors = best | {BESIDE + n: w for n, w in kept.items()}
         save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
-        say(
-            f"{rule_label(name)}: {gain * text.tokens_per_word:.3f} nats per word gained on validation"
-        )
+        label = rule_label(name)
+        say(f"{label}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:
-            say(
-                f"{rule_label(name)}: the guard reset a lane {trainer.flushed} times during training"
-            )
+            say(f"{label}: the guard reset a lane {trainer.flushed} times during training")
 
 
 def _learned_by_extensions(

@@ -49,9 +49,8 @@ def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, f
     if known.get(key, {}).get("identity") == mark:
         return known[key]["setting"]
     rule, _, protocol = key.partition("/")
-    say(
-        f"tuning {rule_label(rule)}, protocol {protocol}, on validation: {run.config.evaluation.budget} settings"
-    )
+    budget = run.config.evaluation.budget
+    say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
     found = trials()
     known[key] = {
         "identity": mark,
