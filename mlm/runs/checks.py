@@ -61,8 +61,8 @@ def check_folder(run: Run) -> None:
     if not fresh and folder.config_file.exists():
         _check_recorded(config, folder)
     trained = set(config.meta.rules) if "meta" in config.stages else set()
-    for place in ("lm.init", "lm.through_run"):
-        other = leaves(config)[place]
+    others = {"lm.init": config.lm.init, "lm.through_run": config.lm.through_run}
+    for place, other in others.items():
         if fresh and other is not None and other.resolve() == path.resolve():
             raise UserError(
                 f"{flag(place)} {other} is the run folder itself; name another one with --out"

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+import torch
 from tiny import tiny_config
 
 from mlm.base.errors import UserError
@@ -16,6 +17,7 @@ from mlm.runs.run import Run
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced
+from mlm.settings.sections import TextConfig
 from mlm.store.run_folder import RunFolder
 from mlm.text.tokens import Prepared
 
@@ -33,6 +35,7 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "model.cutoffs": ((40, 100),),
     "model.adaptive_above": (100,),
     "adapt.rank": (4,),
+    "meta.steps": (0, 2),
     "model.layers": (2,),
     "threads": (2,),
     "text.train_words": (1500,),
@@ -94,8 +97,8 @@ class World(NamedTuple):
     base: Config
     other: Path
     """The folder of a finished run with these settings."""
-    data: Prepared
-    """Its text, encoded."""
+    texts: dict[TextConfig, Prepared]
+    """Text that was encoded before, by its settings."""
 
     def placed(self, config: Config) -> Config:
         """In the folder of the finished run, where its language model is asked for."""
@@ -103,12 +106,11 @@ class World(NamedTuple):
 
     def run(self, config: Config) -> Run:
         """A run of these settings; its text is not read again where it is the same."""
-        import torch
-
         assert config.out is not None
         run = Run(config, RunFolder(config.out), torch.device("cpu"), quiet=True)
-        if config.text == self.base.text:
-            run.__dict__["data"] = self.data
+        if config.text not in self.texts:
+            self.texts[config.text] = run.data
+        run.__dict__["data"] = self.texts[config.text]
         return run
 
     def refusal(self, config: Config, texts: bool = True) -> str | None:
