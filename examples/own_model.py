@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm.models.base import choose_dynamic
+from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.module import ModuleModel
 from mlm.reading.scoring import score_articles
 from mlm.rules.gates import LinearGates
@@ -74,7 +74,8 @@ def main() -> dict[str, float]:
     train(module, text, steps=20)
     model = ModuleModel(module)
     dynamic = choose_dynamic(model.weights(), "gru.*,softmax.bias")
-    base = estimate_fisher(model.weights(), model, dynamic, held_out, segment=20, words=2000)
+    base = AdaptationBase(model, model.weights(), dynamic, rms={}, loss=0.0, segment=20)
+    base = estimate_fisher(base, held_out, words=2000)
     gates = LinearGates()
     start = gates.start_at_rms(base, RATE, DECAY)
     trainer = MetaTrainer(

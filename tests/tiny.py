@@ -12,6 +12,7 @@ import numpy as np
 from mlm.report.evaluation import read_evaluation
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
+from mlm.settings.flags import flag, leaves
 from mlm.settings.sections import (
     AdaptConfig,
     EvaluationConfig,
@@ -97,24 +98,17 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
 def as_flags(config: Config) -> list[str]:
     """The command line of `train.py` that means `config`."""
     flags: list[str] = []
-    for section, usual in ((f.name, getattr(Config(), f.name)) for f in dataclasses.fields(Config)):
-        chosen = getattr(config, section)
-        if not dataclasses.is_dataclass(usual):
-            flags += _flag(section, chosen, usual)
+    usual = leaves(Config())
+    for path, value in leaves(config).items():
+        if value == usual[path]:
             continue
-        for field in dataclasses.fields(usual):
-            name = field.name
-            flags += _flag(f"{section}.{name}", getattr(chosen, name), getattr(usual, name))
+        name = flag(path)
+        if isinstance(value, bool):
+            section, dot, last = name[2:].rpartition(".")
+            flags.append(name if value else f"--{section}{dot}no-{last}")
+        else:
+            flags += [name, *map(str, value if isinstance(value, tuple) else (value,))]
     return flags
-
-
-def _flag(name: str, value: Any, usual: Any) -> list[str]:
-    if value == usual:
-        return []
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    return [flag, *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 def perplexities(folder: Path) -> dict[tuple[str, str], float]:

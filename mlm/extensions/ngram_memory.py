@@ -51,7 +51,7 @@ STEPS = (1.3, 0.9, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
 """eta_k, k = 1 .. 9: the best on the tuning words of the benchmark `claim`, as is the next."""
 ALIKE = 0.35
 """Of kappa, in units of the hidden state."""
-SCALE, RATES = "scale", "steps"
+SCALE, ETA = "scale", "steps"
 """Names of 1 / w (E,) and of eta (K,)."""
 
 
@@ -152,8 +152,8 @@ class NGramMemory(Extension):
         """1 / w of the embedding as it is now, and eta, made once."""
         scale = inverse_square_length(base.weights["embedding"])
         found = {self.key(SCALE): scale}
-        if self.key(RATES) not in base.weights:
-            found[self.key(RATES)] = scale.new_tensor(self.steps)
+        if self.key(ETA) not in base.weights:
+            found[self.key(ETA)] = scale.new_tensor(self.steps)
         return found
 
     def begin(self, base: AdaptationBase, lanes: int) -> History:
@@ -180,7 +180,7 @@ class NGramMemory(Extension):
     ) -> Told:
         """What lanes recall at each of these tokens from before the segment."""
         first = max(0, value.size - self.tokens)
-        scale, steps = weights[self.key(SCALE)], weights[self.key(RATES)]
+        scale, steps = weights[self.key(SCALE)], weights[self.key(ETA)]
         look = _look_up_fused if kernels.usable(scale) else _look_up
         found = Lookup(*look(value, first, segment.inputs, hidden_BTE, steps), hidden_BTE)
         told = told._replace(terms=told.terms._replace(repeats=found.within))

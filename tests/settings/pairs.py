@@ -92,8 +92,14 @@ class World(NamedTuple):
     """What configurations are checked against."""
 
     base: Config
+    other: Path
+    """The folder of a finished run with these settings."""
     data: Prepared
     """Its text, encoded."""
+
+    def placed(self, config: Config) -> Config:
+        """In the folder of the finished run, where its language model is asked for."""
+        return config if "lm" in config.stages else replaced(config, {"out": self.other})
 
     def run(self, config: Config) -> Run:
         """A run of these settings; its text is not read again where it is the same."""
@@ -109,9 +115,9 @@ class World(NamedTuple):
         """What the checks before training say; None = nothing. `texts`: the text's, too."""
         try:
             validate(config)
-            run = self.run(config)
+            run = self.run(self.placed(config))
+            check_folder(run)
             if texts:
-                check_folder(run)
                 check_text(run)
             check_plan(run)
         except UserError as error:
