@@ -6,14 +6,19 @@ import ast
 import fnmatch
 import importlib.util
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from conftest import Command, Finished
 
 from benchmarks.readme import ROOT
 from benchmarks.reference import messages
 from mlm.cli.flags import settings_of
+from mlm.models.extension import Extension, Told
+from mlm.models.language_model import OutputTerms
 from mlm.settings.config import Config
 from mlm.settings.flags import flag
 
@@ -61,7 +66,7 @@ def test_walks_lead_to_what_is_there() -> None:
         assert len(rows) == len(found), "a step names a file and something in it"
         for file, name in found:
             assert name in names_in(ROOT / file), f"{file} has no {name}"
-    for constant in ("CLIP_PERCENTILE", "POWER"):
+    for constant in ("CLIP_PERCENTILE", "COLOUR_POWER"):
         assert f"`{constant}`" in text
         assert constant in names_in(ROOT / "mlm" / "report" / "word_picture.py")
 
@@ -85,12 +90,33 @@ def test_every_flag_is_on_the_page_of_settings(command: Command) -> None:
     assert all(setting.help for setting in settings_of(Config()))
 
 
+def test_the_example_of_an_extension_works() -> None:
+    """It is one, and changes what the softmax sees as it says."""
+    text = (DOCS / "extensions.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "Extension": Extension}
+    exec(code, names)
+    sharper, hidden = names["Sharpness"](more=0.5), torch.ones(2, 3, 4)
+    assert not names["Sharpness"]().enabled
+    assert sharper.enabled
+    told = sharper.before({}, None, None, hidden, Told(OutputTerms(), {}))
+    assert torch.equal(told.terms.added, 0.5 * hidden)
+
+
+def test_every_method_of_an_extension_is_on_its_page() -> None:
+    text = (DOCS / "extensions.md").read_text(encoding="utf-8").partition("## Write your own")[2]
+    names = {name for name in vars(Extension) if not name.startswith("_")}
+    own = {"of_model", "makes_base", "of_hidden_states", "reweights", "enabled", "key"}
+    assert {name for name in names - own if f"`{name}`" not in text} == set()
+
+
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_flags_of_train_are_there(page: Path) -> None:
     """Flags in code spans, that is: those in commands are parsed by tests/test_readme.py."""
     known = {flag(setting.path) for setting in settings_of(Config())}
     spans = re.findall(r"`(--[a-z-]+\.[\w.-]+|--(?:size|rule)\b)", page.read_text("utf-8"))
-    assert set(spans) - {"--lm.epochs"} <= known, "an earlier name is mentioned by settings.md"
+    examples = {"--lm.epochs", "--sharpness.more"}  # an earlier name, and one of the reader's own
+    assert set(spans) - examples <= known
 
 
 def test_every_message_is_on_the_page_of_errors() -> None:
