@@ -30,7 +30,7 @@ from mlm.reading.step import Extras, Telling, begin, prepared, score_segment
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
 from mlm.runs.identity import identity
-from mlm.runs.rules import WEIGHTS, load_learned, parted
+from mlm.runs.rules import BESIDE, load_learned, parted
 from mlm.runs.run import open_run
 from mlm.runs.stages import run_stages
 from mlm.store.run_folder import RunFolder
@@ -303,5 +303,5 @@ def test_a_rule_trained_on_goes_on_from_its_read_out(
     run_stages(again, quiet=True)
     second, again_about = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
     for name in KEYS:
-        assert torch.equal(first[WEIGHTS + name], second[WEIGHTS + name])
+        assert torch.equal(first[BESIDE + name], second[BESIDE + name])
     assert again_about["gain"] == pytest.approx(about["gain"]), "it is judged with what it has"
