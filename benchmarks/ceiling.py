@@ -41,9 +41,9 @@ from benchmarks.timing import (
     world,
 )
 from mlm.base.errors import run_cli
-from mlm.models.recurrent import RecurrentLM, initial_state
+from mlm.models.recurrent import RecurrentLM
 from mlm.reading.meta_gradient import GradientMode
-from mlm.reading.step import score_static
+from mlm.reading.static import StaticReader
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
 from mlm.runs.run import choose_device
@@ -91,7 +91,7 @@ class Options:
     updates: int = 4
     """Segments per turn of the other rows."""
     threads: int = 0
-    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (presets small and awd)."""
+    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (`--size small` and `awd`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     out: Path = HOME / "ceiling"
@@ -138,17 +138,11 @@ def _again(step: Step, segments: list[Segment], updates: int) -> Work:
 
 
 def static_scoring(shape: RecurrentLM, options: Options) -> Work:
-    """`score_static`, the baseline of every evaluation."""
+    """`StaticReader`, the baseline of every evaluation."""
     device, updates = choose_device(options.device), options.updates
     base, segments = world(shape, STATIC_SEGMENT, options.lanes, device=device, number=updates + 1)
-    state = initial_state(shape, options.lanes, device)
-
-    def step(segment: Segment) -> torch.Tensor:
-        nonlocal state
-        nll, state = score_static(base, state, segment)
-        return nll
-
-    return _again(step, segments, updates)
+    reader = StaticReader(base, options.lanes)
+    return _again(lambda segment: reader.read(segment).nll, segments, updates)
 
 
 def adapting(shape: RecurrentLM, options: Options, segment: int, learned: bool) -> Work:

@@ -26,7 +26,7 @@ from benchmarks.timing import Work, best_threads, ratio, record, speed
 from mlm.base.errors import run_cli
 from mlm.models.base import AdaptationBase
 from mlm.models.recurrent import BaseModel
-from mlm.reading.scoring import static_loss
+from mlm.reading.static import static_loss
 from mlm.runs.rules import ready_rule
 from mlm.runs.run import Run, open_run, use_threads
 from mlm.store.run_folder import RunFolder

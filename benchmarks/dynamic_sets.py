@@ -43,7 +43,7 @@ class Options:
 
 def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     """One row of the table."""
-    from mlm.models.base import choose_dynamic
+    from mlm.models.base import AdaptationBase, choose_dynamic
     from mlm.reading.scoring import score_articles
     from mlm.rules.gates import LinearGates
     from mlm.rules.hand_made import RMS
@@ -64,8 +64,8 @@ def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     held, text = run.training_text(1), run.tune_text
     names = choose_dynamic(weights, dynamic)
     adapt, meta = config.adapt, dataclasses.replace(config.meta, steps=options.steps)
-    rest = adapt.update_every, adapt.fisher_words
-    base = estimate_fisher(weights, shape, names, held, *rest, prior=adapt.fisher_prior)
+    bare = AdaptationBase(shape, weights, names, {}, 0.0, adapt.update_every)
+    base = estimate_fisher(bare, held, adapt.fisher_words, prior=adapt.fisher_prior)
     tokens = sum(len(a) for a in text.articles)
     words = tokens / run.validation_text(options.words).tokens_per_word
     static = score_articles(base, None, text.articles, text.eos, text.lanes)

@@ -24,6 +24,7 @@ from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.base.errors import run_cli
 from mlm.models.base import AdaptationBase
+from mlm.models.extension import Making
 from mlm.rules.hand_made import RMS
 from mlm.runs.base import new_base
 from mlm.runs.run import guarded, open_run, use_threads
@@ -78,9 +79,10 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     text: TuneText = run.tune_text
     words = sum(map(len, text.articles)) / run.validation_text(0).tokens_per_word
+    making = Making(run.training_text(1), run.training_text(0))
     for number in options.words:
         sample = dataclasses.replace(adapt, fisher_words=number)
-        plain = new_base(weights, shape, sample, run.training_text(1))
+        plain = new_base(weights, shape, sample, making)
         plain = guarded(plain, adapt, shape.vocabulary)
         static = static_of(plain, text, ("article",))["article"]
         for prior in options.priors:

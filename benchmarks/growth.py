@@ -45,9 +45,9 @@ from benchmarks.timing import (
     world,
 )
 from mlm.base.errors import run_cli
-from mlm.models.recurrent import RecurrentLM, initial_state
+from mlm.models.recurrent import RecurrentLM
 from mlm.reading.meta_gradient import GradientMode
-from mlm.reading.step import score_static
+from mlm.reading.static import StaticReader
 from mlm.store.run_folder import commit, machine
 
 AXES: tuple[AxisName, ...] = get_args(AxisName)
@@ -94,14 +94,13 @@ TIMED: dict[AxisName, tuple[Place, tuple[int, ...]]] = {
 
 
 def static_scoring(place: Place, updates: int) -> Work:
-    """`score_static` with the segments of the other rows."""
+    """`StaticReader` with the segments of the other rows."""
     base, segments = world(place.shape, place.segment, place.lanes, number=updates)
-    state = initial_state(place.shape, place.lanes)
+    reader = StaticReader(base, place.lanes)
 
     def work() -> int:
-        nonlocal state
         for segment in segments:
-            _, state = score_static(base, state, segment)
+            reader.read(segment)
         return sum(segment.targets.numel() for segment in segments)
 
     return work

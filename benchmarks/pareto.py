@@ -31,7 +31,8 @@ from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import LearnedName
-from mlm.models.base import AdaptationBase, has_low_rank, turned
+from mlm.models.base import AdaptationBase, fold_low_rank, has_low_rank
+from mlm.models.extension import Making
 from mlm.reading.scoring import score_articles
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
@@ -209,7 +210,8 @@ class Bench:
             rank=max(1, choice.rank),
             fisher_words=fisher_words,
         )
-        return turned(new_base(self.weights, self.shape, adapt, self.held))
+        making = Making(self.held, self.held)
+        return fold_low_rank(new_base(self.weights, self.shape, adapt, making))
 
     def start(
         self, base: AdaptationBase, setting: dict[str, float]

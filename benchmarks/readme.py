@@ -8,7 +8,7 @@ FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
 `<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json,
 `<!-- engine: FILE -->` for a speed benchmark's FILE, and `<!-- parts: FILE -->` for what each part
-of an ablation brings. Settings, presets and error messages come from the code
+of an ablation brings. Settings and error messages come from the code
 (`benchmarks.reference`).
 """
 
@@ -170,6 +170,8 @@ NAMES: dict[str, str] = {
     "4 levels, without learning at once": "4 levels, without intra-segment adaptation",
     "4 levels, without surprise": "4 levels, without surprise weighting",
     "4 levels, without borders": "4 levels, without boundary detection",
+    "borders reset": "boundaries reset",
+    "borders learned": "boundaries learned",
     "mlm.rollout.read": "mlm.reading.step.read",
 }
 """What published files call otherwise than we do today."""

@@ -1,4 +1,4 @@
-"""Tables of the documentation that are made from the code: settings, presets, error messages.
+"""Tables of the documentation that are made from the code: settings and error messages.
 
 `benchmarks.readme` puts them between markers, as it does with run files:
 
@@ -95,11 +95,11 @@ def messages(folder: Path) -> Iterator[tuple[Path, str]]:
     """(file, message) of every `UserError` in a file, or below a folder, whose text is there."""
     for file in [folder] if folder.is_file() else sorted(folder.rglob("*.py")):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        calls = [node for node in nodes if isinstance(node, ast.Call)]
-        for call in sorted(calls, key=lambda call: call.lineno):
-            made = getattr(call.func, "id", "") == "UserError" and call.args
-            if made and (text := _template(call.args[0])) is not None:
-                yield file, " ".join(text.split())
+        for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+            match node:
+                case ast.Call(ast.Name("UserError"), [first, *_]):
+                    if (text := _template(first)) is not None:
+                        yield file, " ".join(text.split())
 
 
 def errors_table(*folders: str) -> list[str]:

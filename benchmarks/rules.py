@@ -34,7 +34,8 @@ from mlm.base.files import write_text
 from mlm.base.names import CACHE, LEARNED
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_protocol
-from mlm.reading.step import Reader, begin, score_static, step
+from mlm.reading.static import StaticReader
+from mlm.reading.step import Reader, begin, step
 from mlm.report.evaluation import bootstrap_interval, mean_gain, read_evaluation
 from mlm.rules.gates import LinearGates
 from mlm.runs.meta import meta_text
@@ -93,8 +94,8 @@ ROWS: dict[str, Row] = {
     "no Fisher": _learned("three_levels", start="sgd", fisher="off"),
     "Fisher in FLUSH": _learned("three_levels", start="sgd", fisher="flush"),
     "EWC": _learned("three_levels", ewc=1.0),
-    "borders reset": _learned("three_levels", stream_share=0.0),
-    "borders learned": _learned("three_levels", stream_share=1.0),
+    "boundaries reset": _learned("three_levels", stream_share=0.0),
+    "boundaries learned": _learned("three_levels", stream_share=1.0),
     "theta_0": _learned("three_levels", learn=("theta_0",)),
     "Reptile": _learned("three_levels", learn=("theta_0",), theta_0="reptile"),
     "rule and theta_0": _learned("three_levels", learn=("rule", "theta_0")),
@@ -331,12 +332,12 @@ def endurance(run: Run, ready: Ready, updates: int, lanes: int = 2) -> dict[str,
         np.resize(np.roll(whole, -k * len(whole) // lanes), updates * base.segment)
         for k in range(lanes)
     ]
-    reader, state = begin(base, lanes, rule), begin(base, lanes).state
+    reader, static = begin(base, lanes, rule), StaticReader(base, lanes)
     resets, late, drift = 0, [], {}
     for t, segment in enumerate(LaneStream(texts, lanes, base.segment, run.tune_text.eos)):
         now = step(base, rule, reader, segment)
         reader, resets = now.after, resets + int(now.flushed.sum())
-        nll, state = score_static(base, state, segment)
+        nll = static.read(segment).nll * segment.mask
         if t >= updates - max(1, updates // 10):
             late.append((float(now.scored.nll.mean()), float(nll.mean())))
         if t + 1 in (*MARKS, updates):

@@ -90,7 +90,7 @@ def world(
 
 
 def reading(base: AdaptationBase, rule: Bound, lanes: int) -> Step:
-    """`rollout.read` as scoring calls it: new weights go to one of two buffers in turn."""
+    """`mlm.reading.step.read` as scoring calls it: new weights go to one of two buffers in turn."""
     reader = begin(base, lanes)
     spare = [{n: torch.empty_like(w) for n, w in reader.weights.items()} for _ in range(2)]
 

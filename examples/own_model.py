@@ -74,8 +74,8 @@ def main() -> dict[str, float]:
     train(module, text, steps=20)
     model = ModuleModel(module)
     dynamic = choose_dynamic(model.weights(), "gru.*,softmax.bias")
-    bare = AdaptationBase(model, model.weights(), dynamic, rms={}, loss=0.0, segment=20)
-    base = estimate_fisher(bare, held_out, words=2000)
+    base = AdaptationBase(model, model.weights(), dynamic, rms={}, loss=0.0, segment=20)
+    base = estimate_fisher(base, held_out, words=2000)
     gates = LinearGates()
     start = gates.start_at_rms(base, RATE, DECAY)
     trainer = MetaTrainer(

@@ -22,7 +22,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import encode_split
-from mlm.training.language_model import weights_of_run, shape_of
+from mlm.training.language_model import shape_of, weights_of_run
 
 HOW = ("resume", "overwrite", "out", "stages", "device", "threads", "text.data_dir")
 """Settings that say where and how to compute, not what."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from mlm.base.names import rule_label
 from mlm.models.language_model import Weights
 from mlm.rules.family import (
     describe,
@@ -65,9 +66,13 @@ def stage_meta(run: Run) -> None:
         kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
         tensors = best | {BESIDE + n: w for n, w in kept.items()}
         save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
-        say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
+        say(
+            f"{rule_label(name)}: {gain * text.tokens_per_word:.3f} nats per word gained on validation"
+        )
         if trainer.flushed:
-            say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
+            say(
+                f"{rule_label(name)}: the guard reset a lane {trainer.flushed} times during training"
+            )
 
 
 def _learned_by_extensions(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, HAND_MADE, LEARNED
+from mlm.base.names import CACHE, HAND_MADE, LEARNED, rule_label
 from mlm.models.base import AdaptationBase, unfold_low_rank
 from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
@@ -48,7 +48,10 @@ def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, f
     mark = identity(run, key.partition("/")[0].removesuffix(CACHE) in LEARNED)
     if known.get(key, {}).get("identity") == mark:
         return known[key]["setting"]
-    say(f"tuning {key} on validation: {run.config.evaluation.budget} settings")
+    rule, _, protocol = key.partition("/")
+    say(
+        f"tuning {rule_label(rule)}, protocol {protocol}, on validation: {run.config.evaluation.budget} settings"
+    )
     found = trials()
     known[key] = {
         "identity": mark,

@@ -165,7 +165,7 @@ class MetaConfig:
     lanes: int = 8
     """Articles read side by side."""
     stream_share: float = 0.5
-    """Share of the lanes that are never reset at article borders."""
+    """Share of the lanes that are never reset at article boundaries."""
     unroll: int = 40
     """Updates per meta-gradient."""
     gradient: Literal["reverse", "checkpoint", "forward", "second", "pes"] = "reverse"

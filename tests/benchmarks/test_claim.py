@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Command, Finished
-from mlm.extensions.ngram_read_out import taken
 
 import benchmarks.claim
 import benchmarks.claim_tables
@@ -27,14 +26,17 @@ from benchmarks.claim_tables import (
 )
 from mlm.base.errors import UserError
 from mlm.base.names import PROTOCOLS
+from mlm.extensions import NGramReadOut
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
+from mlm.runs.rules import parted
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
-       "--segment", 5, "--rank", 99, "--related", 2, "--basis-words", 300, "--lanes", 2,
-       "--rival-segment", 5, "--rival-budget", 2, "--read-out-words", 40)  # fmt: skip
+       "--segment", 5, "--rank", 99, "--lanes", 2, "--rival-segment", 5, "--rival-budget", 2,
+       "--word-coupling.directions", 2, "--learned-basis.words", 300,
+       "--ngram-read-out.words", 40)  # fmt: skip
 
 NAMES = ("all", "published", "same", "seed_0", "principal")
 
@@ -237,7 +239,7 @@ def test_every_reading_is_a_run_made_once(
         assert totals[protocol, "through: four_levels"] == totals[protocol, "four_levels"]
         assert totals[protocol, "through: static"] == 0
         assert totals[protocol, "through: rms"] == totals[protocol, "rms"]
-        assert (protocol, "four_levels, without learned bases") in totals
+        assert (protocol, "four_levels, without learned basis") in totals
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
     assert {r["protocol"] for r in made} == set(PROTOCOLS)
     assert (home / "figures" / "figure2.png").exists()
@@ -245,13 +247,12 @@ def test_every_reading_is_a_run_made_once(
     assert rules == {"static", "four_levels"}
     trials = json.loads((folder / "claim" / "all" / "tuning.json").read_text(encoding="utf-8"))
     assert len(trials["rms/article"]["trials"]) == 2, "the rival's budget"
-    adapt = {n: RunFolder(folder / "claim" / n).load_config().adapt for n in NAMES}
-    related = {n: a.related for n, a in adapt.items()}
-    assert related == {"all": 0, "published": 0, "same": 2, "seed_0": 2, "principal": 2}
-    assert {n for n, a in adapt.items() if a.basis_words} == {"seed_0"}
-    assert {n for n, a in adapt.items() if a.borders} == {"same", "seed_0", "principal"}
-    meta = {n: RunFolder(folder / "claim" / n).load_config().meta for n in NAMES}
-    assert {n for n, m in meta.items() if m.read_out_words} == {"seed_0", "principal"}
+    own = {n: RunFolder(folder / "claim" / n).load_config().extensions for n in NAMES}
+    coupled = {n: e.word_coupling.directions for n, e in own.items()}
+    assert coupled == {"all": 0, "published": 0, "same": 2, "seed_0": 2, "principal": 2}
+    assert {n for n, e in own.items() if e.learned_basis.enabled} == {"seed_0"}
+    assert {n for n, e in own.items() if e.boundaries.on} == {"same", "seed_0", "principal"}
+    assert {n for n, e in own.items() if e.ngram_read_out.enabled} == {"seed_0", "principal"}
 
     done = command("benchmarks.claim_speed", folder, "--tokens", 160, "--rounds", 1,
                    "--out", tmp_path / "out")  # fmt: skip
@@ -262,13 +263,13 @@ def test_every_reading_is_a_run_made_once(
 
     assert command("benchmarks.parts", folder, "--out", tmp_path / "out").code == 0
     parts = json.loads((tmp_path / "out" / "parts.json").read_text(encoding="utf-8"))["rows"]
-    assert [r.keys() - {"rule"} for r in parts if "borders" in r["rule"]] == [{"stream"}]
+    assert [r.keys() - {"rule"} for r in parts if "boundary" in r["rule"]] == [{"stream"}]
     found = {r["rule"]: tuple(r.get(p) for p in PROTOCOLS) for r in parts}
     tensors, _ = load_tensors(RunFolder(folder / "claim" / "seed_0").checkpoint("four_levels"), "")
-    kept = taken(tensors)[0] is not None
-    assert kept == ("4 levels, without read-out" in found)
+    kept = NGramReadOut().of(parted(tensors)[1]) is not None
+    assert kept == ("4 levels, without n-gram read-out" in found)
     for rule, number in (("RMS (all)", 2), ("4 levels", 4 + kept)):
-        other = [f for r, f in found.items() if r.startswith(rule + ",") and "borders" not in r]
+        other = [f for r, f in found.items() if r.startswith(rule + ",") and "boundary" not in r]
         assert len(other) == number
         assert found[rule] not in other, "a part that changes nothing"
 
