@@ -11,6 +11,7 @@ from conftest import Finished
 from settings.pairs import World, all_choices, all_pairs, base_config
 
 from mlm import kernels
+from mlm.extensions import Extensions
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
 from mlm.runs.stages import run_stages
@@ -40,6 +41,17 @@ def other_run(world: World) -> Path:
     """The finished run's folder."""
     assert world.base.out is not None
     return world.base.out.parent / "run"
+
+
+def test_every_extension_is_switched_on_by_a_choice(there: World) -> None:
+    """And off where it is not chosen: the pairs below hold every extension, on and off."""
+    assert there.base.extensions.enabled() == ()
+    switched = {
+        extension.name
+        for path, value in all_choices(there.base, other_run(there))
+        for extension in replaced(there.base, {path: value}).extensions.enabled()
+    }
+    assert switched == {extension.name for extension in Extensions()}
 
 
 def test_any_two_choices_are_refused_by_name_or_pass(there: World) -> None:

@@ -255,8 +255,9 @@ def test_the_running_fisher_is_the_mean_of_squared_gradients() -> None:
 
 
 def test_dropout_is_refused_through_the_adaptation() -> None:
+    lm = dataclasses.replace(_through().settings, dropout_output=0.1)
     with pytest.raises(UserError, match="without dropout"):
-        _through(dropout_output=0.1)
+        validate(Config(lm=lm))
 
 
 def test_the_hand_made_rule_rests_until_there_is_a_fisher() -> None:
