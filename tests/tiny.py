@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from mlm.report.evaluation import read_evaluation
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
-from mlm.settings.flags import flag, leaves
+from mlm.settings.flags import flag, leaves, replaced
 from mlm.settings.sections import (
     AdaptConfig,
     EvaluationConfig,
@@ -71,7 +70,8 @@ def write_corpus(
 
 
 def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
-    """Settings that run all stages in seconds; `changes` as `lm__epochs=2.0` or `seed=1`."""
+    """Settings that run all stages in seconds; `changes` as `lm__epochs=2.0`, `seed=1` or
+    `extensions__boundaries__on=True`."""
     config = Config(
         corpus=str(corpus),
         out=out,
@@ -85,30 +85,23 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
         meta=MetaConfig(lanes=3, unroll=4, steps=3),
         evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=400, resamples=49),
     )
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        parts.setdefault(section, {})[field] = value
-    top = parts.pop("", {})
-    for section, values in parts.items():
-        top[section] = dataclasses.replace(getattr(config, section), **values)
-    return validate(dataclasses.replace(config, **top))
+    values = {name.replace("__", "."): value for name, value in changes.items()}
+    return validate(replaced(config, values))
 
 
 def as_flags(config: Config) -> list[str]:
     """The command line of `train.py` that means `config`."""
-    flags: list[str] = []
-    usual = leaves(Config())
+    usual, words = leaves(Config()), list[str]()
     for path, value in leaves(config).items():
         if value == usual[path]:
             continue
         name = flag(path)
         if isinstance(value, bool):
             section, dot, last = name[2:].rpartition(".")
-            flags.append(name if value else f"--{section}{dot}no-{last}")
+            words.append(name if value else f"--{section}{dot}no-{last}")
         else:
-            flags += [name, *map(str, value if isinstance(value, tuple) else (value,))]
-    return flags
+            words += [name, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def perplexities(folder: Path) -> dict[tuple[str, str], float]:

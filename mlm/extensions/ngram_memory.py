@@ -32,6 +32,7 @@ Letters: B lanes, T tokens, C tokens stored, E width of what the softmax sees, K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Told
+from mlm.models.extension import Extension, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.rules.gates import LinearGates
 from mlm.text.streams import Segment
@@ -147,6 +148,15 @@ class NGramMemory(Extension):
     def applies_to(self, rule: Any) -> bool:
         """Learned rules; hand-made ones read as they were published."""
         return isinstance(rule, LinearGates)
+
+    def problems(self, plan: Plan) -> Sequence[str]:
+        """Every number of tokens needs its step."""
+        if len(self.steps) == LONGEST_CONTEXT:
+            return ()
+        return (
+            f"--ngram-memory.steps names {len(self.steps)} steps; it must be {LONGEST_CONTEXT}, "
+            "one for every number of tokens",
+        )
 
     def derived(self, base: AdaptationBase) -> Weights:
         """1 / w of the embedding as it is now, and eta, made once."""

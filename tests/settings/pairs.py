@@ -12,6 +12,7 @@ from tiny import tiny_config
 
 from mlm.base.errors import UserError
 from mlm.cli.flags import Setting, settings_of
+from mlm.extensions.ngram_memory import LONGEST_CONTEXT
 from mlm.runs.checks import check_folder, check_plan, check_text
 from mlm.runs.run import Run
 from mlm.settings.checks import validate
@@ -40,6 +41,7 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "threads": (2,),
     "text.train_words": (1500,),
     "text.vocabulary_size": (300, 140),
+    "extensions.ngram_memory.steps": ((1.0,) * LONGEST_CONTEXT,),
 }
 """Values of settings whose type does not say which make sense. The rank is full by default."""
 

@@ -14,6 +14,7 @@ from conftest import Finished
 from settings.pairs import World, all_choices, all_pairs, base_config, covering
 
 from mlm import kernels
+from mlm.extensions import Extensions
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
 from mlm.models.base import choose_dynamic
@@ -57,6 +58,17 @@ def runs(world: World, chosen: dict[str, Any]) -> None:
         shutil.copytree(world.other, new)
     if world.refusal(config) is None:
         run_stages(config, quiet=True)
+
+
+def test_every_extension_is_switched_on_by_a_choice(world: World) -> None:
+    """And off where it is not chosen: the pairs below hold every extension, on and off."""
+    assert world.base.extensions.enabled() == ()
+    switched = {
+        extension.name
+        for path, value in all_choices(world.base, world.other)
+        for extension in replaced(world.base, {path: value}).extensions.enabled()
+    }
+    assert switched == {extension.name for extension in Extensions()}
 
 
 def test_any_two_choices_pass_or_are_refused_by_name(world: World) -> None:
