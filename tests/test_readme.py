@@ -189,6 +189,7 @@ def test_setup_is_what_ci_does() -> None:
     assert CI.stat().st_mode & 0o111, ".ci/run cannot be executed"
 
 
+@pytest.mark.timeout(900)  # thirty commands, on cores that other work may share
 def test_every_command_runs(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
