@@ -76,7 +76,8 @@ def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongT
     ready = ready_rule(run, "rms", protocol)
     yield "static", run, ready.memory, None
     yield "RMS (all)", run, ready.memory, ready.bound
-    yield f"RMS (all){EXACT}", run, ready.memory, ready.bound
+    if in_half(run.config.adapt):
+        yield f"RMS (all){EXACT}", run, ready.memory, ready.bound
     learned = _opened(options, "seed_0")
     tokens = learned.config.adapt.phrases
     own = phrases(ready.memory.weights["embedding"], tokens) if tokens else None
@@ -84,7 +85,8 @@ def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongT
     yield "RMS (all), with phrases", run, memory, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)
     yield "4 levels", learned, ready.memory, ready.bound
-    yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
+    if in_half(learned.config.adapt):
+        yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
     if read_out_of(ready.memory) is not None:
         yield "4 levels, without read-out", learned, with_read_out(ready.memory, None), ready.bound
     for part, without in LEFT_OUT.items():
