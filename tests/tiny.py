@@ -82,7 +82,7 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
         ),
         adapt=AdaptConfig(segment=20, fisher_words=500),
         meta=MetaConfig(lanes=3, unroll=4, steps=3),
-        evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=400, resamples=49),
+        evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=200, resamples=49),
     )
     parts: dict[str, dict[str, Any]] = {}
     for name, value in changes.items():
