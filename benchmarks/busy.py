@@ -26,8 +26,8 @@ from benchmarks.ceiling import adapting
 from benchmarks.output import HOME
 from benchmarks.timing import SIZES, Work, ratio, record, side_by_side, speed, threads
 from mlm import kernels
-from mlm.errors import run_cli
-from mlm.lm import LMShape
+from mlm.base.errors import run_cli
+from mlm.models.recurrent import RecurrentLM
 
 SPIN = "while True: pass"
 
@@ -73,7 +73,7 @@ def _work(work: Work, number: int, compiled: bool, taken: int) -> Work:
     return run
 
 
-def compare(shape: LMShape, options: Options) -> list[dict[str, Any]]:
+def compare(shape: RecurrentLM, options: Options) -> list[dict[str, Any]]:
     """Rows of the table."""
     base = Ceiling(lanes=options.lanes, updates=options.updates, device="cpu")
     work = adapting(shape, base, options.segment, learned=False)

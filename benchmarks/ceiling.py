@@ -40,16 +40,18 @@ from benchmarks.timing import (
     threads,
     world,
 )
-from mlm.config import Config, LMTrainingConfig, MetaConfig
-from mlm.errors import run_cli
-from mlm.gates import LinearGates
-from mlm.learner import RMS
-from mlm.lm import LMShape, initial_state
-from mlm.meta import MetaTrainer
-from mlm.rollout import GradientMode, score_static
-from mlm.run import choose_device
-from mlm.streams import Segment
-from mlm.training import LMTrainer, Text, resolve_precision
+from mlm.base.errors import run_cli
+from mlm.models.recurrent import RecurrentLM
+from mlm.reading.meta_gradient import GradientMode
+from mlm.reading.static import StaticReader
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.runs.run import choose_device
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, MetaConfig
+from mlm.text.streams import Segment, Text
+from mlm.training.language_model import LMTrainer, resolve_precision
+from mlm.training.meta import MetaTrainer
 
 TRAINING, TRAINING_BF16, STATIC = "static training", "static training, bf16", "static scoring"
 META, RULE, GATES = "meta-training", "adapting, RMS", "adapting, learned gates"
@@ -89,7 +91,7 @@ class Options:
     updates: int = 4
     """Segments per turn of the other rows."""
     threads: int = 0
-    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (presets small and awd)."""
+    """CPU threads; 0 = PyTorch's choice, as runs of these sizes have (`--size small` and `awd`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     out: Path = HOME / "ceiling"
@@ -99,13 +101,15 @@ class Options:
 # -- the work -------------------------------------------------------------------------------
 
 
-def _text(shape: LMShape, lanes: int, segment: int, segments: int) -> Text:
+def _text(shape: RecurrentLM, lanes: int, segment: int, segments: int) -> Text:
     """An article per lane, all equally long: no lane is ever padded."""
     articles = random_articles(shape, lanes, segment * segments)
     return Text(articles, lanes * segment * segments, EOS)
 
 
-def training(shape: LMShape, options: Options, precision: Literal["float32", "bfloat16"]) -> Work:
+def training(
+    shape: RecurrentLM, options: Options, precision: Literal["float32", "bfloat16"]
+) -> Work:
     """Steps of stage 1 by its own trainer, without dropout."""
     settings = LMTrainingConfig(
         lanes=options.lanes,
@@ -133,41 +137,33 @@ def _again(step: Step, segments: list[Segment], updates: int) -> Work:
     return work
 
 
-def static_scoring(shape: LMShape, options: Options) -> Work:
-    """`score_static`, the baseline of every evaluation."""
+def static_scoring(shape: RecurrentLM, options: Options) -> Work:
+    """`StaticReader`, the baseline of every evaluation."""
     device, updates = choose_device(options.device), options.updates
-    memory, segments = world(
-        shape, STATIC_SEGMENT, options.lanes, device=device, number=updates + 1
-    )
-    state = initial_state(shape, options.lanes, device)
-
-    def step(segment: Segment) -> torch.Tensor:
-        nonlocal state
-        nll, state = score_static(memory, state, segment)
-        return nll
-
-    return _again(step, segments, updates)
+    base, segments = world(shape, STATIC_SEGMENT, options.lanes, device=device, number=updates + 1)
+    reader = StaticReader(base, options.lanes)
+    return _again(lambda segment: reader.read(segment).nll, segments, updates)
 
 
-def adapting(shape: LMShape, options: Options, segment: int, learned: bool) -> Work:
+def adapting(shape: RecurrentLM, options: Options, segment: int, learned: bool) -> Work:
     """`read` with Krause's rule, or with the three-level gates at the same place."""
     device, updates = choose_device(options.device), options.updates
-    memory, segments = world(shape, segment, options.lanes, device=device, number=updates + 1)
+    base, segments = world(shape, segment, options.lanes, device=device, number=updates + 1)
     if learned:
         gates = LinearGates()
-        bound = gates.bind(gates.start_at_rms(memory, RATE, DECAY), memory)
+        bound = gates.bind(gates.start_at_rms(base, RATE, DECAY), base)
     else:
-        like = next(iter(memory.rms.values()))
+        like = next(iter(base.rms.values()))
         numbers = {"rate": like.new_tensor(RATE), "decay": like.new_tensor(DECAY)}
-        bound = RMS().bind(numbers, memory)
-    return _again(reading(memory, bound, options.lanes), segments, updates)
+        bound = RMS().bind(numbers, base)
+    return _again(reading(base, bound, options.lanes), segments, updates)
 
 
 def meta_training(
-    shape: LMShape, options: Options, segment: int, gradient: GradientMode = "reverse"
+    shape: RecurrentLM, options: Options, segment: int, gradient: GradientMode = "reverse"
 ) -> Work:
     """Steps of stage 2 by its own trainer: an unroll, then Adam on the gates' parameters."""
-    memory = world(shape, segment, options.lanes, device=choose_device(options.device)).memory
+    base = world(shape, segment, options.lanes, device=choose_device(options.device)).base
     settings = MetaConfig(
         lanes=options.lanes,
         unroll=options.unroll,
@@ -177,8 +173,8 @@ def meta_training(
     )
     text = _text(shape, options.lanes, segment, 4 * options.unroll)
     rule = LinearGates()
-    start = rule.start_at_rms(memory, RATE, DECAY)
-    trainer = MetaTrainer(memory, rule, start, text, settings, 0)
+    start = rule.start_at_rms(base, RATE, DECAY)
+    trainer = MetaTrainer(base, rule, start, text, settings, 0)
     return lambda: trainer.train_step()[1]
 
 
@@ -204,7 +200,7 @@ class Floor(NamedTuple):
         return moved + 2 * self.products * tokens / flops
 
 
-def floor(shape: LMShape, what: str, lanes: int, segment: int) -> Floor:
+def floor(shape: RecurrentLM, what: str, lanes: int, segment: int) -> Floor:
     """The least an engine must move and multiply per segment, if it writes gradients to memory.
 
     I, H: inputs and outputs of a layer. Over all layers: N = sum 4H(I + H) LSTM weights (biases
@@ -263,7 +259,7 @@ class Row:
             return self.work()
 
 
-def meta_bytes(shape: LMShape, options: Options, mode: GradientMode) -> int:
+def meta_bytes(shape: RecurrentLM, options: Options, mode: GradientMode) -> int:
     """What an unroll keeps: copies of the weights of every lane."""
     weights = sum(4 * h * (i + h + 1) for i, h in shape.layer_sizes())
     copies = 2 * (options.unroll + 2) if mode == "reverse" else 6 + 4  # the tangent of the gates
@@ -271,7 +267,7 @@ def meta_bytes(shape: LMShape, options: Options, mode: GradientMode) -> int:
 
 
 def _mode(
-    shape: LMShape, options: Options, segment: int, device: torch.device
+    shape: RecurrentLM, options: Options, segment: int, device: torch.device
 ) -> GradientMode | None:
     """The fastest meta-gradient that fits, None if there is none."""
     free = 0.8 * _free_bytes(device)
@@ -294,7 +290,7 @@ def _free_bytes(device: torch.device) -> int:
     return 1 << 62  # not every system tells
 
 
-def rows_of(shape: LMShape, options: Options) -> list[Row]:
+def rows_of(shape: RecurrentLM, options: Options) -> list[Row]:
     """Everything to time, set up."""
     device = choose_device(options.device)
     first = options.threads or Config.threads or torch.get_num_threads()
@@ -316,7 +312,7 @@ def rows_of(shape: LMShape, options: Options) -> list[Row]:
 
 
 def _machines(
-    shape: LMShape, todo: list[Row], device: torch.device, small: bool
+    shape: RecurrentLM, todo: list[Row], device: torch.device, small: bool
 ) -> dict[int, Machine]:
     """The machine's own figures by number of threads."""
     bf16 = any(row.what == TRAINING_BF16 for row in todo)
@@ -328,7 +324,7 @@ def _machines(
 
 
 def compare(
-    shape: LMShape, options: Options, small: bool = False
+    shape: RecurrentLM, options: Options, small: bool = False
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """Rows of the table, and the machine's own figures by number of threads."""
     device = choose_device(options.device)

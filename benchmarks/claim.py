@@ -38,16 +38,31 @@ from benchmarks.claim_tables import CONTROLS, LEARNED_RULE, OTHERS, Seeds, write
 from benchmarks.output import HOME
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import record
-from mlm.checkpoint import RunFolder
-from mlm.config import BEST, CACHE, LEARNED, PROTOCOLS, Config, validate
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
-from mlm.losses import LossTable, column_name
-from mlm.pipeline import run_stages, stage_evaluate
-from mlm.report import read_evaluation
-from mlm.run import Run, open_run, say
-from mlm.stage_meta import identity, tuned_rule
-from mlm.text import open_corpus
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.base.names import CACHE, LEARNED, PROTOCOLS
+from mlm.extensions import (
+    Extensions,
+    IntraSegment,
+    LearnedBasis,
+    NGramEmbeddings,
+    NGramReadOut,
+    WordCoupling,
+)
+from mlm.report.evaluation import read_evaluation
+from mlm.report.losses import LossTable, column_name
+from mlm.runs.evaluate import stage_evaluate
+from mlm.runs.identity import identity
+from mlm.runs.rules import tuned_rule
+from mlm.runs.run import Run, open_run, say
+from mlm.runs.stages import run_stages
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.settings.presets import settings
+from mlm.store.run_folder import RunFolder
+from mlm.text.corpora import open_corpus
+
+BEST = settings("small", "best")
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,7 @@ class Options:
     through: tuple[Path, ...] = ()
     """Run folders of the same language model trained through the adaptation: its seeds."""
     ngrams: tuple[Path, ...] = ()
-    """The same of one that learned n-gram embeddings, too (`--lm.ngrams`)."""
+    """The same of one that learned n-gram embeddings, too (`--ngram-embeddings.contexts`)."""
     ngrams_as_usual: tuple[Path, ...] = ()
     """Of one that learned n-gram embeddings without adaptation: what they are worth alone."""
     split: Literal["valid", "test"] = "valid"
@@ -75,7 +90,7 @@ class Options:
     fewer: bool = True
     """Read 2 and 3 levels on the same weights, too."""
     ablate: bool = True
-    """Read one seed of the learned rule without learned bases, too."""
+    """Read one seed of the learned rule without the learned basis, too."""
     forms: tuple[Literal["lstm", "published", "all", "same"], ...] = (
         "lstm",
         "published",
@@ -87,19 +102,9 @@ class Options:
     """Weights that the meta-learner rewrites."""
     rank: int = BEST.adapt.rank
     """Rank of `.low`; at most the inputs of a matrix: then a change of basis."""
-    related: int = BEST.adapt.related
-    """Directions in which related words move together, where the rank is full; 0 = none."""
-    borders: bool = BEST.adapt.borders
-    """FLUSH sees where an article begins."""
-    basis_words: int = BEST.adapt.basis_words
-    """Words from which bases and relations are learned; 0 = they are principal directions."""
-    at_once: bool = BEST.adapt.at_once
-    """Between two updates the output layer of the learned rule learns, too."""
-    surprise: float = BEST.adapt.surprise
-    """How much more a token teaches the learned rule the less it was expected."""
-    phrases: int = BEST.adapt.phrases
-    """Tokens in which the learned rule looks for what it has read before."""
-    segment: int = BEST.adapt.segment
+    extensions: Annotated[Extensions, tyro.conf.arg(name="")] = BEST.extensions
+    """Those of the learned rule; a language model brings its own n-gram embeddings."""
+    segment: int = BEST.adapt.update_every
     """M of the meta-learner."""
     rival_segment: int = 20
     """M of dynamic evaluation: as good as the published 5 in Krause et al.'s own comparison."""
@@ -107,8 +112,6 @@ class Options:
     """Meta-updates."""
     through_steps: int = 0
     """Those on a language model trained through a learned rule, which starts at that rule."""
-    read_out_words: int = BEST.meta.read_out_words
-    """Words that it then reads to learn how phrases are read out; 0 = as they are."""
     lanes: int = BEST.meta.lanes
     """Articles that meta-training reads side by side."""
     budget: int = 8
@@ -140,6 +143,8 @@ class Reading:
     columns: Mapping[str, str]
     """What each of the run's rules is called in the tables."""
     adapt: Mapping[str, Any] = field(default_factory=dict)
+    extensions: Extensions | None = None
+    """None = those of the ordinary run."""
     seed: int = 0
     budget: int = 0
     """Evaluations on the tuning words; 0 = `Options.budget`."""
@@ -154,24 +159,27 @@ class Reading:
     def config(self, options: Options) -> Config:
         """Settings of its run."""
         base = RunFolder(options.run).load_config()
-        lm = RunFolder(self.where).load_config().lm
+        there = RunFolder(self.where).load_config()
+        lm, extensions = there.lm, self.extensions or base.extensions
+        changes: dict[str, Any] = {"ngram_embeddings": there.extensions.ngram_embeddings}
         adapt: dict[str, Any] = {
-            "segment": options.segment,
+            "update_every": options.segment,
             "rank": options.rank,
-            "threads": options.threads,
             "precision": options.precision,
         }
         adapt |= self.adapt
         if options.rank < base.model.embedding:  # only a matrix in a basis of its own has them
-            adapt |= {"related": 0, "basis_words": 0, "at_once": False}
+            changes |= {"word_coupling": WordCoupling(), "intra_segment": IntraSegment()}
+            changes["learned_basis"] = LearnedBasis()
         follows = lm.through == "learned"
         steps = options.through_steps if follows else options.steps
         rules = tuple(self.columns)
         trained = tuple(rule for rule in rules if rule in LEARNED)
         if not trained:  # hand-made rules read in no bases of another run
-            lm = dataclasses.replace(lm, through="none", through_run=None, ngrams=0)
-        learns = trained and adapt.get("phrases") and not follows  # which keep their rule's
-        read_out_words = options.read_out_words if learns else 0
+            lm = dataclasses.replace(lm, through="none", through_run=None)
+            changes["ngram_embeddings"] = NGramEmbeddings()
+        if not trained or follows or not extensions.ngram_memory.enabled:  # or keeps its rule's
+            changes["ngram_read_out"] = NGramReadOut()
         evaluation = dataclasses.replace(
             base.evaluation,
             rules=rules,
@@ -188,6 +196,7 @@ class Reading:
                 stages=("meta",),
                 resume=False,
                 overwrite=False,
+                threads=options.threads,
                 seed=self.seed,
                 lm=lm,
                 adapt=dataclasses.replace(base.adapt, **adapt),
@@ -196,36 +205,24 @@ class Reading:
                     rules=trained,
                     steps=steps,
                     lanes=options.lanes,
-                    read_out_words=read_out_words,
                 ),
                 evaluation=evaluation,
+                extensions=dataclasses.replace(extensions, **changes),
             )
         )
-
-
-def learned_adapt(options: Options) -> dict[str, Any]:
-    """What a learned rule rewrites, and what it sees."""
-    return {
-        "dynamic": options.dynamic,
-        "related": options.related,
-        "borders": options.borders,
-        "basis_words": options.basis_words,
-        "at_once": options.at_once,
-        "surprise": options.surprise,
-        "phrases": options.phrases,
-    }
 
 
 def forms(options: Options) -> dict[str, Reading]:
     """RMS dynamic evaluation: of the LSTM and the softmax bias; of all weights, as published, the
     Fisher without a prior; of all with what the meta-learner has, the prior; of what the
     meta-learner rewrites, as often, in bases that are not learned."""
-    rival = {"segment": options.rival_segment}
+    rival = {"update_every": options.rival_segment}
+    principal = dataclasses.replace(options.extensions, learned_basis=LearnedBasis())
     weights = {
         "lstm": {"dynamic": "lstm,softmax.bias", **rival},
         "published": {"dynamic": "all", "fisher_prior": 0.0, **rival},
         "all": {"dynamic": "all", **rival},
-        "same": {**learned_adapt(options), "basis_words": 0},
+        "same": {"dynamic": options.dynamic},
     }
     return {
         form: Reading(
@@ -233,6 +230,7 @@ def forms(options: Options) -> dict[str, Reading]:
             f"ordinary/{form}",
             {"rms": f"rms, {form}"},
             adapt,
+            principal if form == "same" else None,
             budget=options.rival_budget,
         )
         for form, adapt in weights.items()
@@ -249,14 +247,14 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
             columns = {**reading.columns, **cached}
             reading = dataclasses.replace(reading, columns=columns, travels=True)
         found.append(reading)
-    same = learned_adapt(options)
+    same, own = {"dynamic": options.dynamic}, options.extensions
     fewer = {f"{levels}_levels": f"{levels}_levels, seed 0" for levels in ("two", "three")}
     if options.fewer:
-        found.append(Reading(options.run, "ordinary/fewer levels", fewer, same))
-    if options.ablate and options.basis_words:
-        columns = {LEARNED_RULE: f"{LEARNED_RULE}, without learned bases"}
-        plain = {**same, "basis_words": 0}
-        found.append(Reading(options.run, "ordinary/principal", columns, plain))
+        found.append(Reading(options.run, "ordinary/fewer levels", fewer, same, own))
+    if options.ablate and own.learned_basis.enabled:
+        columns = {LEARNED_RULE: f"{LEARNED_RULE}, without learned basis"}
+        plain = dataclasses.replace(own, learned_basis=LearnedBasis())
+        found.append(Reading(options.run, "ordinary/principal", columns, same, plain))
     models = [("ordinary", "", [options.run] * options.seeds)]
     for model, title in OTHERS.items():
         folders = getattr(options, model)
@@ -275,7 +273,7 @@ def readings(options: Options, chosen: Mapping[str, str]) -> list[Reading]:
                 columns = {"static": f"{title}static", **columns}
             travels = not title or (not seed and title + LEARNED_RULE not in CONTROLS)
             name = f"{model}/seed {seed}"
-            found.append(Reading(where, name, columns, same, seed=seed, travels=travels))
+            found.append(Reading(where, name, columns, same, own, seed=seed, travels=travels))
     return found
 
 
@@ -336,14 +334,14 @@ def rivals(options: Options) -> list[dict[str, Any]]:
         run = make(reading, options)
         words = run.validation_text(run.config.evaluation.tune_words).words
         for protocol in PROTOCOLS:
-            tuned_rule(run, run.memory, "rms", protocol)
+            tuned_rule(run, run.base, "rms", protocol)
             known = json.loads((reading.path / "tuning.json").read_text(encoding="utf-8"))
             best = known[f"rms/{protocol}"]["trials"][0]
             rows.append(
                 {
                     "form": form,
                     "weights": run.config.adapt.dynamic,
-                    "M": run.config.adapt.segment,
+                    "M": run.config.adapt.update_every,
                     "protocol": protocol,
                     "rate": best["rate"],
                     "decay": best["decay"],

@@ -23,14 +23,14 @@ from benchmarks.contestants import Setting, krause
 from benchmarks.output import HOME
 from benchmarks.rules import scoring
 from benchmarks.timing import Work, best_threads, ratio, record, speed
-from mlm.checkpoint import RunFolder
-from mlm.errors import run_cli
-from mlm.lm import BaseModel
-from mlm.memory import LongTerm
-from mlm.run import Run, open_run, use_threads
-from mlm.stage_meta import ready_rule
-from mlm.streams import LaneStream
-from mlm.training import static_loss
+from mlm.base.errors import run_cli
+from mlm.models.base import AdaptationBase
+from mlm.models.recurrent import BaseModel
+from mlm.reading.static import static_loss
+from mlm.runs.rules import ready_rule
+from mlm.runs.run import Run, open_run, use_threads
+from mlm.store.run_folder import RunFolder
+from mlm.text.streams import LaneStream
 
 LEARNED_RULE = "4 levels"
 RULES = {
@@ -64,13 +64,13 @@ class Options:
     """Where speed.json goes."""
 
 
-def published(run: Run, memory: LongTerm, tokens: int) -> Work:
+def published(run: Run, base: AdaptationBase, tokens: int) -> Work:
     """Krause's loop on the run's own model and text, one article after the other."""
-    step = krause(memory, Setting(rate=1e-4, decay=2e-3), 1)
+    step = krause(base, Setting(rate=1e-4, decay=2e-3), 1)
     article = max(run.validation_text(0).articles, key=len)[:tokens]
 
     def work() -> int:
-        for segment in LaneStream([article], 1, memory.segment, run.tune_text.eos):
+        for segment in LaneStream([article], 1, base.segment, run.tune_text.eos):
             step(segment)
         return len(article)
 
@@ -83,12 +83,12 @@ def static_work(run: Run, tokens: int) -> Work:
     whole = np.concatenate(list(text.articles))[:tokens]
     lanes = run.config.evaluation.lanes
     parts = np.array_split(whole, lanes)
-    shape = run.memory.shape
+    shape = run.base.model
     assert isinstance(shape, BaseModel)
 
     def work() -> int:
         piece = type(text)(parts, 1, text.eos)
-        static_loss(run.memory.weights, shape, piece, lanes, run.config.lm.segment)
+        static_loss(run.base.weights, shape, piece, lanes, run.config.lm.segment)
         return len(whole)
 
     return work
@@ -105,14 +105,14 @@ def main() -> None:
         if not (options.run / "claim" / folder).exists():  # a form that was left out
             continue
         run = open_run(RunFolder(options.run / "claim" / folder).load_config(), quiet=True)
-        segments[name] = run.config.adapt.segment
+        segments[name] = run.config.adapt.update_every
         if rule == "static":
             work[name] = static_work(run, options.tokens)
         else:
             work[name] = scoring(run, ready_rule(run, rule, "article"), options.tokens)
     run = open_run(RunFolder(options.run / "claim" / "all").load_config(), quiet=True)
-    memory = dataclasses.replace(run.memory, segment=PUBLISHED_SEGMENT)
-    work[PUBLISHED] = published(run, memory, options.tokens // 16)
+    base = dataclasses.replace(run.base, segment=PUBLISHED_SEGMENT)
+    work[PUBLISHED] = published(run, base, options.tokens // 16)
     segments[PUBLISHED] = PUBLISHED_SEGMENT
     use_threads(number)
     found, used = best_threads(work, options.rounds, options.threads)

@@ -11,11 +11,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.timing import record
-from mlm.config import CACHE, PROTOCOLS
-from mlm.figure2 import figure2, first_to_second, letter
-from mlm.losses import STATIC, LossTable, column_name
-from mlm.plots import gain_by_position
-from mlm.report import (
+from mlm.base.names import CACHE, PROTOCOLS
+from mlm.report.evaluation import (
     RESAMPLES,
     bootstrap_interval,
     evaluate_rows,
@@ -25,6 +22,9 @@ from mlm.report import (
     position_edges,
     write_evaluation,
 )
+from mlm.report.figure2 import figure2, first_to_second, letter
+from mlm.report.losses import STATIC, LossTable, column_name
+from mlm.report.plots import gain_by_position
 
 Seeds = dict[str, list[str]]
 """The columns of each learned rule's seeds, by the name of their mean."""

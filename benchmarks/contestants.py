@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 
 from benchmarks.timing import Step, reading
-from mlm.learner import RMS
-from mlm.lm import LMShape
-from mlm.memory import LongTerm
-from mlm.streams import Segment
+from mlm.models.base import AdaptationBase
+from mlm.models.recurrent import RecurrentLM
+from mlm.rules.hand_made import RMS
+from mlm.text.streams import Segment
 
 State = list[tuple[Tensor, Tensor]]
 """(h, c) of every layer, (1, H) each, with a leading B under `vmap`."""
@@ -77,21 +77,21 @@ class PeerLM(nn.Module):
     zero.
     """
 
-    def __init__(self, memory: LongTerm, layer: Callable[[int, int], nn.Module]) -> None:
+    def __init__(self, base: AdaptationBase, layer: Callable[[int, int], nn.Module]) -> None:
         super().__init__()
-        self.table = nn.Parameter(memory.weights["embedding"].clone())
-        self.bias = nn.Parameter(memory.weights["softmax.bias"].clone())
-        assert isinstance(memory.shape, LMShape)
-        self.layers = nn.ModuleList(layer(*sizes) for sizes in memory.shape.layer_sizes())
-        self.sizes = [hidden for _, hidden in memory.shape.layer_sizes()]
+        self.table = nn.Parameter(base.weights["embedding"].clone())
+        self.bias = nn.Parameter(base.weights["softmax.bias"].clone())
+        assert isinstance(base.model, RecurrentLM)
+        self.layers = nn.ModuleList(layer(*sizes) for sizes in base.model.layer_sizes())
+        self.sizes = [hidden for _, hidden in base.model.layer_sizes()]
         self.to(self.table.device)
         with torch.no_grad():
             for name, value in self.named_parameters():
                 if name.endswith("bias_hh_l0"):
                     value.zero_().requires_grad_(False)
                 else:
-                    value.copy_(memory.weights[_ours(name)])
-                    value.requires_grad_(_ours(name) in memory.dynamic)
+                    value.copy_(base.weights[_ours(name)])
+                    value.requires_grad_(_ours(name) in base.dynamic)
 
     def start(self, *lanes: int) -> State:
         """A zero state."""
@@ -116,9 +116,9 @@ class PeerLM(nn.Module):
         return F.cross_entropy(logits, targets, reduction="none"), after
 
 
-def fused(memory: LongTerm) -> PeerLM:
+def fused(base: AdaptationBase) -> PeerLM:
     """The model on `nn.LSTM`."""
-    return PeerLM(memory, nn.LSTM)
+    return PeerLM(base, nn.LSTM)
 
 
 def _ours(name: str) -> str:
@@ -140,13 +140,13 @@ class Factors(NamedTuple):
     """RMS / mean RMS, clipped so that the decay never passes theta_0."""
 
 
-def factors(memory: LongTerm, model: PeerLM, setting: Setting) -> dict[str, Factors]:
+def factors(base: AdaptationBase, model: PeerLM, setting: Setting) -> dict[str, Factors]:
     """The constants of the rule, made once."""
     found = {}
     for name in model.dynamic():
-        rms = memory.rms[_ours(name)]
-        relative = (rms / memory.mean_rms).clamp(max=1 / max(setting.decay, 1e-30))
-        found[name] = Factors(memory.weights[_ours(name)], 1 / (rms + EPS), relative)
+        rms = base.rms[_ours(name)]
+        relative = (rms / base.mean_rms).clamp(max=1 / max(setting.decay, 1e-30))
+        found[name] = Factors(base.weights[_ours(name)], 1 / (rms + EPS), relative)
     return found
 
 
@@ -157,18 +157,18 @@ def _detached(state: State) -> State:
 # -- contestants ----------------------------------------------------------------------------
 
 
-def ours(memory: LongTerm, setting: Setting, lanes: int) -> Step:
-    """`mlm.rollout.read`."""
-    like = next(iter(memory.rms.values()))
+def ours(base: AdaptationBase, setting: Setting, lanes: int) -> Step:
+    """`mlm.reading.step.read`."""
+    like = next(iter(base.rms.values()))
     parameters = {"rate": like.new_tensor(setting.rate), "decay": like.new_tensor(setting.decay)}
-    return reading(memory, RMS().bind(parameters, memory), lanes)
+    return reading(base, RMS().bind(parameters, base), lanes)
 
 
-def vmapped(memory: LongTerm, setting: Setting, lanes: int, compiled: bool = False) -> Step:
+def vmapped(base: AdaptationBase, setting: Setting, lanes: int, compiled: bool = False) -> Step:
     """`torch.func`: per-lane gradients by vmap(grad_and_value(functional_call)), batched update."""
-    model, gradient = _lane_gradients(memory)
+    model, gradient = _lane_gradients(base)
     gradient = torch.compile(gradient) if compiled else gradient
-    rule, frozen = factors(memory, model, setting), model.frozen()
+    rule, frozen = factors(base, model, setting), model.frozen()
     theta: dict[str, Tensor] = {}
     state: State = []
 
@@ -184,9 +184,9 @@ def vmapped(memory: LongTerm, setting: Setting, lanes: int, compiled: bool = Fal
     return step
 
 
-def _lane_gradients(memory: LongTerm) -> tuple[PeerLM, Callable[..., Any]]:
+def _lane_gradients(base: AdaptationBase) -> tuple[PeerLM, Callable[..., Any]]:
     """The model of plain cells, and its gradient for every lane's own weights."""
-    model = PeerLM(memory, CellLayer)
+    model = PeerLM(base, CellLayer)
 
     def loss(theta, frozen, tokens, targets, state):
         nll, state = functional_call(model, (theta, frozen), (tokens, targets, state))
@@ -206,13 +206,13 @@ def _moved(w: Tensor, gradient: Tensor, own: Factors, setting: Setting) -> Tenso
     return w + back - setting.rate * own.scale * gradient
 
 
-def krause(memory: LongTerm, setting: Setting, lanes: int) -> Step:
+def krause(base: AdaptationBase, setting: Setting, lanes: int) -> Step:
     """The published loop (dynamiceval.py): batch 1, loss.backward(), update parameter by parameter.
 
     Our choice beside his script: losses are kept token by token. The memory's dynamic weights move.
     """
-    model = fused(memory)
-    rule = factors(memory, model, setting)
+    model = fused(base)
+    rule = factors(base, model, setting)
     parameters = model.dynamic()
     state: State = []
 
@@ -256,18 +256,20 @@ def higher_rule() -> type[torch.optim.Optimizer]:
     return Dynamic
 
 
-def higher_optimizer(memory: LongTerm, model: PeerLM, setting: Setting) -> torch.optim.Optimizer:
+def higher_optimizer(
+    base: AdaptationBase, model: PeerLM, setting: Setting
+) -> torch.optim.Optimizer:
     """The rule over the model's dynamic weights."""
-    rule = factors(memory, model, setting)
+    rule = factors(base, model, setting)
     groups = [{"params": [p], "factors": rule[n]} for n, p in model.dynamic().items()]
     return higher_rule()(groups, rate=setting.rate, decay=setting.decay)  # type: ignore[call-arg]
 
 
-def by_higher(memory: LongTerm, setting: Setting, lanes: int) -> Step:
+def by_higher(base: AdaptationBase, setting: Setting, lanes: int) -> Step:
     """`higher`: a patched model and a differentiable optimiser, one article at a time."""
     higher = importlib.import_module("higher")
-    model = fused(memory)
-    optimizer = higher_optimizer(memory, model, setting)
+    model = fused(base)
+    optimizer = higher_optimizer(base, model, setting)
     article = contextlib.ExitStack()
     state: State = []
     reader: Any = None
@@ -305,11 +307,11 @@ def torchopt_rule(rule: dict[str, Factors], setting: Setting) -> Any:
     return torchopt.base.GradientTransformation(start, update)
 
 
-def torchopt_lanes(memory: LongTerm, setting: Setting, lanes: int) -> Step:
+def torchopt_lanes(base: AdaptationBase, setting: Setting, lanes: int) -> Step:
     """`torchopt`'s functional interface on the gradients of `torch.func`, all lanes at once."""
     torchopt = importlib.import_module("torchopt")
-    model, gradient = _lane_gradients(memory)
-    optimizer = torchopt_rule(factors(memory, model, setting), setting)
+    model, gradient = _lane_gradients(base)
+    optimizer = torchopt_rule(factors(base, model, setting), setting)
     frozen = model.frozen()
     theta: dict[str, Tensor] = {}
     state: State = []
@@ -329,11 +331,11 @@ def torchopt_lanes(memory: LongTerm, setting: Setting, lanes: int) -> Step:
     return step
 
 
-def torchopt_article(memory: LongTerm, setting: Setting, lanes: int) -> Step:
+def torchopt_article(base: AdaptationBase, setting: Setting, lanes: int) -> Step:
     """`torchopt`'s functional interface on `nn.LSTM`, one article at a time."""
     torchopt = importlib.import_module("torchopt")
-    model = fused(memory)
-    optimizer = torchopt_rule(factors(memory, model, setting), setting)
+    model = fused(base)
+    optimizer = torchopt_rule(factors(base, model, setting), setting)
     frozen = model.frozen()
     theta: dict[str, Tensor] = {}
     state: State = []
@@ -359,7 +361,7 @@ def torchopt_article(memory: LongTerm, setting: Setting, lanes: int) -> Step:
 class Contestant:
     """One row of the table."""
 
-    make: Callable[[LongTerm, Setting, int], Step]
+    make: Callable[[AdaptationBase, Setting, int], Step]
     library: str | None = None
     """Package it needs beside PyTorch."""
     alone: bool = False
@@ -368,11 +370,11 @@ class Contestant:
     """M, where it is not the option's."""
     note: str = ""
 
-    def side_by_side(self, memory: LongTerm, setting: Setting, lanes: int) -> Step:
+    def side_by_side(self, base: AdaptationBase, setting: Setting, lanes: int) -> Step:
         """A step for all lanes, also where the contestant reads one article at a time."""
         if not self.alone:
-            return self.make(memory, setting, lanes)
-        steps = [self.make(memory, setting, 1) for _ in range(lanes)]
+            return self.make(base, setting, lanes)
+        steps = [self.make(base, setting, 1) for _ in range(lanes)]
 
         def step(segment: Segment) -> Tensor:
             parts = [one(segment.select(np.array([lane]))) for lane, one in enumerate(steps)]
@@ -383,7 +385,7 @@ class Contestant:
 
 OURS = "ours"
 CONTESTANTS = {
-    OURS: Contestant(ours, note="mlm.rollout.read"),
+    OURS: Contestant(ours, note="mlm.reading.step.read"),
     "torch.func": Contestant(vmapped, note="vmap(grad) over a cell of plain operations"),
     "higher": Contestant(by_higher, "higher", True, note="nn.LSTM, one article at a time"),
     "torchopt, lanes": Contestant(torchopt_lanes, "torchopt", note="on torch.func's gradients"),

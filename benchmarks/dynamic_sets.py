@@ -18,7 +18,7 @@ from typing import Annotated
 import tyro
 
 from benchmarks.output import HOME
-from mlm.errors import run_cli
+from mlm.base.errors import run_cli
 
 SETS = ("bias", "softmax.bias", "lstm", "lstm,softmax.bias", "embedding,softmax.bias", "all")
 
@@ -30,7 +30,7 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     sets: tuple[str, ...] = SETS
-    """Choices to compare, as for --adapt.dynamic."""
+    """Choices to compare, as for --dynamic."""
     budget: int = 8
     """Settings tried for RMS."""
     steps: int = 16
@@ -43,14 +43,16 @@ class Options:
 
 def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     """One row of the table."""
-    from mlm.checkpoint import RunFolder, load_lm
-    from mlm.gates import LinearGates
-    from mlm.learner import RMS
-    from mlm.memory import choose_dynamic
-    from mlm.meta import MetaTrainer, estimate_fisher
-    from mlm.run import open_run
-    from mlm.scoring import score_articles
-    from mlm.tuning import tune
+    from mlm.models.base import AdaptationBase, choose_dynamic
+    from mlm.reading.scoring import score_articles
+    from mlm.rules.gates import LinearGates
+    from mlm.rules.hand_made import RMS
+    from mlm.runs.run import open_run
+    from mlm.store.models import load_lm
+    from mlm.store.run_folder import RunFolder
+    from mlm.training.fisher import estimate_fisher
+    from mlm.training.meta import MetaTrainer
+    from mlm.training.tuning import tune
 
     config = RunFolder(options.run).load_config()
     evaluation = dataclasses.replace(
@@ -62,20 +64,20 @@ def measure(options: Options, dynamic: str) -> dict[str, float | int | str]:
     held, text = run.training_text(1), run.tune_text
     names = choose_dynamic(weights, dynamic)
     adapt, meta = config.adapt, dataclasses.replace(config.meta, steps=options.steps)
-    rest = adapt.segment, adapt.fisher_words
-    memory = estimate_fisher(weights, shape, names, held, *rest, prior=adapt.fisher_prior)
+    bare = AdaptationBase(shape, weights, names, {}, 0.0, adapt.update_every)
+    base = estimate_fisher(bare, held, adapt.fisher_words, prior=adapt.fisher_prior)
     tokens = sum(len(a) for a in text.articles)
     words = tokens / run.validation_text(options.words).tokens_per_word
-    static = score_articles(memory, None, text.articles, text.eos, text.lanes)
-    best = tune(memory, RMS(), text, "article", options.budget)[0]
+    static = score_articles(base, None, text.articles, text.eos, text.lanes)
+    best = tune(base, RMS(), text, "article", options.budget)[0]
     rule = LinearGates(features=meta.features, per_tensor=meta.per_tensor)
-    start = rule.start_at_rms(memory, best.setting["rate"], best.setting["decay"])
-    trainer = MetaTrainer(memory, rule, start, held, meta, config.seed)
+    start = rule.start_at_rms(base, best.setting["rate"], best.setting["decay"])
+    trainer = MetaTrainer(base, rule, start, held, meta, config.seed)
     clock = time.perf_counter()
     read = sum(trainer.train_step()[1] for _ in range(meta.steps))
     seconds = time.perf_counter() - clock
     learned = score_articles(
-        memory, rule.bind(trainer.parameters, memory), text.articles, text.eos, text.lanes
+        base, rule.bind(trainer.parameters, base), text.articles, text.eos, text.lanes
     )
     return {
         "dynamic": dynamic,
@@ -92,7 +94,7 @@ def main() -> None:
     """Measure every set, print and write the table."""
     options = tyro.cli(Options, description=__doc__)
     from benchmarks.timing import record
-    from mlm.run import say
+    from mlm.runs.run import say
 
     rows = []
     for number, dynamic in enumerate(options.sets, start=1):

@@ -22,14 +22,16 @@ import tyro
 from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
-from mlm.checkpoint import load_lm
-from mlm.errors import run_cli
-from mlm.learner import RMS
-from mlm.memory import LongTerm
-from mlm.meta import shrunk, static_of
-from mlm.run import guarded, open_run, use_threads
-from mlm.stage_meta import new_memory
-from mlm.tuning import TuneText, tune
+from mlm.base.errors import run_cli
+from mlm.models.base import AdaptationBase
+from mlm.models.extension import Making
+from mlm.rules.hand_made import RMS
+from mlm.runs.base import new_base
+from mlm.runs.run import guarded, open_run, use_threads
+from mlm.store.models import load_lm
+from mlm.training.fisher import smooth_fisher
+from mlm.training.judge import static_of
+from mlm.training.tuning import TuneText, tune
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,15 @@ class Options:
     """Where fisher.json goes."""
 
 
-def with_prior(memory: LongTerm, prior: float) -> LongTerm:
+def with_prior(base: AdaptationBase, prior: float) -> AdaptationBase:
     """The memory with a share of every tensor's mean in its Fisher."""
-    rms = {n: shrunk(r.square(), prior).sqrt() for n, r in memory.rms.items()}
-    return dataclasses.replace(memory, rms=rms)
+    rms = {n: smooth_fisher(r.square(), prior).sqrt() for n, r in base.rms.items()}
+    return dataclasses.replace(base, rms=rms)
 
 
-def smallest_share(memory: LongTerm) -> float:
+def smallest_share(base: AdaptationBase) -> float:
     """The RMS gradient that one in twenty words stays below, over the median word's."""
-    bias = memory.rms.get("softmax.bias")
+    bias = base.rms.get("softmax.bias")
     return math.nan if bias is None else float(bias.quantile(0.05) / bias.median())
 
 
@@ -70,25 +72,26 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
     """One row for every sample and prior."""
     config = language_model(options.run).load_config()
     adapt = dataclasses.replace(
-        config.adapt, dynamic=options.dynamic, segment=options.segment, fisher_prior=0.0
+        config.adapt, dynamic=options.dynamic, update_every=options.segment, fisher_prior=0.0
     )
     run = open_run(dataclasses.replace(config, out=options.run, adapt=adapt), quiet=True)
     use_threads(options.threads)
     weights, shape, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     text: TuneText = run.tune_text
     words = sum(map(len, text.articles)) / run.validation_text(0).tokens_per_word
+    making = Making(run.training_text(1), run.training_text(0))
     for number in options.words:
         sample = dataclasses.replace(adapt, fisher_words=number)
-        plain = new_memory(weights, shape, sample, run.training_text(1))
+        plain = new_base(weights, shape, sample, making)
         plain = guarded(plain, adapt, shape.vocabulary)
         static = static_of(plain, text, ("article",))["article"]
         for prior in options.priors:
-            memory = with_prior(plain, prior)
-            best = tune(memory, RMS(), text, "article", options.budget)[0]
+            base = with_prior(plain, prior)
+            best = tune(base, RMS(), text, "article", options.budget)[0]
             yield {
                 "words of the Fisher": number,
                 "prior": prior,
-                "rare over median RMS": smallest_share(memory),
+                "rare over median RMS": smallest_share(base),
                 "step size": best.setting["rate"],
                 "decay": best.setting["decay"],
                 "gain": (static - best.nll) / words,

@@ -44,10 +44,11 @@ from benchmarks.timing import (
     versions,
     world,
 )
-from mlm.checkpoint import commit, machine
-from mlm.errors import run_cli
-from mlm.lm import LMShape, initial_state
-from mlm.rollout import GradientMode, score_static
+from mlm.base.errors import run_cli
+from mlm.models.recurrent import RecurrentLM
+from mlm.reading.meta_gradient import GradientMode
+from mlm.reading.static import StaticReader
+from mlm.store.run_folder import commit, machine
 
 AXES: tuple[AxisName, ...] = get_args(AxisName)
 STATIC, ADAPTING, META = "static scoring", "adapting", "meta-training"
@@ -86,21 +87,20 @@ class Options:
 TIMED: dict[AxisName, tuple[Place, tuple[int, ...]]] = {
     "lanes": (Place(SIZES["S"]), (1, 2, 4, 8, 16, 32, 64)),
     # Few words, so that the LSTM and not the softmax is what grows.
-    "hidden": (Place(LMShape(1000, 256, 256, 1)), (64, 128, 256, 512)),
+    "hidden": (Place(RecurrentLM(1000, 256, 256, 1)), (64, 128, 256, 512)),
     "segment": (Place(SIZES["S"]), (5, 10, 20, 40, 64, 100)),
     "vocabulary": (Place(SIZES["S"]), (1000, 4000, 16_000, 33_000)),
 }
 
 
 def static_scoring(place: Place, updates: int) -> Work:
-    """`score_static` with the segments of the other rows."""
-    memory, segments = world(place.shape, place.segment, place.lanes, number=updates)
-    state = initial_state(place.shape, place.lanes)
+    """`StaticReader` with the segments of the other rows."""
+    base, segments = world(place.shape, place.segment, place.lanes, number=updates)
+    reader = StaticReader(base, place.lanes)
 
     def work() -> int:
-        nonlocal state
         for segment in segments:
-            _, state = score_static(memory, state, segment)
+            reader.read(segment)
         return sum(segment.targets.numel() for segment in segments)
 
     return work

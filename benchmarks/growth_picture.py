@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from mlm.drawing import new_figure, project_style, save_figure
+from mlm.report.drawing import new_figure, project_style, save_figure
 
 LABELS = {
     "lanes": "lanes B",
@@ -29,16 +29,16 @@ def draw(axis: str, rows: Sequence[dict[str, Any]], stem: Path) -> list[Path]:
     """Draw the rows of one axis as `stem`.png and .svg beside `stem`.csv; return the paths."""
     points = [row for row in rows if "us/token" in row or "peak MB" in row]
     with project_style():
-        memory = any("peak MB" in row for row in points)
-        figure = new_figure(9.6 if memory else 5.4, 3.8)
-        panels = figure.subplots(1, 1 + memory, squeeze=False)[0]
-        key, unit = ("ms/segment", "ms per update") if memory else ("us/token", "µs per token")
+        base = any("peak MB" in row for row in points)
+        figure = new_figure(9.6 if base else 5.4, 3.8)
+        panels = figure.subplots(1, 1 + base, squeeze=False)[0]
+        key, unit = ("ms/segment", "ms per update") if base else ("us/token", "µs per token")
         _panel(panels[0], axis, points, key)
         panels[0].set_ylabel(f"time ({unit})")
-        if memory:
+        if base:
             _panel(panels[1], axis, points, "peak MB")
             panels[1].set_ylabel("peak memory (MB)")
-        panels[0].legend(fontsize=8, loc="lower left" if memory else "best")
+        panels[0].legend(fontsize=8, loc="lower left" if base else "best")
         columns = list(dict.fromkeys(key for row in points for key in row))
         return save_figure(figure, stem, [{c: row.get(c, "") for c in columns} for row in points])
 

@@ -40,12 +40,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.ceiling import DECAY, RATE
 from benchmarks.timing import BYTES, Work, clock, ratio, reading, side_by_side, world
-from mlm.gates import LinearGates
-from mlm.learner import RMS, Bound, Parameters
-from mlm.lm import LMShape
-from mlm.memory import LongTerm
-from mlm.rollout import GradientMode, begin, meta_gradient
-from mlm.streams import Segment
+from mlm.models.base import AdaptationBase
+from mlm.models.recurrent import RecurrentLM
+from mlm.reading.meta_gradient import GradientMode, meta_gradient
+from mlm.reading.step import begin
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import Bound, Parameters
+from mlm.text.streams import Segment
 
 AxisName = Literal["lanes", "hidden", "segment", "unroll", "vocabulary"]
 MODES: tuple[GradientMode, ...] = get_args(GradientMode)
@@ -55,7 +57,7 @@ MODES: tuple[GradientMode, ...] = get_args(GradientMode)
 class Place:
     """Where a point is measured."""
 
-    shape: LMShape
+    shape: RecurrentLM
     lanes: int = 16
     segment: int = 20
 
@@ -141,7 +143,7 @@ class LiveBytes(TorchDispatchMode):
 
 # -- an unroll ------------------------------------------------------------------------------
 
-UNROLL = Place(LMShape(1000, 128, 128, 1), lanes=4)
+UNROLL = Place(RecurrentLM(1000, 128, 128, 1), lanes=4)
 LENGTHS = (10, 40, 160, 640)
 LONG, SHORT = 1000, 40
 """Unrolls whose memory is compared: long without reverse mode, short with it."""
@@ -170,36 +172,36 @@ class Stamped(list[Segment]):
         return statistics.median(steps[-fifth:]) / statistics.median(steps[:fifth])
 
 
-def _gates(memory: LongTerm) -> tuple[Bound, Parameters]:
+def _gates(base: AdaptationBase) -> tuple[Bound, Parameters]:
     """Three-level gates that start as Krause's rule."""
     rule = LinearGates()
-    phi = rule.start_at_rms(memory, RATE, DECAY)
-    return rule.bind(phi, memory), phi
+    phi = rule.start_at_rms(base, RATE, DECAY)
+    return rule.bind(phi, base), phi
 
 
 def tangent_copies() -> int:
     """K of the three-level gates, which is the same for every model."""
-    bound, _ = _gates(world(LMShape(4, 2, 2, 1), 1, 1, number=1).memory)
+    bound, _ = _gates(world(RecurrentLM(4, 2, 2, 1), 1, 1, number=1).base)
     return len(next(iter(bound.tangent(1).values())))
 
 
-def unroll(mode: GradientMode, memory: LongTerm, segments: Sequence[Segment]) -> Work:
+def unroll(mode: GradientMode, base: AdaptationBase, segments: Sequence[Segment]) -> Work:
     """One meta-gradient through all segments."""
-    bound, phi = _gates(memory)
+    bound, phi = _gates(base)
 
     def work() -> int:
-        reader = begin(memory, len(segments[0].new))
-        meta_gradient(memory, bound, phi, reader, segments, mode)
+        reader = begin(base, len(segments[0].new))
+        meta_gradient(base, bound, phi, reader, segments, mode)
         return sum(segment.targets.numel() for segment in segments[:])
 
     return work
 
 
-def article(memory: LongTerm, segments: Stamped) -> Work:
+def article(base: AdaptationBase, segments: Stamped) -> Work:
     """`read` with Krause's rule through all segments."""
-    like = next(iter(memory.rms.values()))
+    like = next(iter(base.rms.values()))
     numbers = {"rate": like.new_tensor(RATE), "decay": like.new_tensor(DECAY)}
-    step = reading(memory, RMS().bind(numbers, memory), len(segments[0].new))
+    step = reading(base, RMS().bind(numbers, base), len(segments[0].new))
     return lambda: sum(step(segment).numel() for segment in segments)
 
 
@@ -231,7 +233,7 @@ def probe(mode: GradientMode, updates: int, rounds: int, place: Place = UNROLL) 
     keeps for the next one count. What the lanes share and is there before (theta_0, the rule's
     factors) does not. A small unroll first of all loads kernels and libraries.
     """
-    small = world(LMShape(50, 8, 8, 1), place.segment, place.lanes, number=4)
+    small = world(RecurrentLM(50, 8, 8, 1), place.segment, place.lanes, number=4)
     with LiveBytes():
         unroll(mode, *small)()
     work = unroll(mode, *world(place.shape, place.segment, place.lanes, number=updates))
@@ -316,11 +318,11 @@ def _row(place: Place, mode: GradientMode, updates: int, cost: Cost) -> dict[str
 
 def ageing(rounds: int, place: Place, updates: int, read: int) -> list[dict[str, Any]]:
     """Whether the k-th update gets slower with k: in an unroll of forward mode, and reading."""
-    memory, segments = world(place.shape, place.segment, place.lanes, number=max(updates, read))
+    base, segments = world(place.shape, place.segment, place.lanes, number=max(updates, read))
     texts = {"forward": Stamped(segments[:updates]), "read": Stamped(segments[:read])}
     works = {
-        "forward": unroll("forward", memory, texts["forward"]),
-        "read": article(memory, texts["read"]),
+        "forward": unroll("forward", base, texts["forward"]),
+        "read": article(base, texts["read"]),
     }
     rows = []
     found: dict[str, list[float]] = {name: [] for name in works}

@@ -28,19 +28,22 @@ import tyro
 from benchmarks.output import HOME
 from benchmarks.pareto_picture import draw
 from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
-from mlm.checkpoint import RunFolder, load_lm, machine
-from mlm.config import LearnedRule
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
-from mlm.gates import LinearGates
-from mlm.learner import RMS, Bound, Parameters, as_parameters
-from mlm.lowrank import turned
-from mlm.memory import LongTerm, has_low_rank
-from mlm.meta import MetaTrainer
-from mlm.run import Run, open_run, say
-from mlm.scoring import score_articles
-from mlm.stage_meta import Learned, new_memory, new_rule
-from mlm.tuning import tune
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.base.names import LearnedName
+from mlm.models.base import AdaptationBase, fold_low_rank, has_low_rank
+from mlm.models.extension import Making
+from mlm.reading.scoring import score_articles
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import Bound, LoadedRule, Parameters, as_parameters
+from mlm.runs.base import new_base
+from mlm.runs.rules import new_rule
+from mlm.runs.run import Run, open_run, say
+from mlm.store.models import load_lm
+from mlm.store.run_folder import RunFolder, machine
+from mlm.training.meta import MetaTrainer
+from mlm.training.tuning import tune
 
 SETS = (
     "softmax.bias",
@@ -71,13 +74,13 @@ class Options:
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     sets: tuple[str, ...] = SETS
-    """Choices, as for --adapt.dynamic, with @RANK for low-rank changes; `lstm.last` is the last
+    """Choices, as for --dynamic, with @RANK for low-rank changes; `lstm.last` is the last
     layer and drops out where there is one layer only."""
     segment: tuple[int, ...] = (20, 64)
     """M: tokens between updates."""
     budget: int = 8
     """Settings tried for RMS."""
-    rule: LearnedRule = "three_levels"
+    rule: LearnedName = "three_levels"
     """The meta-learner."""
     steps: int = 16
     """Meta-updates."""
@@ -152,9 +155,9 @@ class Bench:
         self.held = self.run.training_text(1)
 
     @cached_property
-    def static_memory(self) -> LongTerm:
+    def static_memory(self) -> AdaptationBase:
         """The language model itself, to be scored without updates."""
-        return LongTerm(self.shape, self.weights, ("softmax.bias",), {}, 0.0, STATIC_SEGMENT)
+        return AdaptationBase(self.shape, self.weights, ("softmax.bias",), {}, 0.0, STATIC_SEGMENT)
 
     @cached_property
     def static_nats(self) -> float:
@@ -175,21 +178,21 @@ class Bench:
         longest = sorted(every, key=len, reverse=True)[:lanes]
         return [article[: math.ceil(self.options.timing_tokens / lanes)] for article in longest]
 
-    def nats(self, memory: LongTerm, rule: Bound | None) -> float:
+    def nats(self, base: AdaptationBase, rule: Bound | None) -> float:
         """Loss of the validation articles, protocol article."""
         text = self.run.tune_text
-        return score_articles(memory, rule, text.articles, text.eos, text.lanes).total
+        return score_articles(base, rule, text.articles, text.eos, text.lanes).total
 
     def gain(self, nats: float) -> float | None:
         """Nats per word over static; None = diverged."""
         return (self.static_nats - nats) / self.words if math.isfinite(nats) else None
 
-    def scoring(self, memory: LongTerm, rule: Bound | None) -> Work:
+    def scoring(self, base: AdaptationBase, rule: Bound | None) -> Work:
         """Scoring of the timing text."""
         text, eos = self.timing_text, self.run.tune_text.eos
 
         def work() -> int:
-            score_articles(memory, rule, text, eos, len(text))
+            score_articles(base, rule, text, eos, len(text))
             return sum(len(article) for article in text)
 
         return work
@@ -198,21 +201,24 @@ class Bench:
         """Static scoring of the timing text."""
         return self.scoring(self.static_memory, None)
 
-    def memory(self, choice: Choice, fisher_words: int) -> LongTerm:
+    def base(self, choice: Choice, fisher_words: int) -> AdaptationBase:
         """The long-term memory of a choice."""
         adapt = dataclasses.replace(
             self.run.config.adapt,
             dynamic=choice.dynamic,
-            segment=choice.segment,
+            update_every=choice.segment,
             rank=max(1, choice.rank),
             fisher_words=fisher_words,
         )
-        return turned(new_memory(self.weights, self.shape, adapt, self.held))
+        making = Making(self.held, self.held)
+        return fold_low_rank(new_base(self.weights, self.shape, adapt, making))
 
-    def start(self, memory: LongTerm, setting: dict[str, float]) -> tuple[LinearGates, Parameters]:
+    def start(
+        self, base: AdaptationBase, setting: dict[str, float]
+    ) -> tuple[LinearGates, Parameters]:
         """The meta-learner as the run's settings want it, at RMS dynamic evaluation so tuned."""
-        tuned = as_parameters(setting, memory)
-        return new_rule(self.run.config.meta, self.options.rule, Learned(RMS(), tuned, memory))
+        tuned = as_parameters(setting, base)
+        return new_rule(self.run.config.meta, self.options.rule, LoadedRule(RMS(), tuned, base))
 
     def time_again(self, rows: list[dict[str, Any]]) -> None:
         """Replace the times of `rows` by new ones, all measured side by side.
@@ -223,9 +229,9 @@ class Bench:
         work = {"static": self.static_work()}
         for number, row in enumerate(rows):
             choice = Choice(row["dynamic"], row["rank"], row["segment"])
-            memory = self.memory(choice, TIMING_FISHER_WORDS)
-            rule, parameters = self.start(memory, row["setting"])
-            work[str(number)] = self.scoring(memory, rule.bind(parameters, memory))
+            base = self.base(choice, TIMING_FISHER_WORDS)
+            rule, parameters = self.start(base, row["setting"])
+            work[str(number)] = self.scoring(base, rule.bind(parameters, base))
         times = side_by_side(work, self.options.repetitions)
         for number, row in enumerate(rows):
             row.update(_times(times[str(number)], times["static"]))
@@ -249,20 +255,20 @@ class Bench:
             UserError: a pattern that matches nothing, or training that diverged.
         """
         run = self.run
-        memory = self.memory(choice, run.config.adapt.fisher_words)
-        best = tune(memory, RMS(), run.tune_text, "article", self.options.budget)[0]
-        rule, start = self.start(memory, best.setting)
-        trainer = MetaTrainer(memory, rule, start, self.held, run.config.meta, run.config.seed)
+        base = self.base(choice, run.config.adapt.fisher_words)
+        best = tune(base, RMS(), run.tune_text, "article", self.options.budget)[0]
+        rule, start = self.start(base, best.setting)
+        trainer = MetaTrainer(base, rule, start, self.held, run.config.meta, run.config.seed)
         for _ in range(self.options.steps):
             trainer.train_step()
-        bound = rule.bind(trainer.parameters, memory)
-        work = {"static": self.static_work(), "adapting": self.scoring(memory, bound)}
+        bound = rule.bind(trainer.parameters, base)
+        work = {"static": self.static_work(), "adapting": self.scoring(base, bound)}
         times = side_by_side(work, self.options.repetitions)
-        size = sum(memory.weights[n].numel() * memory.weights[n].itemsize for n in memory.dynamic)
+        size = sum(base.weights[n].numel() * base.weights[n].itemsize for n in base.dynamic)
         return {
             "setting": best.setting,
             "rms": self.gain(best.nll),
-            "learned": self.gain(self.nats(memory, bound)),
+            "learned": self.gain(self.nats(base, bound)),
             **_times(times["adapting"], times["static"]),
             "bytes per lane": size,
             "MB per lane": size / 1e6,

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from mlm.drawing import new_figure, project_style, save_figure
+from mlm.report.drawing import new_figure, project_style, save_figure
 
 CHEAP, SHARE = 1.3, 0.8
 """The dashed lines: time over static, and share of the best gain."""

@@ -1,11 +1,11 @@
-"""What each part of the claim's learned rule is worth, and phrases to its rival.
+"""What each part of the claim's learned rule is worth, and n-gram memory to its rival.
 
     python -m benchmarks.parts runs/ordinary
 
 Reads the tuning words of validation with the rule that `benchmarks.claim` left in RUN/claim/seed_0,
 whole and without one part at a time (steps and weights as they were trained with it), and with RMS
-on all weights, tuned, as published and with phrases; both with float32 products, too, where the
-claim's are bfloat16.
+on all weights, tuned, as published and with n-gram memory; both with float32 products, too, where
+the claim's are bfloat16.
 """
 
 from __future__ import annotations
@@ -22,24 +22,31 @@ from benchmarks.claim_tables import LEARNED_RULE
 from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
-from mlm.checkpoint import RunFolder
-from mlm.config import PROTOCOLS
-from mlm.errors import UserError, run_cli
-from mlm.half import half
-from mlm.learner import Bound
-from mlm.memory import LongTerm
-from mlm.phrases import phrases
-from mlm.read_out import read_out_of, with_read_out
-from mlm.run import Run, in_half, open_run, use_threads
-from mlm.scoring import score_protocol
-from mlm.stage_meta import ready_rule
+from mlm.base.errors import UserError, run_cli
+from mlm.base.names import PROTOCOLS
+from mlm.extensions import (
+    Boundaries,
+    IntraSegment,
+    NGramMemory,
+    NGramReadOut,
+    SurpriseWeighting,
+)
+from mlm.kernels.bfloat16 import bfloat16_products
+from mlm.models.base import AdaptationBase
+from mlm.models.extension import Extension
+from mlm.reading.scoring import score_protocol
+from mlm.rules.protocol import Bound
+from mlm.runs.rules import ready_rule
+from mlm.runs.run import Run, in_bfloat16, open_run, use_threads
+from mlm.store.run_folder import RunFolder
 
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "phrases": {"phrases": None},
-    "learning at once": {"at_once": False},
-    "surprise": {"surprise": 0.0},
-    "borders": {"borders": None},
+LEFT_OUT: dict[str, type[Extension]] = {
+    "n-gram memory": NGramMemory,
+    "intra-segment adaptation": IntraSegment,
+    "surprise weighting": SurpriseWeighting,
+    "boundary detection": Boundaries,
 }
+"""Part and extension; without n-gram memory there is nothing to read out, either."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +73,41 @@ def _opened(options: Options, name: str) -> Run:
     return open_run(RunFolder(path).load_config(), quiet=True)
 
 
+def _without(base: AdaptationBase, left_out: type[Extension]) -> AdaptationBase:
+    return base.keeping(lambda extension: not isinstance(extension, left_out))
+
+
 EXACT = ", float32 products"
 """Ending of the names of what is read so."""
 
 
-def _variants(options: Options, protocol: str) -> Iterator[tuple[str, Run, LongTerm, Bound | None]]:
+def _variants(
+    options: Options, protocol: str
+) -> Iterator[tuple[str, Run, AdaptationBase, Bound | None]]:
     """What is read: name, run, long-term memory and rule."""
     run = _opened(options, "all")
     ready = ready_rule(run, "rms", protocol)
-    yield "static", run, ready.memory, None
-    yield "RMS (all)", run, ready.memory, ready.bound
-    if in_half(run.config.adapt):
-        yield f"RMS (all){EXACT}", run, ready.memory, ready.bound
+    yield "static", run, ready.base, None
+    yield "RMS (all)", run, ready.base, ready.bound
+    if in_bfloat16(run.config.adapt):
+        yield f"RMS (all){EXACT}", run, ready.base, ready.bound
     learned = _opened(options, "seed_0")
-    tokens = learned.config.adapt.phrases
-    own = phrases(ready.memory.weights["embedding"], tokens) if tokens else None
-    memory = dataclasses.replace(ready.memory, phrases=own)
-    yield "RMS (all), with phrases", run, memory, ready.bound
+    memory = learned.config.extensions.ngram_memory
+    own = (memory, *ready.base.extensions) if memory.enabled else ready.base.extensions
+    base = dataclasses.replace(ready.base, extensions=own).derived()
+    yield "RMS (all), with n-gram memory", run, base, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)
-    yield "4 levels", learned, ready.memory, ready.bound
-    if in_half(learned.config.adapt):
-        yield f"4 levels{EXACT}", learned, ready.memory, ready.bound
-    if read_out_of(ready.memory) is not None:
-        yield "4 levels, without read-out", learned, with_read_out(ready.memory, None), ready.bound
-    for part, without in LEFT_OUT.items():
-        if part == "borders" and protocol == "article":  # they are marked
+    yield "4 levels", learned, ready.base, ready.bound
+    if in_bfloat16(learned.config.adapt):
+        yield f"4 levels{EXACT}", learned, ready.base, ready.bound
+    if NGramReadOut().of(ready.base.weights) is not None:
+        base = _without(ready.base, NGramReadOut)
+        yield "4 levels, without n-gram read-out", learned, base, ready.bound
+    for part, extension in LEFT_OUT.items():
+        if extension is Boundaries and protocol == "article":  # they are marked
             continue
-        memory = dataclasses.replace(ready.memory, **without)
-        yield f"4 levels, without {part}", learned, memory, ready.bound
+        base = _without(ready.base, extension)
+        yield f"4 levels, without {part}", learned, base, ready.bound
 
 
 def main() -> None:
@@ -103,14 +117,14 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {}
     for protocol in PROTOCOLS:
         static = 0.0
-        for name, run, memory, bound in _variants(options, protocol):
+        for name, run, base, bound in _variants(options, protocol):
             use_threads(options.threads)
             text = run.tune_text
             words = run.validation_text(run.config.evaluation.tune_words).words
-            lower = in_half(run.config.adapt) and not name.endswith(EXACT)
-            with half(lower):
+            lower = in_bfloat16(run.config.adapt) and not name.endswith(EXACT)
+            with bfloat16_products(lower):
                 total = score_protocol(
-                    memory, bound, text.articles, text.eos, protocol, text.lanes, name
+                    base, bound, text.articles, text.eos, protocol, text.lanes, name
                 ).total
             static = total if bound is None else static
             if bound is not None:

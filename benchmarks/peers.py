@@ -49,13 +49,14 @@ from benchmarks.timing import (
     speed,
     world,
 )
-from mlm.errors import UserError, run_cli
-from mlm.gates import FLUSH_UNIT, LinearGates
-from mlm.lm import LMShape
-from mlm.memory import LongTerm
-from mlm.rollout import begin, meta_gradient
-from mlm.run import choose_device
-from mlm.streams import Segment
+from mlm.base.errors import UserError, run_cli
+from mlm.models.base import AdaptationBase
+from mlm.models.recurrent import RecurrentLM
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.step import begin
+from mlm.rules.gates import FLUSH_UNIT, LinearGates
+from mlm.runs.run import choose_device
+from mlm.text.streams import Segment
 
 SETTING = Setting(rate=3e-3, decay=8e-3)
 """Of the usual size; on random text a rate 10 % off changes losses by 1e-2."""
@@ -114,7 +115,7 @@ def losses(
     contestant: Contestant, place: World, setting: Setting, lanes: int, updates: int
 ) -> Tensor:
     """Losses (T, B, M) of the first segments, the weights updated after each."""
-    step = contestant.side_by_side(place.memory, setting, lanes)
+    step = contestant.side_by_side(place.base, setting, lanes)
     return torch.stack([step(segment) for segment in place.segments[: updates + 1]])
 
 
@@ -146,7 +147,7 @@ def endless(place: World, lanes: int) -> Iterator[Segment]:
 def reading_work(contestant: Contestant, place: World, options: Options) -> Work:
     """A turn: the next few segments of an article that is open already."""
     lanes = 1 if contestant.alone else options.lanes
-    step = contestant.make(place.memory, SETTING, lanes)
+    step = contestant.make(place.base, SETTING, lanes)
     text = endless(place, lanes)
     step(next(text))
     number = options.updates * (4 if contestant.alone else 1)
@@ -170,12 +171,12 @@ def our_meta(place: World, lanes: int, unroll: int) -> Callable[[], tuple[float,
     parameters of the gates.
     """
     rule = LinearGates()
-    parameters = rule.start_at_rms(place.memory, *SETTING)
+    parameters = rule.start_at_rms(place.base, *SETTING)
 
     def run() -> tuple[float, Tensor]:
-        bound = rule.bind(parameters, place.memory)
-        reader = begin(place.memory, lanes)
-        found = meta_gradient(place.memory, bound, parameters, reader, place.segments[:unroll])
+        bound = rule.bind(parameters, place.base)
+        reader = begin(place.base, lanes)
+        found = meta_gradient(place.base, bound, parameters, reader, place.segments[:unroll])
         rate = found.gradients["update"][:, 0].sum()
         decay = found.gradients["flush_scale"].sum() / FLUSH_UNIT
         return found.loss, torch.stack([rate, decay])
@@ -183,12 +184,12 @@ def our_meta(place: World, lanes: int, unroll: int) -> Callable[[], tuple[float,
     return run
 
 
-def higher_meta(memory: LongTerm) -> Callable[[list[Segment]], tuple[float, Tensor]]:
+def higher_meta(base: AdaptationBase) -> Callable[[list[Segment]], tuple[float, Tensor]]:
     """The same with `higher`, of one article: gradients detached in the update = first order."""
     higher = importlib.import_module("higher")
-    model = fused(memory)
-    optimizer = higher_optimizer(memory, model, SETTING)
-    like = next(iter(memory.rms.values()))
+    model = fused(base)
+    optimizer = higher_optimizer(base, model, SETTING)
+    like = next(iter(base.rms.values()))
 
     def run(segments: list[Segment]) -> tuple[float, Tensor]:
         phi = [like.new_tensor(value).requires_grad_() for value in SETTING]
@@ -225,7 +226,7 @@ def meta_difference(place: World, options: Options) -> float:
         UserError: they differ by more than rounding.
     """
     loss, gradient = our_meta(place, options.lanes, options.unroll)()
-    article = higher_meta(place.memory)
+    article = higher_meta(place.base)
     texts = [_article(place, lane, options.unroll) for lane in range(options.lanes)]
     found = [article(text) for text in texts]
     their_loss = math.fsum(one for one, _ in found) / len(found)
@@ -244,7 +245,7 @@ def _article(place: World, lane: int, unroll: int) -> list[Segment]:
 
 def meta_work(place: World, options: Options) -> tuple[Work, Work]:
     """(ours, higher's): one unroll of all lanes, and of one article."""
-    mine, theirs = our_meta(place, options.lanes, options.unroll), higher_meta(place.memory)
+    mine, theirs = our_meta(place, options.lanes, options.unroll), higher_meta(place.base)
     text = _article(place, 0, options.unroll)
     tokens = options.unroll * options.segment
 
@@ -271,7 +272,9 @@ class _Entries:
     note: dict[str, str]
 
 
-def _reading(shape: LMShape, options: Options, contestants: Mapping[str, Contestant]) -> _Entries:
+def _reading(
+    shape: RecurrentLM, options: Options, contestants: Mapping[str, Contestant]
+) -> _Entries:
     """Check every contestant's losses and prepare its turn."""
     entries = _Entries({}, {}, {})
     device = choose_device(options.device)
@@ -295,7 +298,7 @@ def _reading(shape: LMShape, options: Options, contestants: Mapping[str, Contest
     return entries
 
 
-def _meta(shape: LMShape, options: Options, entries: _Entries) -> None:
+def _meta(shape: RecurrentLM, options: Options, entries: _Entries) -> None:
     """Add the meta rows."""
     missing = problem("higher")
     entries.note[META_OURS] = f"meta_gradient, {options.unroll} segments, all gate parameters"
@@ -309,7 +312,7 @@ def _meta(shape: LMShape, options: Options, entries: _Entries) -> None:
 
 
 def compare(
-    shape: LMShape, options: Options, contestants: Mapping[str, Contestant] = CONTESTANTS
+    shape: RecurrentLM, options: Options, contestants: Mapping[str, Contestant] = CONTESTANTS
 ) -> list[dict[str, Any]]:
     """Rows of the table; `contestants` must hold ours.
 

@@ -19,8 +19,8 @@ from typing import Annotated
 
 import tyro
 
-from mlm.errors import UserError, run_cli
-from mlm.files import atomic_path
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import atomic_path
 
 PICTURES = ("figures/figure2*", "figures/gain_by_position*")
 RUN = (

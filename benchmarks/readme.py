@@ -6,8 +6,10 @@ Pages are README.md and every Markdown file below results/ and docs/. Between
 `<!-- table: FOLDER SPLIT PROTOCOL -->` and `<!-- end -->` stands the table of totals of
 FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules,
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
-`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json, and
-`<!-- engine: FILE -->` for a speed benchmark's FILE.
+`<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json,
+`<!-- engine: FILE -->` for a speed benchmark's FILE, and `<!-- parts: FILE -->` for what each part
+of an ablation brings. Settings and error messages come from the code
+(`benchmarks.reference`).
 """
 
 from __future__ import annotations
@@ -15,12 +17,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlm.config import CACHE
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
+from benchmarks.reference import errors_table, presets_table, settings_table
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.base.names import CACHE
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("results", "docs")
@@ -166,11 +170,12 @@ NAMES: dict[str, str] = {
     "4 levels, without learning at once": "4 levels, without intra-segment adaptation",
     "4 levels, without surprise": "4 levels, without surprise weighting",
     "4 levels, without borders": "4 levels, without boundary detection",
+    "borders reset": "boundaries reset",
+    "borders learned": "boundaries learned",
+    "mlm.rollout.read": "mlm.reading.step.read",
 }
-"""Rows of published files that are called otherwise today."""
-BLOCK = re.compile(
-    r"<!-- (table|pairs|stages|sets|engine): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL
-)
+"""What published files call otherwise than we do today."""
+BLOCK = re.compile(r"<!-- (\w+): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def pages(root: Path = ROOT) -> list[str]:
@@ -307,13 +312,42 @@ def engine(file: str) -> list[str]:
     return [*lines, "", f"{machine['cpu']}, {machine['threads']} threads; {used}."]
 
 
+def parts(file: str) -> list[str]:
+    """What each part of a rule brings: the gain with it less the gain without."""
+    rows = {row["rule"]: row for row in json.loads((ROOT / file).read_text("utf-8"))["rows"]}
+    lines = ["| part | nats per word, article | stream |", "| :-- | --: | --: |"]
+    for name, row in rows.items():
+        whole, _, part = _cell(name).partition(", without ")
+        if not part:
+            continue
+        found = [
+            f"{rows[whole][p] - row[p]:.3f}" if row.get(p) is not None else ""
+            for p in ("article", "stream")
+        ]
+        lines.append(f"| {part} | {found[0]} | {found[1]} |")
+    return lines
+
+
+KINDS: dict[str, Callable[..., list[str]]] = {
+    "table": totals,
+    "pairs": pairs,
+    "stages": stages,
+    "sets": sets,
+    "engine": engine,
+    "parts": parts,
+    "settings": settings_table,
+    "presets": presets_table,
+    "errors": errors_table,
+}
+"""What makes each kind of block."""
+
+
 def fill(text: str) -> str:
     """The page with every block made anew."""
 
     def block(match: re.Match[str]) -> str:
         kind, words = match[1], match[2].split()
-        kinds = {"table": totals, "pairs": pairs, "stages": stages, "sets": sets, "engine": engine}
-        made = kinds[kind](*words)
+        made = KINDS[kind](*words)
         return "\n".join([f"<!-- {kind}: {match[2]} -->", *made, "<!-- end -->"])
 
     return BLOCK.sub(block, text)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mlm.checkpoint import RunFolder
-from mlm.errors import UserError
-from mlm.files import atomic_path
+from mlm.base.errors import UserError
+from mlm.base.files import atomic_path
+from mlm.store.run_folder import RunFolder
 
 
 def language_model(path: Path) -> RunFolder:

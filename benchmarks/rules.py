@@ -29,20 +29,24 @@ import tyro
 from benchmarks.output import HOME
 from benchmarks.rows import language_model, prepare
 from benchmarks.timing import Work, side_by_side, speed, table, versions
-from mlm.checkpoint import RunFolder, machine
-from mlm.config import CACHE, LEARNED, Config, validate
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
-from mlm.gates import LinearGates
-from mlm.memory import LongTerm
-from mlm.meta import MetaTrainer, weights_to_learn
-from mlm.pipeline import run_stages
-from mlm.report import bootstrap_interval, mean_gain, read_evaluation
-from mlm.rollout import Reader, begin, score_static, step
-from mlm.run import Run, open_run, say
-from mlm.scoring import score_protocol
-from mlm.stage_meta import Ready, load_learned, meta_text, ready_rule
-from mlm.streams import LaneStream
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.base.names import CACHE, LEARNED
+from mlm.models.base import AdaptationBase
+from mlm.reading.scoring import score_protocol
+from mlm.reading.static import StaticReader
+from mlm.reading.step import Reader, begin, step
+from mlm.report.evaluation import bootstrap_interval, mean_gain, read_evaluation
+from mlm.rules.gates import LinearGates
+from mlm.runs.meta import meta_text
+from mlm.runs.rules import Ready, load_learned, ready_rule
+from mlm.runs.run import Run, open_run, say
+from mlm.runs.stages import run_stages
+from mlm.settings.checks import validate
+from mlm.settings.config import Config
+from mlm.store.run_folder import RunFolder, machine
+from mlm.text.streams import LaneStream
+from mlm.training.meta import MetaTrainer, weights_to_learn
 
 MARKS = (40, 200, 1000)
 """Updates after which the distance from theta_0 is noted on the way through one long text."""
@@ -90,8 +94,8 @@ ROWS: dict[str, Row] = {
     "no Fisher": _learned("three_levels", start="sgd", fisher="off"),
     "Fisher in FLUSH": _learned("three_levels", start="sgd", fisher="flush"),
     "EWC": _learned("three_levels", ewc=1.0),
-    "borders reset": _learned("three_levels", stream_share=0.0),
-    "borders learned": _learned("three_levels", stream_share=1.0),
+    "boundaries reset": _learned("three_levels", stream_share=0.0),
+    "boundaries learned": _learned("three_levels", stream_share=1.0),
     "theta_0": _learned("three_levels", learn=("theta_0",)),
     "Reptile": _learned("three_levels", learn=("theta_0",), theta_0="reptile"),
     "rule and theta_0": _learned("three_levels", learn=("rule", "theta_0")),
@@ -245,8 +249,8 @@ def _parameters(run: Run, rule: str) -> int:
     """Numbers that were learned, or tuned, beside the language model."""
     base, cached = rule.removesuffix(CACHE), 2 * rule.endswith(CACHE)
     if base in LEARNED:
-        learned, learn = load_learned(run, base, run.memory), run.config.meta.learn
-        moved = [run.memory.weights[n].numel() for n in weights_to_learn(run.memory, learn)]
+        learned, learn = load_learned(run, base, run.base), run.config.meta.learn
+        moved = [run.base.weights[n].numel() for n in weights_to_learn(run.base, learn)]
         mine = sum(p.numel() for p in learned.parameters.values())
         return sum(moved) + cached + mine * ("rule" in learn)
     return len(ready_rule(run, rule, "article").setting)
@@ -257,7 +261,7 @@ def _lane_bytes(ready: Ready) -> int:
     found = 0
     if ready.bound is not None:
         found += sum(w.numel() * w.itemsize for w in ready.bound.start().values())
-    width = ready.memory.weights["embedding"].shape[-1]
+    width = ready.base.weights["embedding"].shape[-1]
     return found + sum(cache.window * (4 * width + 8) for cache in ready.cache)
 
 
@@ -272,9 +276,7 @@ def scoring(run: Run, ready: Ready, tokens: int) -> Work:
     eos = run.tune_text.eos
 
     def work() -> int:
-        score_protocol(
-            ready.memory, ready.bound, text, eos, "article", len(text), None, ready.cache
-        )
+        score_protocol(ready.base, ready.bound, text, eos, "article", len(text), None, ready.cache)
         return sum(len(article) for article in text)
 
     return work
@@ -284,11 +286,11 @@ def training(run: Run, rule: str) -> Work | None:
     """One meta-update of four segments; None for what is not trained."""
     if rule not in LEARNED:
         return None
-    learned = load_learned(run, rule, run.memory)
+    learned = load_learned(run, rule, run.base)
     assert isinstance(learned.rule, LinearGates)
     meta = dataclasses.replace(run.config.meta, unroll=4)
     trainer = MetaTrainer(
-        learned.memory, learned.rule, learned.parameters, meta_text(run), meta, run.config.seed
+        learned.base, learned.rule, learned.parameters, meta_text(run), meta, run.config.seed
     )
     return lambda: trainer.train_step()[1]
 
@@ -322,24 +324,24 @@ def endurance(run: Run, ready: Ready, updates: int, lanes: int = 2) -> dict[str,
         and `drift at` the updates in `MARKS`; late: loss in nats per token of the last tenth, and
         `late static` that of the language model on the same tokens; long resets: by the guard.
     """
-    memory, rule = ready.memory, ready.bound
+    base, rule = ready.base, ready.bound
     if rule is None:
         return {}
     whole = np.concatenate(list(run.validation_text(0).articles))
     texts = [
-        np.resize(np.roll(whole, -k * len(whole) // lanes), updates * memory.segment)
+        np.resize(np.roll(whole, -k * len(whole) // lanes), updates * base.segment)
         for k in range(lanes)
     ]
-    reader, state = begin(memory, lanes, rule), begin(memory, lanes).state
+    reader, static = begin(base, lanes, rule), StaticReader(base, lanes)
     resets, late, drift = 0, [], {}
-    for t, segment in enumerate(LaneStream(texts, lanes, memory.segment, run.tune_text.eos)):
-        now = step(memory, rule, reader, segment)
+    for t, segment in enumerate(LaneStream(texts, lanes, base.segment, run.tune_text.eos)):
+        now = step(base, rule, reader, segment)
         reader, resets = now.after, resets + int(now.flushed.sum())
-        nll, state = score_static(memory, state, segment)
+        nll = static.read(segment).nll * segment.mask
         if t >= updates - max(1, updates // 10):
             late.append((float(now.scored.nll.mean()), float(nll.mean())))
         if t + 1 in (*MARKS, updates):
-            drift[t + 1] = _distance(memory, reader)
+            drift[t + 1] = _distance(base, reader)
     adapted, static = (statistics.mean(column) for column in zip(*late, strict=True))
     return {
         "drift": drift[updates],
@@ -350,11 +352,9 @@ def endurance(run: Run, ready: Ready, updates: int, lanes: int = 2) -> dict[str,
     }
 
 
-def _distance(memory: LongTerm, reader: Reader) -> float:
-    away = sum(
-        float((reader.weights[n] - memory.weights[n]).square().sum()) for n in memory.dynamic
-    )
-    home = sum(float(memory.weights[n].square().sum()) for n in memory.dynamic)
+def _distance(base: AdaptationBase, reader: Reader) -> float:
+    away = sum(float((reader.weights[n] - base.weights[n]).square().sum()) for n in base.dynamic)
+    home = sum(float(base.weights[n].square().sum()) for n in base.dynamic)
     return math.sqrt(away / len(reader.age) / home)
 
 

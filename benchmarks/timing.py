@@ -23,18 +23,18 @@ import torch
 from torch import Tensor
 
 from mlm import kernels
-from mlm.checkpoint import commit, machine
-from mlm.files import write_text
-from mlm.learner import Bound
-from mlm.lm import LMShape, initial_weights
-from mlm.memory import LongTerm, choose_dynamic
-from mlm.rollout import begin, read
-from mlm.streams import LaneStream, Segment
+from mlm.base.files import write_text
+from mlm.models.base import AdaptationBase, choose_dynamic
+from mlm.models.recurrent import RecurrentLM, initial_weights
+from mlm.reading.step import begin, read
+from mlm.rules.protocol import Bound
+from mlm.store.run_folder import commit, machine
+from mlm.text.streams import LaneStream, Segment
 
 SIZES = {
-    "S": LMShape(4000, 256, 256, 1),
-    "M": LMShape(10_000, 650, 650, 2),
-    "L": LMShape(33_278, 400, 1150, 3),
+    "S": RecurrentLM(4000, 256, 256, 1),
+    "M": RecurrentLM(10_000, 650, 650, 2),
+    "L": RecurrentLM(33_278, 400, 1150, 3),
 }
 """S = this project on a CPU; M = the medium LSTM of Zaremba et al. 2014; L = AWD-LSTM."""
 EOS = 0
@@ -54,19 +54,21 @@ Step = Callable[[Segment], Tensor]
 class World(NamedTuple):
     """Everything a benchmark reads: no data and no trained model are needed."""
 
-    memory: LongTerm
+    base: AdaptationBase
     segments: list[Segment]
     """All lanes full, only the first opens articles."""
 
 
-def random_articles(shape: LMShape, number: int, tokens: int, seed: int = 0) -> list[np.ndarray]:
+def random_articles(
+    shape: RecurrentLM, number: int, tokens: int, seed: int = 0
+) -> list[np.ndarray]:
     """Articles of random words, all equally long."""
     random = np.random.default_rng(seed)
     return list(random.integers(0, shape.vocabulary, size=(number, tokens)))
 
 
 def world(
-    size: LMShape,
+    size: RecurrentLM,
     segment: int,
     lanes: int,
     dynamic: str = "lstm",
@@ -81,21 +83,21 @@ def world(
     weights = initial_weights(size, generator)
     names = choose_dynamic(weights, dynamic)
     rms = {n: 10 ** (torch.rand(weights[n].shape, generator=generator) - 3) for n in names}
-    memory = LongTerm(size, weights, names, rms, math.log(size.vocabulary), segment)
+    base = AdaptationBase(size, weights, names, rms, math.log(size.vocabulary), segment)
     device = torch.device(device)
     stream = LaneStream(random_articles(size, lanes, number * segment), lanes, segment, EOS)
-    return World(memory.to(device), [piece.to(device) for piece in stream])
+    return World(base.to(device), [piece.to(device) for piece in stream])
 
 
-def reading(memory: LongTerm, rule: Bound, lanes: int) -> Step:
-    """`rollout.read` as scoring calls it: new weights go to one of two buffers in turn."""
-    reader = begin(memory, lanes)
+def reading(base: AdaptationBase, rule: Bound, lanes: int) -> Step:
+    """`mlm.reading.step.read` as scoring calls it: new weights go to one of two buffers in turn."""
+    reader = begin(base, lanes)
     spare = [{n: torch.empty_like(w) for n, w in reader.weights.items()} for _ in range(2)]
 
     def step(segment: Segment) -> Tensor:
         nonlocal reader
         spare.reverse()
-        reader, nll = read(memory, rule, reader, segment, spare[0])
+        reader, nll = read(base, rule, reader, segment, spare[0])
         return nll
 
     return step
@@ -241,7 +243,7 @@ def _cached_speed(hidden: int, device: torch.device, times: int = 20) -> float:
     return max(found)
 
 
-def measure_machine(shape: LMShape, device: torch.device, bf16: bool, small: bool) -> Machine:
+def measure_machine(shape: RecurrentLM, device: torch.device, bf16: bool, small: bool) -> Machine:
     """Copy bandwidth, bandwidth of a lane's recurrent weights, matrix products.
 
     `small` is for tests.

@@ -3,7 +3,7 @@
     python -m benchmarks.unread data/wikipedia data/long --skip 20000000 --longer 12000
     python -m benchmarks.unread data/wikipedia data/fresh --skip 25000000 --articles 60
 
-`--text.train-words N` reads whole articles from the start of the training split until the next one
+`--train-words N` reads whole articles from the start of the training split until the next one
 would pass N words; what stands behind them was read by no stage. The long ones among them tell
 whether a gain still grows where the test split has too few articles; any tell what a test split no
 longer can that was read again and again. Writes OUT/test.txt.
@@ -18,11 +18,11 @@ from typing import Annotated
 
 import tyro
 
-from mlm.errors import UserError, run_cli
-from mlm.files import write_text
-from mlm.run import say
-from mlm.text import Article, count_words, open_corpus
-from mlm.tokens import limited
+from mlm.base.errors import UserError, run_cli
+from mlm.base.files import write_text
+from mlm.runs.run import say
+from mlm.text.corpora import Article, count_words, open_corpus
+from mlm.text.tokens import limited
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Options:
     out: Annotated[Path, tyro.conf.Positional]
     """Folder of the new corpus."""
     skip: int
-    """Words that training read: `--text.train-words`."""
+    """Words that training read: `--train-words`."""
     longer: int = 0
     """Words that an article must have."""
     articles: int = 32

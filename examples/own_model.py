@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlm.config import MetaConfig
-from mlm.gates import LinearGates
-from mlm.learner import RMS
-from mlm.memory import choose_dynamic
-from mlm.meta import MetaTrainer, estimate_fisher
-from mlm.module import ModuleModel
-from mlm.scoring import score_articles
-from mlm.training import Text
+from mlm.models.base import AdaptationBase, choose_dynamic
+from mlm.models.module import ModuleModel
+from mlm.reading.scoring import score_articles
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.settings.sections import MetaConfig
+from mlm.text.streams import Text
+from mlm.training.fisher import estimate_fisher
+from mlm.training.meta import MetaTrainer
 
 WORDS, WIDTH, LENGTH, EOS = 60, 16, 240, 0
 RATE, DECAY = 0.01, 0.01
@@ -73,21 +74,22 @@ def main() -> dict[str, float]:
     train(module, text, steps=20)
     model = ModuleModel(module)
     dynamic = choose_dynamic(model.weights(), "gru.*,softmax.bias")
-    memory = estimate_fisher(model.weights(), model, dynamic, held_out, segment=20, words=2000)
+    base = AdaptationBase(model, model.weights(), dynamic, rms={}, loss=0.0, segment=20)
+    base = estimate_fisher(base, held_out, words=2000)
     gates = LinearGates()
-    start = gates.start_at_rms(memory, RATE, DECAY)
+    start = gates.start_at_rms(base, RATE, DECAY)
     trainer = MetaTrainer(
-        memory, gates, start, held_out, MetaConfig(lanes=4, unroll=10, steps=8), seed=0
+        base, gates, start, held_out, MetaConfig(lanes=4, unroll=10, steps=8), seed=0
     )
     for _ in range(trainer.settings.steps):
         trainer.train_step()
     rules = {
         "static": None,
-        "RMS": RMS().bind({"rate": torch.tensor(RATE), "decay": torch.tensor(DECAY)}, memory),
-        "learned gates": gates.bind(trainer.parameters, memory),
+        "RMS": RMS().bind({"rate": torch.tensor(RATE), "decay": torch.tensor(DECAY)}, base),
+        "learned gates": gates.bind(trainer.parameters, base),
     }
     losses = {
-        name: score_articles(memory, rule, new.articles, EOS, lanes=6).total / new.words
+        name: score_articles(base, rule, new.articles, EOS, lanes=6).total / new.words
         for name, rule in rules.items()
     }
     for name, loss in losses.items():

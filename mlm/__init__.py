@@ -4,17 +4,19 @@ What a user of the package needs is importable from here; it is loaded when it i
 so that `import mlm` costs nothing.
 """
 
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mlm.base.lazy import lazily
 
 if TYPE_CHECKING:
-    from mlm.checkpoint import RunFolder
-    from mlm.config import Config
-    from mlm.errors import UserError
-    from mlm.module import ModuleModel
-    from mlm.pipeline import run_stages
-    from mlm.scoring import score_articles
+    from mlm.base.errors import UserError
+    from mlm.models.module import ModuleModel
+    from mlm.reader import load
+    from mlm.reading.scoring import score_articles
+    from mlm.runs.stages import run_stages
+    from mlm.settings.config import Config
+    from mlm.store.run_folder import RunFolder
 
 # Before torch is imported: OpenMP threads that spin at barriers make small operations up to 80x
 # slower when another process takes a core; waiting passively costs next to nothing when idle.
@@ -22,25 +24,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __version__ = "0.1.0"
-__all__ = ["Config", "ModuleModel", "RunFolder", "UserError", "run_stages", "score_articles"]
+__all__ = [
+    "Config",
+    "ModuleModel",
+    "RunFolder",
+    "UserError",
+    "load",
+    "run_stages",
+    "score_articles",
+]
 
-_HOMES = {
-    "Config": "mlm.config",
-    "ModuleModel": "mlm.module",
-    "RunFolder": "mlm.checkpoint",
-    "UserError": "mlm.errors",
-    "run_stages": "mlm.pipeline",
-    "score_articles": "mlm.scoring",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "base.errors": "UserError",
+        "models.module": "ModuleModel",
+        "reader": "load",
+        "reading.scoring": "score_articles",
+        "runs.stages": "run_stages",
+        "settings.config": "Config",
+        "store.run_folder": "RunFolder",
+    },
+)

@@ -16,10 +16,10 @@ import torch
 from tiny import tiny_config, write_corpus
 
 from mlm import kernels
-from mlm.config import Config
-from mlm.errors import run_cli
-from mlm.half import use_half
-from mlm.pipeline import run_stages
+from mlm.base.errors import run_cli
+from mlm.kernels.bfloat16 import use_bfloat16
+from mlm.runs.stages import run_stages
+from mlm.settings.config import Config
 
 # One process on each core: with two threads in each they only wait for each other.
 torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
-            use_half(False)  # of the process, which ends with a command but for tests
+            use_bfloat16(False)  # of the process, which ends with a command but for tests
         out, err = capsys.readouterr()
         return Outcome(code, out, err)
 

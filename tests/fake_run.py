@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mlm.losses import LossTable, column_name, write_losses
-from mlm.report import evaluate_rows, merge_evaluation, read_evaluation, write_evaluation
+from mlm.report.evaluation import evaluate_rows, merge_evaluation, read_evaluation, write_evaluation
+from mlm.report.losses import LossTable, column_name, write_losses
 
 RULES = ("static", "sgd", "rms", "two_levels", "three_levels")
 STRENGTH = {"static": 0.0, "sgd": 0.25, "rms": 0.4, "two_levels": 0.45, "three_levels": 0.5}

@@ -10,9 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from mlm.lm import LMShape
-from mlm.memory import LongTerm
-from mlm.streams import Segment
+from mlm.models.base import AdaptationBase
+from mlm.models.recurrent import RecurrentLM
+from mlm.text.streams import Segment
 
 Weights = dict[str, Tensor]
 
@@ -36,7 +36,7 @@ def lstm_step(w: Weights, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[
     return torch.sigmoid(o) * torch.tanh(c), c
 
 
-def log_probability(w: Weights, shape: LMShape, y: Tensor) -> Tensor:
+def log_probability(w: Weights, shape: RecurrentLM, y: Tensor) -> Tensor:
     """log p of every word (V,), full or adaptive softmax."""
     first = shape.clusters()[0][1]
     head = w["embedding"]
@@ -51,7 +51,7 @@ def log_probability(w: Weights, shape: LMShape, y: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def embedding(w: Weights, shape: LMShape, token: int) -> Tensor:
+def embedding(w: Weights, shape: RecurrentLM, token: int) -> Tensor:
     """Input vector of one token."""
     for k, (lo, hi, _) in enumerate(shape.clusters()):
         if lo <= token < hi:
@@ -63,7 +63,7 @@ def embedding(w: Weights, shape: LMShape, token: int) -> Tensor:
 
 def read_lane(
     w: Weights,
-    shape: LMShape,
+    shape: RecurrentLM,
     inputs: list[int],
     targets: list[int],
     h: list[Tensor],
@@ -88,20 +88,20 @@ def pair(x: Tensor) -> list[Tensor]:
     return [log, torch.where(big, x.sign(), x / tiny)]
 
 
-def gates(memory: LongTerm, rule):
+def gates(base: AdaptationBase, rule):
     """Eq. 6 for one tensor of one lane, written out from the definition of `LinearGates`."""
-    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+    mean = float(torch.cat([r.flatten() for r in base.rms.values()]).mean())
 
     def update(phi, name, theta, gradient, theta_0, loss, age) -> Tensor:
-        k = memory.dynamic.index(name) if rule.per_tensor else 0
-        rms = memory.rms[name]
+        k = base.dynamic.index(name) if rule.per_tensor else 0
+        rms = base.rms[name]
 
         def dot(row, fisher):
             x = [torch.ones_like(theta)]
             for feature in rule.features:
                 x += {
                     "fisher": lambda: [fisher],
-                    "loss": lambda: [torch.full_like(theta, math.tanh(loss - memory.loss))],
+                    "loss": lambda: [torch.full_like(theta, math.tanh(loss - base.loss))],
                     "age": lambda: [torch.full_like(theta, 1 / math.sqrt(1 + age))],
                     "gradient": lambda: pair(gradient / (rms + 2e-5)),
                     "distance": lambda: pair(theta - theta_0),
@@ -122,23 +122,23 @@ def gates(memory: LongTerm, rule):
     return update
 
 
-def hand_made(memory: LongTerm, name: str):
+def hand_made(base: AdaptationBase, name: str):
     """SGD, or Krause et al. 2018, eqs. 5 to 8, for one tensor of one lane."""
-    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+    mean = float(torch.cat([r.flatten() for r in base.rms.values()]).mean())
 
     def update(phi, tensor, theta, gradient, theta_0, loss, age) -> Tensor:
         if name == "sgd":
             return theta - phi["rate"] * gradient
-        rms = memory.rms[tensor]
+        rms = base.rms[tensor]
         pull = (phi["decay"] * rms / mean).clamp(max=1)
         return theta - phi["rate"] * gradient / (rms + 2e-5) + pull * (theta_0 - theta)
 
     return update
 
 
-def moments(memory: LongTerm, name: str):
+def moments(base: AdaptationBase, name: str):
     """Titans' rule with constant gates, or Adam from training's moments, for a tensor of a lane."""
-    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+    mean = float(torch.cat([r.flatten() for r in base.rms.values()]).mean())
 
     def titans(phi, tensor, theta, gradient, theta_0, loss, age, own):
         s = phi["momentum"] * own["momentum"] - phi["rate"] * gradient
@@ -149,18 +149,18 @@ def moments(memory: LongTerm, name: str):
         b1, b2 = phi["momentum"], 1 - phi["square"]
         m = b1 * own["momentum"] + (1 - b1) * gradient
         v = b2 * own["square"] + (1 - b2) * gradient**2
-        z = (phi["decay"] * memory.rms[tensor] / mean).clamp(max=1)
+        z = (phi["decay"] * base.rms[tensor] / mean).clamp(max=1)
         step = phi["rate"] * m / (v**0.5 + 2e-5)
         return theta - step - z * (theta - theta_0), {"momentum": m, "square": v}
 
     return titans if name == "momentum" else adam
 
 
-def moments_state(memory: LongTerm):
+def moments_state(base: AdaptationBase):
     """What `moments` and `family` remember of a tensor at the start of an article."""
 
     def state(name: str) -> Weights:
-        rms = memory.rms[name]
+        rms = base.rms[name]
         return {"momentum": torch.zeros_like(rms), "square": rms**2}
 
     return state
@@ -171,13 +171,13 @@ def dot(row: Tensor, values: list[Tensor]) -> Tensor:
     return torch.stack([w * v for w, v in zip(row, values, strict=True)]).sum(0)
 
 
-def family(memory: LongTerm, rule):
+def family(base: AdaptationBase, rule):
     """Eq. 6 with all parts of `LinearGates`, one tensor of one lane, hidden units one by one.
 
     `own` is what the rule remembers of the tensor: `momentum`, `square`, and lists `h` and `c`; of
     a rule with two memories, `slow` (then without the others).
     """
-    mean = float(torch.cat([r.flatten() for r in memory.rms.values()]).mean())
+    mean = float(torch.cat([r.flatten() for r in base.rms.values()]).mean())
 
     def network(phi, kind, x, own):
         rows, size = phi[f"{kind}.input"], getattr(rule, kind)
@@ -198,10 +198,10 @@ def family(memory: LongTerm, rule):
 
     def update(phi, name, theta, gradient, theta_0, loss, age, own):
         own = dict(own)
-        k = memory.dynamic.index(name) if rule.per_tensor else 0
-        rms, one = memory.rms[name], torch.ones_like(theta)
+        k = base.dynamic.index(name) if rule.per_tensor else 0
+        rms, one = base.rms[name], torch.ones_like(theta)
         values = {
-            "loss": [one * math.tanh(loss - memory.loss)],
+            "loss": [one * math.tanh(loss - base.loss)],
             "age": [one / math.sqrt(1 + age)],
             "gradient": pair(gradient / (rms + 2e-5)),
             "distance": pair(theta - theta_0),
@@ -246,20 +246,20 @@ def family(memory: LongTerm, rule):
     return both if rule.slow else update
 
 
-def family_state(memory: LongTerm, rule):
+def family_state(base: AdaptationBase, rule):
     """What `family` remembers of a tensor at the start of an article."""
 
     def state(name: str):
-        zero = torch.zeros_like(memory.rms[name])
+        zero = torch.zeros_like(base.rms[name])
         if rule.slow:
             return {"slow": zero}
-        return moments_state(memory)(name) | {n: [zero] * rule.lstm for n in ("h", "c")}
+        return moments_state(base)(name) | {n: [zero] * rule.lstm for n in ("h", "c")}
 
     return state
 
 
 def unroll(
-    memory: LongTerm,
+    base: AdaptationBase,
     update,
     parameters: Weights,
     segments: list[Segment],
@@ -276,8 +276,8 @@ def unroll(
     A rule that remembers something of a tensor starts an article with `state(name)`; its `update`
     takes it last and returns (theta, what it remembers).
     """
-    shape = memory.shape
-    assert isinstance(shape, LMShape)
+    shape = base.model
+    assert isinstance(shape, RecurrentLM)
     lanes = segments[0].inputs.shape[0]
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     finals = []
@@ -293,23 +293,23 @@ def unroll(
             age = int(reader.age[lane])
         for t, segment in enumerate(segments):
             if (t == 0 and reader is None) or bool(segment.new[lane]):
-                theta = {n: memory.weights[n] for n in memory.dynamic}
+                theta = {n: base.weights[n] for n in base.dynamic}
                 own = {n: state(n) for n in theta} if state else {}
                 h = [torch.zeros(s, dtype=torch.float64) for s in sizes]
                 c, age = [torch.zeros_like(x) for x in h], 0
             count = int(segment.mask[lane].sum())
             ids = segment.inputs[lane].tolist(), segment.targets[lane].tolist()
-            losses, h_new, c_new = read_lane({**memory.weights, **theta}, shape, *ids, h, c)
+            losses, h_new, c_new = read_lane({**base.weights, **theta}, shape, *ids, h, c)
             losses = losses[:count]
             if t:
                 total, tokens = total + losses.sum(), tokens + count
             leaves = {n: w.detach().requires_grad_() for n, w in theta.items()}
-            again, *_ = read_lane({**memory.weights, **leaves}, shape, *ids, h, c)
+            again, *_ = read_lane({**base.weights, **leaves}, shape, *ids, h, c)
             objective = again[:count].sum() / segment.inputs.shape[1]
             gradients = torch.autograd.grad(objective, list(leaves.values()))
             loss = float(losses.detach().mean())
             for n, g in zip(leaves, gradients, strict=True):
-                given = parameters, n, theta[n], g, memory.weights[n], loss, age
+                given = parameters, n, theta[n], g, base.weights[n], loss, age
                 if state:
                     theta[n], own[n] = update(*given, own[n])
                 else:

@@ -7,14 +7,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from worlds import EOS, articles, segments, tiny_memory
+from worlds import EOS, articles, segments, tiny_base
 
-from mlm.checkpoint import RunFolder
-from mlm.config import Config, LMTrainingConfig, ModelConfig
-from mlm.gates import LinearGates
-from mlm.rollout import begin, meta_gradient
-from mlm.scoring import score_articles
-from mlm.training import Text, shape_of, train_lm
+from mlm.reading.meta_gradient import meta_gradient
+from mlm.reading.scoring import score_articles
+from mlm.reading.step import begin
+from mlm.rules.gates import LinearGates
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, ModelConfig
+from mlm.store.run_folder import RunFolder
+from mlm.text.streams import Text
+from mlm.training.language_model import LMTrainer, shape_of, train_lm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +27,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("features", [("fisher", "loss", "age"), ("fisher", "gradient")])
 def test_scores_and_meta_gradient_equal_the_cpu(features) -> None:
-    here = tiny_memory()
+    here = tiny_base()
     there = here.to("cuda")
     rule = LinearGates(features=features)
     phi = rule.start_at_rms(here, 0.02, 0.05)
@@ -49,6 +52,7 @@ def test_stage_1_learns_on_the_gpu(tmp_path) -> None:
     config = Config(model=ModelConfig(embedding=16, hidden=16), lm=lm)
     text = Text([np.tile(np.arange(8), 40)] * 8, 8 * 320, EOS)
     device = torch.device("cuda")
-    train_lm(config, shape_of(config, 8), text, text, RunFolder(tmp_path), "v", device, quiet=True)
+    trainer = LMTrainer(config, shape_of(config, 8), text, device)
+    train_lm(trainer, config, text, RunFolder(tmp_path), "v", quiet=True)
     losses = [row["valid_loss"] for row in RunFolder(tmp_path).rows()]
     assert losses[-1] < 0.7 * losses[0]

@@ -1,4 +1,4 @@
-"""README's commands work: each is run as written, only smaller; the setup is what .ci/run does."""
+"""The commands of README and docs/ are run as written, only smaller; the setup is .ci/run's."""
 
 from __future__ import annotations
 
@@ -15,19 +15,22 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import Command
+from conftest import Command, Finished
 from tiny import as_flags, tiny_config, write_corpus
 
 from benchmarks.growth import TIMED
 from benchmarks.growth_unroll import Place
 from benchmarks.readme import pages
 from benchmarks.timing import SIZES, Machine, measure_machine
-from mlm.config import PRESETS
-from mlm.hub import HUB_CONFIGS
-from mlm.lm import LMShape
+from mlm.models.recurrent import RecurrentLM
+from mlm.settings.config import Config
+from mlm.settings.presets import settings
+from mlm.text.hub import HUB_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+RUN = (README, *sorted((ROOT / "docs").glob("*.md")))
+"""Pages whose commands are run."""
 CI = ROOT / ".ci" / "run"
 SCRIPTS = ("train", "evaluate", "visualize")
 #: Steps that prepare or check the whole project: .ci/run must have a line that does each.
@@ -63,7 +66,9 @@ BENCHMARK_FLAGS = {
 OPTIONAL = "pip install --no-deps -r benchmarks/requirements.txt"
 #: tests/test_package.py installs it.
 INSTALL = "pip install ."
-TINY = LMShape(vocabulary=11, embedding=8, hidden=8, layers=1)
+#: tests/test_results.py does what it does, and writes nothing.
+FILL = "python -m benchmarks.readme"
+TINY = RecurrentLM(vocabulary=11, embedding=8, hidden=8, layers=1)
 
 
 def commands_in(text: str) -> list[str]:
@@ -90,7 +95,7 @@ def scaled(command: str, folder: Path) -> tuple[str, list[str]] | None:
 
     Fails for a command that no test knows how to run.
     """
-    if command in CI_STEPS or command in (OPTIONAL, INSTALL):
+    if command in CI_STEPS or command in (OPTIONAL, INSTALL, FILL):
         return None
     python, *words = shlex.split(command)
     assert python in ("python", "python3"), f"README: no test runs `{command}`"
@@ -128,7 +133,7 @@ def _small(words: list[str], folder: Path) -> list[str]:
     }
     if (folder / out / "config.json").exists():
         again = [(f"--{flag}", str(value)) for flag, value in later.items()]
-        return [word for pair in again for word in pair] if "--preset" in words else []
+        return [word for pair in again for word in pair] if "--rule" in words else []
     assert "--resume" not in words, f"README continues {out}, which no command before began"
     names = {flag.replace(".", "__").replace("-", "_"): value for flag, value in later.items()}
     config = tiny_config(Path("pydocs"), out, lm__epochs=0.3, lm__validations=1, **names)
@@ -141,13 +146,13 @@ def _small(words: list[str], folder: Path) -> list[str]:
     for flag in ("--out", "--lm.segment"):  # of the command's own
         if flag in words:
             drop(flag)
-    if PRESETS[value("--preset", "pydocs")].text.vocabulary == "word":  # the text has few words
-        drop("--text.vocabulary-size")
+    if settings(value("--size", "tiny")).text.vocabulary == "word":  # the text has few words
+        drop(next(flag for flag in flags if flag.endswith("vocabulary-size")))
     return flags if "--corpus" in words else ["--corpus", PLACE, *flags]
 
 
 def _measure_machine_quickly(
-    shape: LMShape, device: torch.device, bf16: bool, small: bool
+    shape: RecurrentLM, device: torch.device, bf16: bool, small: bool
 ) -> Machine:
     return measure_machine(shape, device, bf16, small=True)
 
@@ -155,7 +160,7 @@ def _measure_machine_quickly(
 def test_commands_are_found() -> None:
     """The parser itself: blocks, comments, continuations, `&&`, tables; other blocks ignored."""
     text = (
-        "Run `python train.py --help` or `mlm/rollout.py`.\n\n```bash\n# first\n"
+        "Run `python train.py --help` or `mlm/reading/step.py`.\n\n```bash\n# first\n"
         "python3 -m venv .venv && python train.py \\\n  --out x  # a run\n```\n"
         "| `pytest` | tests |\n```python\npython evaluate.py\n```\n"
     )
@@ -188,7 +193,7 @@ def test_setup_is_what_ci_does() -> None:
 def test_every_command_runs(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In README's order, in an empty folder, on a tiny corpus and with tiny settings.
+    """README's, then those of docs/, in an empty folder, on a tiny corpus and with tiny settings.
 
     Pictures are drawn by `visualize.py`; the others, for which that would be most of the time,
     leave it out.
@@ -198,9 +203,10 @@ def test_every_command_runs(
     monkeypatch.setitem(SIZES, "S", TINY)
     monkeypatch.setattr("benchmarks.ceiling.measure_machine", _measure_machine_quickly)
     monkeypatch.setitem(TIMED, "lanes", (Place(TINY), (1, 2)))
-    monkeypatch.setattr("mlm.pipeline.draw", lambda folder, split=None: None)
+    for where in ("evaluate", "stages"):
+        monkeypatch.setattr(f"mlm.runs.{where}.draw", lambda folder, split=None: None)
     ran = []
-    for line in commands_in(README.read_text(encoding="utf-8")):
+    for line in commands_in("\n\n".join(page.read_text(encoding="utf-8") for page in RUN)):
         if line.startswith("cp -r "):
             source, copy = line.split()[2:]
             shutil.copytree(source, copy)
@@ -218,13 +224,13 @@ def test_every_command_runs(
     assert {line.split()[1] for line in ran} >= {f"{script}.py" for script in SCRIPTS}
 
 
-@pytest.mark.parametrize("page", [page for page in pages() if page != "README.md"])
+@pytest.mark.parametrize("page", [page for page in pages() if ROOT / page not in RUN])
 def test_commands_of_other_pages_are_understood(
     page: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take hours; their flags are parsed, by `train.py` and by every benchmark."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlm.pipeline.run_stages", lambda config: None)
+    monkeypatch.setattr("mlm.runs.stages.run_stages", lambda config: None)
     variables: dict[str, list[str]] = {}
     for line in commands_in((ROOT / page).read_text(encoding="utf-8")):
         first, *rest = shlex.split(line)
@@ -243,16 +249,40 @@ def test_commands_of_other_pages_are_understood(
                 tyro.cli(options, args=words[2:])
 
 
+def test_python_of_readme_runs(
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The six lines, on a run folder where README says that one is."""
+    finished.copy(tmp_path / "runs" / "pydocs")
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
+    lines = [line for line in code.splitlines() if line and not line.startswith("import ")]
+    assert len(lines) <= 6
+    exec(code, {})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(rows) > 20
+    assert rows[0][0] == "the"
+    assert rows[0][1] == rows[0][2], "nothing was learned before the first word"
+    assert any(row[1] != row[2] for row in rows), "the weights are rewritten"
+
+
+def test_readme_is_short() -> None:
+    assert README.stat().st_size <= 9_000
+
+
 def test_train_needs_no_arguments(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`python train.py` as it stands in README: the default settings reach the stages."""
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr("mlm.pipeline.run_stages", seen.append)
+    monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
     outcome = command("train")
     assert outcome.code == 0, outcome.err
-    assert [config.preset for config in seen] == ["pydocs"]
+    assert seen == [Config()]
 
 
 @pytest.mark.slow

@@ -11,21 +11,31 @@ from conftest import Finished
 from tiny import as_flags
 from worlds import EOS
 
-from mlm.config import Config, LMTrainingConfig, ModelConfig
-from mlm.gates import LinearGates
-from mlm.learner import RMS, as_parameters
-from mlm.lm import LMShape
-from mlm.lowrank import add_low_rank, turned
-from mlm.memory import LongTerm
-from mlm.phrases import phrases
-from mlm.related import relate
-from mlm.rules import open_slow, start_at
-from mlm.stage_meta import Learned
-from mlm.through import ThroughLearned
-from mlm.training import LMTrainer, Text
+from mlm.experimental.through import ThroughLearned
+from mlm.extensions import (
+    Extensions,
+    IntraSegment,
+    NGramEmbeddings,
+    NGramMemory,
+    SurpriseWeighting,
+    WordCoupling,
+)
+from mlm.extensions.ngram_memory import STEPS
+from mlm.extensions.word_coupling import couple
+from mlm.models.base import AdaptationBase, fold_low_rank
+from mlm.models.recurrent import RecurrentLM
+from mlm.rules.family import open_slow, start_at
+from mlm.rules.gates import LinearGates
+from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import LoadedRule, as_parameters
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig, ModelConfig
+from mlm.text.streams import Text
+from mlm.training.directions import add_low_rank
+from mlm.training.language_model import LMTrainer
 
 DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent", "lstm.0.bias")
-SHAPE = LMShape(24, 8, 8, 1)
+SHAPE = RecurrentLM(24, 8, 8, 1)
 
 
 def text_of_articles(seed: int = 0) -> Text:
@@ -41,7 +51,12 @@ def text_of_articles(seed: int = 0) -> Text:
 def through_config(**changes) -> Config:
     lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
     lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
-    return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
+    embeddings = NGramEmbeddings(contexts=changes.pop("contexts", 0))
+    return Config(
+        lm=LMTrainingConfig(**{**lm, **changes}),  # type: ignore[arg-type]
+        model=ModelConfig(8, 8),
+        extensions=Extensions(ngram_embeddings=embeddings),
+    )
 
 
 def as_usual(text: Text | None = None, **changes) -> LMTrainer:
@@ -50,26 +65,33 @@ def as_usual(text: Text | None = None, **changes) -> LMTrainer:
     return LMTrainer(through_config(**changes), SHAPE, read, torch.device("cpu"))
 
 
-def learned_rule_of(at_once: bool = True) -> Learned:
-    """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
+def learned_rule_of(intra_segment: bool = True) -> LoadedRule:
+    """Gates with two memories, in bases, with word coupling and n-gram memory, for an untrained
+    LM."""
     weights = as_usual().model()
     weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, text_of_articles(), 1000)
     random = torch.Generator().manual_seed(0)
-    weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
+    bare = AdaptationBase(SHAPE, weights, DYNAMIC, {}, 3.0, 10)
+    weights = couple(bare, torch.randn(24, 3, generator=random) / 4).weights
     rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
-    memory = turned(LongTerm(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
-    own = phrases(weights["embedding"], 50)
-    own = own._replace(steps=own.steps / 20)  # which are made for wide embeddings
-    memory = dataclasses.replace(memory, at_once=at_once, surprise=0.25, phrases=own)
-    start = as_parameters({"rate": 0.01, "decay": 0.01}, memory)
+    wanted = Extensions(
+        word_coupling=WordCoupling(directions=3),
+        intra_segment=IntraSegment(on=intra_segment),
+        # steps that are made for wide embeddings
+        ngram_memory=NGramMemory(tokens=50, steps=tuple(step / 20 for step in STEPS)),
+        surprise_weighting=SurpriseWeighting(share=0.25),
+    )
+    base = AdaptationBase(SHAPE, weights, DYNAMIC, rms, 3.0, 10, extensions=wanted.enabled())
+    base = fold_low_rank(base).derived()
+    start = as_parameters({"rate": 0.01, "decay": 0.01}, base)
     rule = LinearGates(per_unit=True, slow=True)
-    parameters = start_at(rule, RMS(), start, memory)
+    parameters = start_at(rule, RMS(), start, base)
     open_slow(parameters)
-    return Learned(rule, parameters, memory)
+    return LoadedRule(rule, parameters, base)
 
 
-def through(at_once: bool = True, **changes) -> ThroughLearned:
-    own = learned_rule_of(at_once)
+def through(intra_segment: bool = True, **changes) -> ThroughLearned:
+    own = learned_rule_of(intra_segment)
     return ThroughLearned(
         through_config(through="learned", **changes),
         SHAPE,
@@ -85,7 +107,7 @@ def flags_through(finished: Finished, out: Path) -> list[str]:
     lm = dataclasses.replace(
         config.lm,
         epochs=1.0,
-        segment=config.adapt.segment,
+        segment=config.adapt.update_every,
         init=finished.folder,
         through="learned",
         through_run=finished.folder,

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pytest
 import torch
 
-from mlm.checkpoint import RunFolder
-from mlm.lm import EMBEDDING_BOUND, LMShape, Weights, initial_weights
-from mlm.memory import LongTerm
-from mlm.module import ModuleModel
-from mlm.streams import LaneStream, Segment
-from mlm.through import ThroughTrainer
-from mlm.training import LMTrainer
+from mlm.experimental.through import ThroughTrainer
+from mlm.models.base import AdaptationBase
+from mlm.models.extension import Extension
+from mlm.models.language_model import Weights
+from mlm.models.module import ModuleModel
+from mlm.models.recurrent import EMBEDDING_BOUND, RecurrentLM, initial_weights
+from mlm.store.run_folder import RunFolder
+from mlm.text.streams import LaneStream, Segment
+from mlm.training.language_model import LMTrainer
 
 EOS = 0
+Base = TypeVar("Base", bound=AdaptationBase)
+
+
+def with_extensions(base: Base, *extensions: Extension) -> Base:
+    """The same base, read with these alone, and with the weights that they derive."""
+    found = dataclasses.replace(base, extensions=extensions).derived()
+    assert isinstance(found, type(base))
+    return found
 
 
 @dataclass(frozen=True)
-class TinyMemory(LongTerm):
+class TinyBase(AdaptationBase):
     """A memory whose model has recurrent layers: its sizes may be asked for."""
 
-    shape: LMShape
+    model: RecurrentLM
 
 
 def made_up_rms(weights: Weights, names: Sequence[str], generator: torch.Generator) -> Weights:
@@ -38,7 +49,7 @@ def made_up_rms(weights: Weights, names: Sequence[str], generator: torch.Generat
     }
 
 
-def tiny_memory(
+def tiny_base(
     dynamic: tuple[str, ...] | None = None,
     *,
     layers: int = 2,
@@ -46,16 +57,16 @@ def tiny_memory(
     segment: int = 5,
     seed: int = 0,
     cell: Literal["lstm", "qrnn"] = "lstm",
-) -> TinyMemory:
+) -> TinyBase:
     """A model of a dozen words with a made-up Fisher, in float64."""
     generator = torch.Generator().manual_seed(seed)
-    shape = LMShape(12, 4, 6, layers, cutoffs, cell)
+    shape = RecurrentLM(12, 4, 6, layers, cutoffs, cell)
     weights = {n: w.double() * 2 for n, w in initial_weights(shape, generator).items()}
     if cell == "lstm":  # gates that are not saturated, in every layer
         weights["lstm.0.input"] *= EMBEDDING_BOUND * math.sqrt(4 / 6)
     names = tuple(weights) if dynamic is None else dynamic
     rms = made_up_rms(weights, names, generator)
-    return TinyMemory(shape, weights, names, rms, 2.3, segment)
+    return TinyBase(shape, weights, names, rms, 2.3, segment)
 
 
 class _Bigrams(torch.nn.Module):
@@ -72,12 +83,12 @@ class _Bigrams(torch.nn.Module):
         return self.table(tokens), state
 
 
-def bigram_memory() -> LongTerm:
+def bigram_base() -> AdaptationBase:
     """A long-term memory of a module that stage 1 did not train."""
     model = ModuleModel(_Bigrams())
     weights = model.weights()
     rms = {n: torch.ones_like(w) for n, w in weights.items()}
-    return LongTerm(model, weights, tuple(weights), rms, 2.3, 5)
+    return AdaptationBase(model, weights, tuple(weights), rms, 2.3, 5)
 
 
 def articles(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
@@ -86,9 +97,11 @@ def articles(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
     return [random.integers(0, 12, size=n) for n in lengths]
 
 
-def segments(memory: LongTerm, lengths: tuple[int, ...], lanes: int, number: int) -> list[Segment]:
+def segments(
+    base: AdaptationBase, lengths: tuple[int, ...], lanes: int, number: int
+) -> list[Segment]:
     """The first `number` segments of an endless training stream."""
-    stream = LaneStream(articles(lengths), lanes, memory.segment, EOS, seed=3)
+    stream = LaneStream(articles(lengths), lanes, base.segment, EOS, seed=3)
     return [next(stream) for _ in range(number)]
 
 

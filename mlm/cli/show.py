@@ -31,7 +31,7 @@ class Options:
 def main() -> None:
     """Parse the command line, draw, and print one path a line."""
     options = tyro.cli(Options)
-    from mlm.plots import draw_all  # after parsing: --help need not wait for matplotlib
+    from mlm.report.plots import draw_all
 
     paths = draw_all(
         options.run,

@@ -1,0 +1,35 @@
+"""Compiled loops, each beside its eager twin; threads, the buffer pool, bfloat16 products."""
+
+from mlm.kernels.compile import eager, numba, share_out, usable, use_kernels
+from mlm.kernels.ngram import recall_phrases
+from mlm.kernels.recurrent import (
+    lstm_backward,
+    lstm_forward,
+    matrix_vector,
+    qrnn_backward,
+    qrnn_forward,
+)
+from mlm.kernels.softmax import softmax_rows, teach_rows
+from mlm.kernels.update import TILE, pull_back, push_forward, relax, relax_both, tiles
+
+__all__ = [
+    "TILE",
+    "eager",
+    "lstm_backward",
+    "lstm_forward",
+    "matrix_vector",
+    "numba",
+    "pull_back",
+    "push_forward",
+    "qrnn_backward",
+    "qrnn_forward",
+    "recall_phrases",
+    "relax",
+    "relax_both",
+    "share_out",
+    "softmax_rows",
+    "teach_rows",
+    "tiles",
+    "usable",
+    "use_kernels",
+]

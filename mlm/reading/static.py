@@ -1,0 +1,69 @@
+"""Reading under theta_0: no lane has weights of its own, no rule writes any.
+
+Letters: B lanes, M tokens per segment.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlm.models.base import AdaptationBase
+from mlm.models.extension import Extension, Outcome
+from mlm.models.language_model import LanguageModel, Read, Weights, own_weights
+from mlm.reading.step import Telling, begin_extras, carry_extras, open_extras
+from mlm.text.streams import LaneStream, Segment, Text
+
+
+class StaticReader:
+    """Lanes that read under theta_0, with the extensions that belong to the language model."""
+
+    def __init__(self, base: AdaptationBase, lanes: int) -> None:
+        self.base = base.of_model()
+        self.weights = base.static
+        some = next(iter(self.weights.values()))
+        self.state = base.model.initial_state(lanes, some.device, some.dtype)
+        self.extras = begin_extras(self.base, lanes)
+
+    def select(self, lanes: Tensor) -> None:
+        """Go on with some of the lanes (their indices)."""
+        self.state = self.state.select(lanes)
+        self.extras = {n: value.select(lanes) for n, value in self.extras.items()}
+
+    @torch.no_grad()
+    def read(self, segment: Segment) -> Read:
+        """Predict a segment, without a gradient; losses of padding count, too."""
+        state = self.state.keep(~segment.new)
+        extras = open_extras(self.base, self.extras, segment.new, segment.new)
+        telling = Telling(self.base, self.base.weights, extras, segment)
+        tell = telling if self.base.extensions else None
+        now = self.base.model.read(self.weights, segment.inputs, segment.targets, state, tell=tell)
+        self.state = now.state
+        outcome = Outcome(None, segment.mask)
+        self.extras = carry_extras(self.base, extras, segment, telling.told, outcome)
+        return now
+
+
+@torch.no_grad()
+def static_loss(
+    weights: Weights,
+    model: LanguageModel,
+    text: Text,
+    lanes: int,
+    segment: int,
+    precision: torch.dtype = torch.float32,
+    extensions: tuple[Extension, ...] = (),
+) -> float:
+    """Mean loss in nats per token of `text` under fixed weights, state reset at borders."""
+    device = next(iter(own_weights(weights).values())).device
+    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
+    base = AdaptationBase(model, weights, (), {}, 0.0, segment, extensions=extensions)
+    reader = StaticReader(base, stream.lanes)
+    total, tokens = 0.0, 0
+    for raw in stream:
+        piece = raw.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            now = reader.read(piece)
+        total += float((now.nll * piece.mask).sum())
+        tokens += int(piece.mask.sum())
+    return total / tokens

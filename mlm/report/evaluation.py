@@ -1,0 +1,391 @@
+"""The evaluation of a run as rows: totals, by position in the article, by article, rule by rule.
+
+All statistics are paired per article: a gain is the static model's loss minus the rule's on the
+same words, and intervals come from resampling articles. Letters: N words, A articles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from mlm.base.errors import UserError
+from mlm.base.files import write_text
+from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
+from mlm.report.losses import LossTable
+from mlm.report.tables import Row, evaluation_markdown
+
+#: Pairs (rule, against) whose gains are compared, where both were measured.
+COMPARISONS = (
+    *((rule + end, "rms" + end) for rule in LEARNED for end in ("", CACHE)),
+    ("three_levels", "two_levels"),
+    ("four_levels", "three_levels"),
+    ("rms", "sgd"),
+)
+
+
+FIRST_BIN = 200  # words; bins of this size, then doubling
+
+
+RESAMPLES = 9999
+
+
+POSITION_RESAMPLES = 1999  # there are many bins, and their bands are read by eye
+
+
+_KIND_ORDER = ("total", "comparison", "position", "article")
+
+
+def bootstrap_interval(
+    statistic: Callable[..., Any],
+    *samples_A: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[float] | None:
+    """Return the paired 95 % bootstrap interval of `statistic(*samples_A, axis=...)`.
+
+    Articles are the units resampled, jointly over the samples. Bias-corrected and accelerated
+    (BCa), or by percentiles where BCa is not defined (all articles alike). None for fewer than
+    two articles or a statistic that is not finite.
+    """
+    if len(samples_A[0]) < 2:
+        return None
+    with warnings.catch_warnings():
+        # scipy warns when BCa is degenerate; the percentile interval then takes its place.
+        warnings.simplefilter("ignore")
+        result = stats.bootstrap(
+            samples_A,
+            statistic,
+            paired=True,
+            vectorized=True,
+            n_resamples=resamples,
+            batch=1000,
+            method="BCa",
+            rng=np.random.default_rng(seed),
+        )
+        interval = [float(bound) for bound in result.confidence_interval]
+        if not np.isfinite(interval).all():
+            interval = [
+                float(q) for q in np.quantile(result.bootstrap_distribution, [0.025, 0.975])
+            ]
+    return interval if np.isfinite(interval).all() else None
+
+
+def mean_gain(gain_A: np.ndarray, words_A: np.ndarray, axis: int = -1) -> np.ndarray:
+    """Nats gained per word: a ratio of sums, so that every word counts alike."""
+    return gain_A.sum(axis=axis) / words_A.sum(axis=axis)
+
+
+def gain_ratio(gain_A: np.ndarray, against_A: np.ndarray, axis: int = -1) -> np.ndarray:
+    return gain_A.sum(axis=axis) / against_A.sum(axis=axis)
+
+
+def position_edges(longest: int) -> list[int]:
+    """Return bin edges 0, 200, 400, 800, ... of word positions, covering `longest` words."""
+    edges = [0, FIRST_BIN]
+    while edges[-1] < longest:
+        edges.append(2 * edges[-1])
+    return edges
+
+
+@dataclass(frozen=True)
+class PositionBin:
+    """Words at positions `start` to `stop` (exclusive) of their articles, under one rule."""
+
+    start: int
+    stop: int
+    articles: int
+    words: int
+    nll: float
+    gain: float
+    interval: list[float] | None
+
+
+def position_gains(
+    table: LossTable,
+    rule: str,
+    protocol: str,
+    *,
+    resamples: int = POSITION_RESAMPLES,
+    seed: int = 0,
+) -> list[PositionBin]:
+    """Return the nats per word that `rule` gains over static, by position in the article."""
+    loss_N = table.loss(rule, protocol)
+    gain_N = table.loss(STATIC, protocol) - loss_N
+    edges = position_edges(int(table.words_A.max()))
+    bin_N = np.searchsorted(edges, table.position_N, side="right") - 1
+    bins = []
+    for place, (start, stop) in enumerate(itertools.pairwise(edges)):
+        inside = bin_N == place
+        ordinal = table.ordinal_N[inside]
+        words_A = np.bincount(ordinal)
+        gain_A = np.bincount(ordinal, gain_N[inside])[words_A > 0]
+        words_A = words_A[words_A > 0]
+        interval = _gain_interval(rule, gain_A, words_A, resamples, seed)
+        bins.append(
+            PositionBin(
+                start=start,
+                stop=stop,
+                articles=len(words_A),
+                words=int(words_A.sum()),
+                nll=float(loss_N[inside].sum()),
+                gain=float(mean_gain(gain_A, words_A)),
+                interval=interval,
+            )
+        )
+    return bins
+
+
+def _gain_interval(
+    rule: str, gain_A: np.ndarray, words_A: np.ndarray, resamples: int, seed: int
+) -> list[float] | None:
+    """The interval of nats gained per word; [0, 0] for static, which by definition gains 0."""
+    if rule == STATIC:
+        return [0.0, 0.0] if len(words_A) > 1 else None
+    return bootstrap_interval(mean_gain, gain_A, words_A, resamples=resamples, seed=seed)
+
+
+def evaluate_rows(
+    table: LossTable,
+    *,
+    corpus: str,
+    words_per_second: Mapping[tuple[str, str], float],
+    settings: Mapping[tuple[str, str], Mapping[str, Any]],
+    bytes_A: Sequence[int] | None = None,
+    comparisons: Sequence[tuple[str, str]] = COMPARISONS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Row]:
+    """Return the rows of `evaluation.json` for every rule and protocol in `table`.
+
+    `words_per_second` and `settings` are keyed by (rule, protocol) and may lack entries. `bytes_A`
+    holds the UTF-8 bytes of each article, in the table's order; by default they are counted from
+    the words as in WikiText's form (a space or line end after every word). Raises `UserError` if
+    a protocol has rules but no static losses to pair them with.
+    """
+    sizes_A = _word_bytes(table) if bytes_A is None else list(bytes_A)
+    if len(sizes_A) != len(table.start_A):
+        raise ValueError(f"{len(sizes_A)} byte counts for {len(table.start_A)} articles")
+    rows: list[Row] = []
+    for protocol in PROTOCOLS:
+        rules = table.rules(protocol)
+        if rules and STATIC not in rules:
+            raise UserError(
+                f"{table.source}: protocol {protocol!r} has rules {', '.join(rules)} but not "
+                f"{STATIC!r}, which gains are measured against; evaluate {STATIC!r} too"
+            )
+        for rule in rules:
+            key = (rule, protocol)
+            common = {
+                "rule": rule,
+                "protocol": protocol,
+                "split": table.split,
+                "corpus": corpus,
+                "words_per_second": _finite(words_per_second.get(key)),
+                "settings": dict(settings.get(key, {})),
+            }
+            rows += _rule_rows(table, rule, protocol, common, sizes_A, resamples, seed)
+        for rule, against in comparisons:
+            if rule in rules and against in rules:
+                rows.append(_comparison(table, protocol, rule, against, resamples, seed))
+    return _in_order(rows)
+
+
+def _word_bytes(table: LossTable) -> list[int]:
+    """UTF-8 bytes of each article in WikiText's form: a space or a line end after every word."""
+    size_N = [1 if word == EOS else len(word.encode()) + 1 for word in table.word_N]
+    return np.add.reduceat(np.array(size_N, dtype=np.int64), table.start_A).tolist()
+
+
+def _rule_rows(
+    table: LossTable,
+    rule: str,
+    protocol: str,
+    common: Row,
+    bytes_A: Sequence[int],
+    resamples: int,
+    seed: int,
+) -> list[Row]:
+    """The total, position and article rows of one rule in one protocol."""
+    loss_N, static_N = table.loss(rule, protocol), table.loss(STATIC, protocol)
+    nll_A = np.add.reduceat(loss_N, table.start_A)
+    gain_A = np.add.reduceat(static_N, table.start_A) - nll_A
+    words_A = table.words_A
+    interval = _gain_interval(rule, gain_A, words_A, resamples, seed)
+    rows = [
+        {"kind": "total", **common, "articles": len(words_A)}
+        | _measures(nll_A.sum(), words_A.sum(), sum(bytes_A), gain_A.sum(), interval)
+    ]
+    # Bytes are known per article only, so a bin of positions has no bits per byte.
+    for part in position_gains(
+        table, rule, protocol, resamples=min(resamples, POSITION_RESAMPLES), seed=seed
+    ):
+        rows.append(
+            {"kind": "position", **common, "from": part.start, "to": part.stop}
+            | {"articles": part.articles}
+            | _measures(part.nll, part.words, None, part.gain * part.words, part.interval)
+        )
+    for place, article in enumerate(table.articles):
+        rows_of_article = table.rows(article)
+        first, second = half_gains(static_N[rows_of_article], loss_N[rows_of_article])
+        rows.append(
+            {"kind": "article", **common, "article": article, "title": table.title(article)}
+            | _measures(nll_A[place], words_A[place], bytes_A[place], gain_A[place], None)
+            | {"first_half_gain": first, "second_half_gain": second}
+        )
+    return rows
+
+
+def _measures(
+    nll: float, words: int, size: int | None, gain: float, interval: list[float] | None
+) -> Row:
+    """The numbers every row has; `gain` is in nats in all, `size` in bytes."""
+    nll, words = float(nll), int(words)
+    return {
+        "words": words,
+        "bytes": None if size is None else int(size),
+        "nll": nll,
+        "word_perplexity": perplexity(nll, words),
+        "bits_per_byte": nll / math.log(2) / int(size) if size else None,
+        "nats_per_word_gained": float(gain) / words,
+        "interval": interval,
+    }
+
+
+def perplexity(nll: float, words: int) -> float | None:
+    """Return exp(nll / words), or None without words or beyond what a float can hold."""
+    if not words or not nll / words < 700:
+        return None
+    return math.exp(nll / words)
+
+
+def half_gains(static_N: np.ndarray, loss_N: np.ndarray) -> tuple[float | None, float | None]:
+    """Return the gains in perplexity in the first and the second half of an article's words, as
+    beside Figure 2 of Wolf et al. 2018 (arXiv 1803.10631); None for a half without words."""
+    middle = len(static_N) // 2
+    gains = []
+    for half in (slice(None, middle), slice(middle, None)):
+        words = len(static_N[half])
+        before = perplexity(float(static_N[half].sum()), words)
+        after = perplexity(float(loss_N[half].sum()), words)
+        gains.append(None if before is None or after is None else before - after)
+    return gains[0], gains[1]
+
+
+def _comparison(
+    table: LossTable, protocol: str, rule: str, against: str, resamples: int, seed: int
+) -> Row:
+    """How much more `rule` gains than `against`: nats per word, and as a ratio of the gains."""
+    static_N = table.loss(STATIC, protocol)
+    gain_A, against_A = (
+        np.add.reduceat(static_N - table.loss(name, protocol), table.start_A)
+        for name in (rule, against)
+    )
+    words_A = table.words_A
+    more_A = gain_A - against_A
+    gained = _gain_interval(against, against_A, words_A, resamples, seed)
+    # A ratio of gains means something only where the gain divided by is surely positive.
+    ratio = gained is not None and gained[0] > 0
+    total = float(against_A.sum())
+    return {
+        "kind": "comparison",
+        "protocol": protocol,
+        "split": table.split,
+        "rule": rule,
+        "against": against,
+        "ratio": _finite(gain_A.sum() / total) if total > 0 else None,
+        "interval": (
+            bootstrap_interval(gain_ratio, gain_A, against_A, resamples=resamples, seed=seed)
+            if ratio
+            else None
+        ),
+        "difference": float(mean_gain(more_A, words_A)),
+        "difference_interval": bootstrap_interval(
+            mean_gain, more_A, words_A, resamples=resamples, seed=seed
+        ),
+    }
+
+
+def _finite(number: Any) -> float | None:
+    """A float for JSON, which knows no NaN or infinity."""
+    return None if number is None or not math.isfinite(number) else float(number)
+
+
+def read_evaluation(run_dir: Path) -> list[Row]:
+    """Return the rows of `evaluation.json` (none if there is no such file).
+
+    Raises `UserError` if the file is not a JSON list of rows.
+    """
+    path = run_dir / "evaluation.json"
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); delete it and evaluate again") from error
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and "kind" in r for r in rows):
+        raise UserError(f"{path} is not a list of evaluation rows; delete it and evaluate again")
+    return rows
+
+
+def merge_evaluation(existing: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Return the rows of both, `new` replacing `existing` of the same split, protocol and rule.
+
+    Where the static losses of a split changed (another model), all its old rows go, because their
+    gains were measured against something else; so do comparisons with a replaced rule.
+    """
+    replaced = {(row["split"], row["protocol"], row["rule"]) for row in new}
+
+    def static_nll(rows: Sequence[Row]) -> dict[tuple[str, str], float]:
+        return {
+            (row["split"], row["protocol"]): row["nll"]
+            for row in rows
+            if row["kind"] == "total" and row["rule"] == STATIC
+        }
+
+    old, now = static_nll(existing), static_nll(new)
+    changed = {
+        k[0] for k in old.keys() & now.keys() if not math.isclose(old[k], now[k], rel_tol=1e-3)
+    }
+    kept = [
+        row
+        for row in existing
+        if row.get("split") not in changed
+        and (row.get("split"), row.get("protocol"), row.get("rule")) not in replaced
+        and (row.get("split"), row.get("protocol"), row.get("against")) not in replaced
+    ]
+    return _in_order([*kept, *new])
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    """Totals first, then comparisons, positions, articles; splits, protocols and rules in order."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        kind = row["kind"]
+        return (
+            _KIND_ORDER.index(kind) if kind in _KIND_ORDER else len(_KIND_ORDER),
+            str(row.get("split")),
+            str(row.get("protocol")),
+            rule_order(str(row.get("rule"))),
+            row.get("from", row.get("article", 0)) or 0,
+        )
+
+    return sorted(rows, key=key)
+
+
+def write_evaluation(run_dir: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write `evaluation.json` (one row a line) and `evaluation.md`; return their paths."""
+    lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows]
+    as_json, as_markdown = run_dir / "evaluation.json", run_dir / "evaluation.md"
+    write_text(as_json, "[\n" + ",\n".join(lines) + "\n]\n")
+    write_text(as_markdown, evaluation_markdown(rows))
+    return [as_json, as_markdown]

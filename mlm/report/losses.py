@@ -1,0 +1,297 @@
+"""The per-word losses of a run (`losses.parquet`): one row per word, one column per rule.
+
+Letters: N words, A articles. A column `rms` holds the losses of rule `rms` in protocol `article`
+(weights and state reset at every article), a column `rms_stream` those in protocol `stream`
+(articles read one after the other, nothing reset).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mlm.base.errors import UserError
+from mlm.base.files import atomic_path
+from mlm.base.names import PROTOCOLS, STATIC, rule_order
+
+_KEYS = {
+    "split": pa.string(),
+    "article": pa.int32(),
+    "title": pa.string(),
+    "position": pa.int32(),
+    "word": pa.string(),
+}
+
+
+def column_name(rule: str, protocol: str) -> str:
+    """Return the name of the loss column of `rule` in `protocol`."""
+    return rule if protocol == PROTOCOLS[0] else f"{rule}_{protocol}"
+
+
+def rule_and_protocol(column: str) -> tuple[str, str]:
+    """Return the (rule, protocol) that the loss column `column` holds."""
+    for protocol in PROTOCOLS[1:]:
+        if column.endswith(f"_{protocol}"):
+            return column.removesuffix(f"_{protocol}"), protocol
+    return column, PROTOCOLS[0]
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """The word losses of one split, in nats, ordered by article, then position.
+
+    `article_N` and `position_N` are integers (positions count words from 0 within an article),
+    `word_N` strings (`<eos>` at a line end), `titles` maps an article's index to its title and
+    `losses` a column name (see `column_name`) to N losses. Raises `UserError` if that is broken.
+    """
+
+    split: str
+    article_N: np.ndarray
+    position_N: np.ndarray
+    word_N: np.ndarray
+    titles: dict[int, str]
+    losses: dict[str, np.ndarray]
+    source: str = "the word losses"
+
+    def __post_init__(self) -> None:
+        words = len(self.article_N)
+        if words == 0:
+            raise UserError(f"{self.source}: split {self.split!r} has no words; evaluate it again")
+        for name, column in (("position", self.position_N), ("word", self.word_N)):
+            if len(column) != words:
+                raise UserError(
+                    f"{self.source}: {len(column):,} values of {name!r} for {words:,} words"
+                )
+        self._check_order()
+        if not self.losses:
+            raise UserError(
+                f"{self.source}: split {self.split!r} has no loss column; run evaluate.py again"
+            )
+        for name, loss_N in self.losses.items():
+            if len(loss_N) != words:
+                raise UserError(
+                    f"{self.source}: {len(loss_N):,} losses of {name!r}, {words:,} words"
+                )
+            bad = int(np.count_nonzero(~np.isfinite(loss_N)))
+            if bad:
+                raise UserError(
+                    f"{self.source}: {bad:,} of {words:,} losses in column {name!r}, split "
+                    f"{self.split!r}, are not finite numbers; evaluate that rule again with a "
+                    "smaller step size"
+                )
+
+    def _check_order(self) -> None:
+        """Articles in order, and the words of each numbered 0, 1, 2, ..."""
+        step_N = np.diff(self.article_N.astype(np.int64))
+        expected_N = np.arange(len(self.article_N)) - np.repeat(
+            self.start_A, np.diff([*self.start_A, len(self.article_N)])
+        )
+        if (step_N < 0).any() or (expected_N != self.position_N).any():
+            raise UserError(
+                f"{self.source}: the words of split {self.split!r} are not in the order of article "
+                "and position; run evaluate.py again"
+            )
+
+    @functools.cached_property
+    def start_A(self) -> np.ndarray:
+        """The row of each article's first word."""
+        return np.flatnonzero(np.diff(self.article_N, prepend=self.article_N[0] - 1))
+
+    @functools.cached_property
+    def articles(self) -> list[int]:
+        """The indices of the articles, in order."""
+        return [int(index) for index in self.article_N[self.start_A]]
+
+    @functools.cached_property
+    def words_A(self) -> np.ndarray:
+        """The number of words of each article."""
+        return np.diff([*self.start_A, len(self.article_N)])
+
+    @functools.cached_property
+    def ordinal_N(self) -> np.ndarray:
+        """For each word, its article's place among the articles present (0, 1, ... A - 1)."""
+        return np.repeat(np.arange(len(self.start_A)), self.words_A)
+
+    def title(self, article: int) -> str:
+        """Return an article's title, or `article 7` if it has none."""
+        return self.titles.get(article) or f"article {article}"
+
+    def rows(self, article: int) -> slice:
+        """Return the rows of the article with index `article`; `UserError` if there is none."""
+        if article not in self.articles:
+            raise UserError(
+                f"split {self.split!r} has no article {article}; its {len(self.articles)} articles "
+                f"are numbered {self.articles[0]} to {self.articles[-1]}"
+            )
+        place = self.articles.index(article)
+        start = int(self.start_A[place])
+        return slice(start, start + int(self.words_A[place]))
+
+    def rules(self, protocol: str) -> list[str]:
+        """Return the rules measured in `protocol`, known ones first."""
+        pairs = [rule_and_protocol(name) for name in self.losses]
+        return sorted((rule for rule, where in pairs if where == protocol), key=rule_order)
+
+    def compared_protocols(self) -> list[str]:
+        """Return the protocols with static losses and another rule's; `UserError` if none has."""
+        found = [p for p in PROTOCOLS if STATIC in self.rules(p) and len(self.rules(p)) > 1]
+        if not found:
+            raise UserError(
+                f"{self.source}: split {self.split!r} has the losses of "
+                f"{', '.join(sorted(self.losses))}; pictures compare {STATIC!r} with another "
+                "rule of the same protocol: evaluate both"
+            )
+        return found
+
+    def loss(self, rule: str, protocol: str) -> np.ndarray:
+        """Return the losses of `rule` in `protocol`, float64 (N,); `UserError` if not measured."""
+        name = column_name(rule, protocol)
+        if name not in self.losses:
+            raise UserError(
+                f"{self.source}: rule {rule!r} was not measured in protocol {protocol!r} on split "
+                f"{self.split!r} (present: {', '.join(sorted(self.losses))}); evaluate it first"
+            )
+        return self.losses[name].astype(np.float64)
+
+    @classmethod
+    def load(cls, path: Path, split: str | None = None) -> LossTable:
+        """Read one split of `losses.parquet` (the run's default one if `split` is None).
+
+        Raises `UserError` if the file is missing, unreadable, lacks columns or lacks the split.
+        """
+        present = splits(path)
+        chosen = default_split(present) if split is None else split
+        if chosen not in present:
+            raise UserError(
+                f"{path} has no split {chosen!r}, only {', '.join(present)}; choose one of them or "
+                f"run evaluate.py with that split"
+            )
+        return cls._from_arrow(_read(path, split=chosen), chosen, str(path))
+
+    @classmethod
+    def _from_arrow(cls, table: pa.Table, split: str, source: str) -> LossTable:
+        article_N = table["article"].to_numpy()
+        word_N = np.array(table["word"].to_pylist(), dtype=object)
+        first = np.flatnonzero(np.diff(article_N, prepend=article_N[0] - 1))
+        titles = table["title"].take(pa.array(first)).to_pylist()
+        losses = {}
+        for name in table.column_names:
+            column = table[name]
+            if name not in _KEYS and column.null_count < len(column):
+                losses[name] = column.to_numpy().astype(np.float32)
+        return cls(
+            split=split,
+            article_N=article_N,
+            position_N=table["position"].to_numpy(),
+            word_N=word_N,
+            titles={int(a): title or "" for a, title in zip(article_N[first], titles, strict=True)},
+            losses=losses,
+            source=source,
+        )
+
+    def to_arrow(self) -> pa.Table:
+        """Return the table in the form of `losses.parquet`."""
+        titles = [self.titles.get(article, "") for article in self.articles]
+        columns: dict[str, pa.Array] = {
+            "split": pa.repeat(pa.scalar(self.split), len(self.article_N)),
+            "article": pa.array(self.article_N, pa.int32()),
+            "title": pa.array(titles, pa.string()).take(pa.array(self.ordinal_N)),
+            "position": pa.array(self.position_N, pa.int32()),
+            "word": pa.array(self.word_N, pa.string()),
+        }
+        for name, loss_N in self.losses.items():
+            columns[name] = pa.array(loss_N.astype(np.float32), pa.float32())
+        return pa.table(columns)
+
+
+def default_split(present: list[str]) -> str:
+    """Return the split that pictures show when none is asked for: `valid`, else the first."""
+    return "valid" if "valid" in present else present[0]
+
+
+def splits(path: Path) -> list[str]:
+    """Return the splits in a `losses.parquet`, sorted; `UserError` if it cannot be read."""
+    present = sorted(_read(path, columns=["split"])["split"].unique().to_pylist())
+    if not present:
+        raise UserError(f"{path} has no rows; run evaluate.py on this run folder again")
+    return present
+
+
+def write_losses(path: Path, table: LossTable) -> LossTable:
+    """Write one split into `losses.parquet`, atomically; return the split as it now stands.
+
+    Other splits in the file stay. Rows of the same split are replaced; columns of rules that were
+    not measured again stay too, provided that the text and the static losses are unchanged (the
+    same model read it). A file that cannot be read is replaced.
+    """
+    kept: list[pa.Table] = []
+    if path.exists():
+        try:
+            for split in splits(path):
+                if split != table.split:
+                    kept.append(_read(path, split=split))
+                else:
+                    table = _with_old_columns(table, LossTable.load(path, split))
+        except UserError:
+            kept = []
+    kept.append(table.to_arrow())
+    kept.sort(key=lambda part: part["split"][0].as_py())
+    whole = pa.concat_tables(kept, promote_options="default")
+    place = whole.column_names.index("title")  # titles repeat: a dictionary for readers too
+    titles = whole["title"].combine_chunks().dictionary_encode()
+    whole = whole.set_column(place, "title", titles)
+    with atomic_path(path) as temporary:
+        pq.write_table(whole, temporary, compression="zstd")
+    return table
+
+
+def _with_old_columns(new: LossTable, old: LossTable) -> LossTable:
+    """Add to `new` the columns only `old` has, if the same model read the same text."""
+    if len(new.word_N) != len(old.word_N) or (new.word_N != old.word_N).any():
+        return new
+    shared = [
+        name for name in new.losses if rule_and_protocol(name)[0] == STATIC and name in old.losses
+    ]
+    # Static losses are the model's fingerprint; 1e-3 nats allows for another device or lane count.
+    same_model = bool(shared) and all(
+        np.abs(new.losses[name] - old.losses[name]).mean() < 1e-3 for name in shared
+    )
+    if not same_model:
+        return new
+    losses = {**{k: v for k, v in old.losses.items() if k not in new.losses}, **new.losses}
+    return LossTable(
+        new.split, new.article_N, new.position_N, new.word_N, new.titles, losses, new.source
+    )
+
+
+def _read(path: Path, *, split: str | None = None, columns: list[str] | None = None) -> pa.Table:
+    """Read the rows of a split (all if None), checking the columns; raise `UserError`s."""
+    if not path.is_file():
+        raise UserError(f"{path} not found; run evaluate.py on this run folder first")
+    try:
+        schema = pq.read_schema(path)
+        missing = [name for name in _KEYS if name not in schema.names]
+        if missing:
+            raise UserError(
+                f"{path} lacks the column(s) {', '.join(missing)}, so it is not a table of word "
+                "losses; run evaluate.py on this run folder again"
+            )
+        filters = None if split is None else [("split", "=", split)]
+        table = pq.read_table(path, columns=columns, filters=filters)
+        for name in set(_KEYS) & set(table.column_names):
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, table[name].cast(_KEYS[name]))
+        for name in set(table.column_names) - set(_KEYS):
+            place = table.column_names.index(name)
+            table = table.set_column(place, name, table[name].cast(pa.float32()))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); it is damaged or not a "
+            "table of word losses: delete it and run evaluate.py again"
+        ) from error
+    return table

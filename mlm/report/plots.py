@@ -1,0 +1,250 @@
+"""The pictures of a run, drawn from its folder alone: PNG and SVG beside a CSV of what is drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from mlm.base.errors import UserError
+from mlm.base.names import STATIC, rule_label, rule_order
+from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
+from mlm.report.evaluation import PositionBin, position_gains
+from mlm.report.figure2 import figure2, panels_of
+from mlm.report.losses import LossTable, default_split, splits
+from mlm.report.page import write_page
+from mlm.report.word_picture import word_picture
+
+__all__ = ["draw_all", "figure2", "gain_by_position", "training_curves", "word_picture"]
+
+
+def draw_all(
+    run_dir: Path,
+    split: str | None = None,
+    articles: int = 8,
+    *,
+    first: int = 0,
+    protocol: str | None = None,
+    passage: tuple[int, int] | None = None,
+) -> list[Path]:
+    """Draw every picture of a run from its folder; return the paths written.
+
+    Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
+    words_middle (of the longest of them), gain_by_position and, if the run has `metrics.jsonl`,
+    training; and `words.html` beside it. `passage` (article, position) draws those words too.
+    `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured.
+    `split` None takes `valid`, else the first in the file; another split's files get its name as a
+    suffix. Raises `UserError` if the folder lacks what a picture needs.
+    """
+    if articles < 1:
+        raise UserError(f"cannot draw {articles} articles; ask for at least 1 (--articles)")
+    if not run_dir.is_dir():
+        raise UserError(f"run folder {run_dir} not found; name the folder given to train.py --out")
+    path = run_dir / "losses.parquet"
+    table = LossTable.load(path, split)
+    suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
+    folder = run_dir / "figures"
+    paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)
+    paths += gain_by_position(table, folder, suffix=suffix)
+    among = table.articles[first : first + articles]
+    paths += word_pictures(table, folder, among, protocol=protocol, passage=passage, suffix=suffix)
+    paths += training_curves(run_dir)
+    paths.append(write_page(table, run_dir / f"words{suffix}.html"))
+    return paths
+
+
+def word_pictures(
+    table: LossTable,
+    folder: Path,
+    among: Sequence[int],
+    *,
+    protocol: str | None = None,
+    passage: tuple[int, int] | None = None,
+    words: int = 160,
+    suffix: str = "",
+) -> list[Path]:
+    """Draw the start and the middle of the longest article in `among` (before and after the
+    weights have learned from it) and a `passage` (article, position); return the paths."""
+    protocol = protocol or table.compared_protocols()[0]
+    pair = panels_of(table.rules(protocol))[0]
+    article = max(among, key=lambda index: table.rows(index).stop - table.rows(index).start)
+    length = table.rows(article).stop - table.rows(article).start
+    wanted = [("words_start", article, 0), ("words_middle", article, length // 2)]
+    if passage is not None:
+        wanted.append((f"words_{passage[0]}_{passage[1]}", *passage))
+    return [
+        path
+        for name, index, start in wanted
+        for path in word_picture(
+            table,
+            folder,
+            article=index,
+            start=start,
+            words=words,
+            pair=pair,
+            protocol=protocol,
+            name=f"{name}{suffix}",
+        )
+    ]
+
+
+def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> list[Path]:
+    """Draw the nats per word each rule gains over static, by position in the article, with 95 %
+    bootstrap bands over articles, one panel per protocol; return the paths written."""
+    protocols = table.compared_protocols()
+    rows: list[dict[str, Any]] = []
+    with project_style():
+        figure = new_figure(2.6 + 4.0 * len(protocols), 3.6)
+        panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+        for panel, protocol in zip(panels, protocols, strict=True):
+            rules = [rule for rule in table.rules(protocol) if rule != STATIC]
+            for rule in rules:
+                bins = position_gains(table, rule, protocol)
+                _draw_bins(panel, bins, rule, rules)
+                rows += [
+                    {"protocol": protocol, "rule": rule, "from": b.start, "to": b.stop}
+                    | {"articles": b.articles, "words": b.words, "nats_per_word_gained": b.gain}
+                    | {"low": b.interval[0] if b.interval else ""}
+                    | {"high": b.interval[1] if b.interval else ""}
+                    for b in bins
+                ]
+            _position_axis(panel, position_gains(table, STATIC, protocol))
+            panel.set_title(f"protocol “{protocol}”")
+        panels[0].set_ylabel("nats per word gained over static")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+        return save_figure(figure, folder / f"gain_by_position{suffix}", rows)
+
+
+def _bin_centres(bins: Sequence[PositionBin]) -> list[float]:
+    """Geometric centres; the first bin starts at word 0, so it takes half its end's place."""
+    return [math.sqrt(max(b.start, b.stop / 4) * b.stop) for b in bins]
+
+
+def _draw_bins(panel: Axes, bins: Sequence[PositionBin], rule: str, rules: Sequence[str]) -> None:
+    centres = _bin_centres(bins)
+    style = rule_style(rule, rules)
+    panel.plot(
+        centres, [b.gain for b in bins], marker="o", markersize=3.5, label=rule_label(rule), **style
+    )
+    known = [b.interval is not None for b in bins]
+    low = [b.interval[0] if b.interval else b.gain for b in bins]
+    high = [b.interval[1] if b.interval else b.gain for b in bins]
+    panel.fill_between(
+        centres, low, high, where=known, color=style["color"], alpha=0.14, linewidth=0
+    )
+
+
+def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
+    """A logarithmic axis of word positions, with the number of articles behind each point."""
+    panel.axhline(0, color="#222222", linewidth=0.8)
+    panel.set_xscale("log")
+    edges = [b.stop for b in bins]
+    panel.xaxis.set_major_locator(FixedLocator(edges))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+    panel.tick_params(axis="x", labelsize=8)
+    panel.set_xlabel("word of the article (grey: articles that long)")
+    for b, centre in zip(bins, _bin_centres(bins), strict=True):
+        panel.annotate(
+            f"{b.articles}",
+            (centre, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color="#8a8a8a",
+        )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of `metrics.jsonl`; a half-written line (a run still going on) is skipped."""
+    rows = []
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _series(
+    rows: Iterable[dict[str, Any]], xs: Sequence[str], y: str
+) -> tuple[list[float], list[float]]:
+    """The finite (x, y) of the rows that have y and the first of the keys `xs`."""
+    points = []
+    for row in rows:
+        x = next((row[name] for name in xs if isinstance(row.get(name), int | float)), None)
+        value = row.get(y)
+        if x is not None and isinstance(value, int | float) and math.isfinite(value):
+            points.append((float(x), float(value)))
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def training_curves(run_dir: Path) -> list[Path]:
+    """Draw the losses of stage 1 and the gains of stage 2 from `metrics.jsonl`; return the paths
+    (none if there is nothing to draw)."""
+    rows = read_metrics(run_dir / "metrics.jsonl")
+    stage1 = [row for row in rows if row.get("stage") == "lm"]
+    stage2 = [row for row in rows if row.get("stage") == "meta"]
+    counted = ["tokens", "step"] if any("tokens" in row for row in stage1) else ["step"]
+    curves: list[tuple[int, str, str, tuple[list[float], list[float]]]] = [
+        (0, "", "train_loss", _series(stage1, counted[:1], "train_loss")),
+        (0, "", "valid_loss", _series(stage1, counted[:1], "valid_loss")),
+    ]
+    for rule in sorted({str(row.get("rule", "")) for row in stage2}, key=rule_order):
+        part = [row for row in stage2 if str(row.get("rule", "")) == rule]
+        curves.append((1, rule, "gain_per_word", _series(part, ["step"], "gain_per_word")))
+    curves = [curve for curve in curves if curve[3][0]]
+    if not curves:
+        return []
+    stages = sorted({curve[0] for curve in curves})
+    labels = (
+        (
+            "stage 1: the language model",
+            counted[0] + " read" * (counted[0] == "tokens"),
+            "loss (nats)",
+        ),
+        ("stage 2: the update rule", "step", "nats per word gained"),
+    )
+    table: list[dict[str, Any]] = []
+    with project_style():
+        figure = new_figure(1.0 + 4.2 * len(stages), 3.2)
+        panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
+        for stage, rule, name, (x, y) in curves:
+            style = (
+                rule_style(rule) if rule else {"color": "#999999" if "train" in name else "#0072B2"}
+            )
+            label = rule_label(rule) if rule else name.replace("_", " ")
+            marker = "" if len(x) > 60 else "."
+            panels[stage].plot(x, y, marker=marker, linewidth=1.4, label=label, **style)
+            table += [
+                {"stage": "lm" if stage == 0 else "meta", "rule": rule, "curve": name}
+                | {"x": x_i, "y": y_i}
+                for x_i, y_i in zip(x, y, strict=True)
+            ]
+        for stage, panel in panels.items():
+            title, x_label, y_label = labels[stage]
+            panel.set(title=title, xlabel=x_label, ylabel=y_label)
+            panel.xaxis.set_major_formatter(FuncFormatter(_thousands))
+            panel.legend(fontsize=8)
+        return save_figure(figure, run_dir / "figures" / "training", table)
+
+
+def _thousands(value: float, _: object = None) -> str:
+    """12000000 as 12 M, 3000 as 3 k."""
+    for size, sign in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{sign}"
+    return f"{value:g}"

@@ -1,0 +1,250 @@
+"""Evaluation rows as Markdown and as a table for the terminal."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from mlm.base.names import STATIC, rule_label, rule_order, rule_texts
+
+Row = dict[str, Any]
+
+
+_PROTOCOL_MEANING = {
+    "article": "weights and state reset at each article",
+    "stream": "one long text, nothing reset",
+}
+
+
+def _number(value: float | None, pattern: str = ".2f") -> str:
+    return "–" if value is None else format(value, pattern).replace("-", "−")
+
+
+def _interval(bounds: Sequence[float] | None, pattern: str = ".3f") -> str:
+    return (
+        "" if bounds is None else f"[{_number(bounds[0], pattern)}, {_number(bounds[1], pattern)}]"
+    )
+
+
+def _with_interval(
+    value: float | None, bounds: Sequence[float] | None, pattern: str = ".3f"
+) -> str:
+    return f"{_number(value, pattern)} {_interval(bounds, pattern)}".rstrip()
+
+
+def escape_markdown(text: str) -> str:
+    """Return `text` such that Markdown shows it as it is, in a table cell too."""
+    return re.sub(r"([\\`*_\[\]<>|~#&$])", r"\\\1", text).replace("\n", " ")
+
+
+def _table(header: Sequence[str], body: Iterable[Sequence[str]], left: int = 1) -> list[str]:
+    """A Markdown table whose first `left` columns are flush left, the others flush right."""
+    rule = [":--" if place < left else "--:" for place in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *body)] + [""]
+
+
+def _of(rows: Sequence[Row], kind: str, **where: str) -> list[Row]:
+    return [
+        row
+        for row in rows
+        if row["kind"] == kind and all(row.get(name) == value for name, value in where.items())
+    ]
+
+
+def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The (split, protocol) pairs that have totals, sorted."""
+    return sorted({(row["split"], row["protocol"]) for row in _of(rows, "total")})
+
+
+def _gain_percent(row: Row, static: Row | None) -> float | None:
+    """Gain in perplexity as a share of the static perplexity, in percent."""
+    before = static["word_perplexity"] if static else None
+    after = row["word_perplexity"]
+    return 100 * (before - after) / before if before and after is not None else None
+
+
+def format_totals(rows: Sequence[Row]) -> str:
+    """Return the totals as a table for the terminal, one block per split and protocol."""
+    lines: list[str] = []
+    names = {row["rule"] for row in _of(rows, "total")}
+    width = max([24, *(len(rule_label(name)) + 1 for name in names)])
+    for split, protocol in _groups(rows):
+        totals = sorted(
+            _of(rows, "total", split=split, protocol=protocol), key=lambda r: rule_order(r["rule"])
+        )
+        first = totals[0]
+        lines += [
+            f"{first.get('corpus', '')} {split}, protocol {protocol} "
+            f"({_PROTOCOL_MEANING.get(protocol, '')}): {first['words']:,} words, "
+            f"{first.get('articles', 0):,} articles".lstrip(),
+            f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>25}"
+            f"{'words/s':>10}",
+        ]
+        for row in totals:
+            gain = (
+                ""
+                if row["rule"] == STATIC
+                else _with_interval(row["nats_per_word_gained"], row["interval"])
+            )
+            lines.append(
+                f"  {rule_label(row['rule']):<{width}}{_number(row['word_perplexity']):>11}"
+                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}"
+                f"{_number(row['words_per_second'], ',.0f'):>10}"
+            )
+        lines.append("")
+    for text in rule_texts(names):
+        lines += textwrap.wrap(f"{text.label}: {text.about}", 100, subsequent_indent="  ")
+    return "\n".join(lines).rstrip()
+
+
+def evaluation_markdown(rows: Sequence[Row]) -> str:
+    """Return all rows as the text of `evaluation.md`."""
+    lines = [
+        "# Evaluation",
+        "",
+        "Perplexity is per word, line ends included. A gain is the static model's loss minus the "
+        "rule's on the same words, each scored before it is learned from. Brackets: 95 % bootstrap "
+        "interval over articles, paired.",
+        "",
+        *_rules(rows),
+    ]
+    for split, protocol in _groups(rows):
+        here = {"split": split, "protocol": protocol}
+        totals = _of(rows, "total", **here)
+        corpus = totals[0].get("corpus", "")
+        meaning = _PROTOCOL_MEANING.get(protocol, "")
+        lines += [
+            f"## {escape_markdown(f'{corpus} {split}'.strip())}, protocol {protocol}",
+            "",
+            f"{meaning[:1].upper()}{meaning[1:]}. {totals[0]['words']:,} words, "
+            f"{totals[0].get('articles', 0):,} articles.",
+            "",
+            *_totals_table(totals),
+            *_settings(totals),
+            *_comparison_table(_of(rows, "comparison", **here)),
+            *_position_table(_of(rows, "position", **here)),
+            *_article_table(_of(rows, "article", **here)),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _rules(rows: Sequence[Row]) -> list[str]:
+    """What every rule of the tables is, once."""
+    texts = rule_texts({row["rule"] for row in rows})
+    lines = [f"* {escape_markdown(text.label)}: {escape_markdown(text.about)}" for text in texts]
+    return ["Rules:", "", *lines, ""] if lines else []
+
+
+def _totals_table(totals: Sequence[Row]) -> list[str]:
+    static = next((row for row in totals if row["rule"] == STATIC), None)
+    header = ["rule", "perplexity", "gain", "bits per byte", "nats gained per word", "words/s"]
+    body = []
+    for row in totals:
+        fixed = row["rule"] == STATIC
+        percent = _gain_percent(row, static)
+        body.append(
+            [
+                escape_markdown(rule_label(row["rule"])),
+                _number(row["word_perplexity"]),
+                "" if fixed or percent is None else f"{_number(percent, '.1f')} %",
+                _number(row["bits_per_byte"], ".4f"),
+                ""
+                if fixed
+                else _with_interval(row["nats_per_word_gained"], row["interval"], ".4f"),
+                _number(row["words_per_second"], ",.0f"),
+            ]
+        )
+    return _table(header, body)
+
+
+def _settings(totals: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in totals:
+        if row.get("settings"):
+            values = ", ".join(
+                f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in row["settings"].items()
+            )
+            lines.append(f"* {escape_markdown(rule_label(row['rule']))}: {escape_markdown(values)}")
+    return ["Settings:", "", *lines, ""] if lines else []
+
+
+def _comparison_table(comparisons: Sequence[Row]) -> list[str]:
+    if not comparisons:
+        return []
+    body = [
+        [
+            escape_markdown(f"{rule_label(row['rule'])} against {rule_label(row['against'])}"),
+            _with_interval(row["difference"], row["difference_interval"], ".4f"),
+            _with_interval(row["ratio"], row["interval"], ".3f"),
+        ]
+        for row in comparisons
+    ]
+    header = ["pair", "more nats gained per word", "ratio of the gains"]
+    return ["### Rule against rule", "", *_table(header, body)]
+
+
+def _by_rule(rows: Sequence[Row]) -> list[str]:
+    return sorted({row["rule"] for row in rows} - {STATIC}, key=rule_order)
+
+
+def _position_table(positions: Sequence[Row]) -> list[str]:
+    rules = _by_rule(positions)
+    if not rules:
+        return []
+    cells = {(row["from"], row["rule"]): row for row in positions}
+    body = []
+    for start in sorted({row["from"] for row in positions}):
+        any_rule = next(row for row in positions if row["from"] == start)
+        body.append(
+            [f"{start:,} to {any_rule['to'] - 1:,}", f"{any_rule['articles']:,}"]
+            + [f"{any_rule['words']:,}"]
+            + [
+                _with_interval(cell["nats_per_word_gained"], cell["interval"])
+                if (cell := cells.get((start, rule)))
+                else "–"
+                for rule in rules
+            ]
+        )
+    header = [
+        "word of the article",
+        "articles",
+        "words",
+        *map(escape_markdown, map(rule_label, rules)),
+    ]
+    return ["### Nats gained per word, by position in the article", "", *_table(header, body)]
+
+
+def _article_table(articles: Sequence[Row]) -> list[str]:
+    """Perplexity gained in the first → second half of each article, as beside the paper's
+    Figure 2."""
+    rules = _by_rule(articles)
+    if not rules:
+        return []
+    cells = {(row["article"], row["rule"]): row for row in articles}
+    body = []
+    for index in sorted({row["article"] for row in articles}):
+        any_rule = next(row for row in articles if row["article"] == index)
+        static = cells.get((index, STATIC))
+        gains = []
+        for rule in rules:
+            cell = cells.get((index, rule), {})
+            first, second = cell.get("first_half_gain"), cell.get("second_half_gain")
+            gains.append(f"{_number(first, '.1f')} → {_number(second, '.1f')}")
+        before = _number(static["word_perplexity"] if static else None, ".1f")
+        title = escape_markdown(any_rule["title"])
+        body.append([str(index), title, f"{any_rule['words']:,}", before, *gains])
+    header = [
+        "",
+        "article",
+        "words",
+        "static perplexity",
+        *map(escape_markdown, map(rule_label, rules)),
+    ]
+    return [
+        "### Perplexity gained by article, first half → second half",
+        "",
+        *_table(header, body, left=2),
+    ]

@@ -1,0 +1,206 @@
+"""Running text with every word coloured by its loss difference, as a picture for papers.
+
+The right half of Figure 2 of Wolf et al. 2018 (arXiv 1803.10631). Letters: N words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.font_manager import FontProperties
+from matplotlib.patches import Rectangle
+
+from mlm.base.errors import UserError
+from mlm.base.names import EOS, rule_label
+from mlm.report.drawing import new_figure, project_style, save_figure, short_title
+from mlm.report.losses import LossTable
+
+BETTER, NEUTRAL, WORSE = (0x43, 0x93, 0xC3), (0xFF, 0xFF, 0xFF), (0xD6, 0x60, 0x4D)
+
+
+#: The colour of a difference d is (|d| / range) ** POWER of the way from white: the many small
+#: differences stay visible beside the few large ones.
+COLOUR_POWER = 0.6
+
+
+CLIP_PERCENTILE = 99.0
+
+
+LINE_END = "↵"
+
+
+_SIZE, _LINE, _WIDTH = 10.0, 17.0, 504.0  # points: font, line height, text width (7 inches)
+
+
+def colour_range(difference_N: np.ndarray) -> float:
+    """Return the |difference| (nats) at which colours saturate: its 99th percentile, > 0."""
+    size = float(np.percentile(np.abs(difference_N), CLIP_PERCENTILE)) if len(difference_N) else 0
+    return max(size, 0.01)
+
+
+def word_colour(difference: float, limit: float) -> tuple[float, float, float]:
+    """Return the RGB (0 to 1) of a loss difference in nats: blue below zero (better), white at
+    zero, red above; saturated at `limit`."""
+    share = min(abs(difference) / limit, 1.0) ** COLOUR_POWER
+    end = BETTER if difference < 0 else WORSE
+    red, green, blue = ((n + share * (e - n)) / 255 for n, e in zip(NEUTRAL, end, strict=True))
+    return red, green, blue
+
+
+def ink_on(colour: Sequence[float]) -> str:
+    """Return black or white, whichever is easier to read on `colour` (WCAG luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#000000" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "#ffffff"
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A word at `left` points from the text's edge on line `line`, `width` points wide."""
+
+    text: str
+    left: float
+    line: int
+    width: float
+    heading: bool
+
+
+def _heading_mask(words: Sequence[str]) -> list[bool]:
+    """Whether each word belongs to a heading line, ` = X = ` or ` = = X = = `."""
+    mask: list[bool] = []
+    line: list[str] = []
+    for word in [*words, EOS]:
+        line.append(word)
+        if word == EOS:
+            body = line[:-1]
+            heading = len(body) > 2 and body[0] == "=" and body[-1] == "="
+            mask += [heading] * len(line)
+            line = []
+    return mask[: len(words)]
+
+
+def _place_words(words: Sequence[str]) -> list[_Placed]:
+    """Break words into lines of the text's width; a line end ends its line."""
+    renderer = RendererAgg(1, 1, 72)
+    fonts = {
+        heading: FontProperties(size=_SIZE, weight="bold" if heading else "normal")
+        for heading in (False, True)
+    }
+    placed: list[_Placed] = []
+    left, line = 0.0, 0
+    for word, heading in zip(words, _heading_mask(words), strict=True):
+        # A blank line's end follows the line before it: text stays dense.
+        if word != EOS and placed and placed[-1].text == LINE_END:
+            left, line = 0.0, line + 1
+        text = LINE_END if word == EOS else short_title(word, 60)
+        width, _, _ = renderer.get_text_width_height_descent(text, fonts[heading], False)
+        width += 3.0
+        if left + width > _WIDTH and left > 0:
+            left, line = 0.0, line + 1
+        placed.append(_Placed(text, left, line, width, heading))
+        left += width + 1.5
+    return placed
+
+
+def word_picture(
+    table: LossTable,
+    folder: Path,
+    *,
+    article: int,
+    start: int = 0,
+    words: int = 150,
+    pair: tuple[str, str],
+    protocol: str = "article",
+    name: str = "words",
+) -> list[Path]:
+    """Draw `words` words of an article from position `start`, each coloured by the loss of
+    `pair[0]` minus that of `pair[1]` (nats); return the paths of name.png, .svg and .csv.
+
+    The colour range is that of the whole split, so that pictures compare. `UserError` if the
+    article has no such words or a rule was not measured.
+    """
+    rows = table.rows(article)
+    length = rows.stop - rows.start
+    if not 0 <= start < length or words < 1:
+        raise UserError(
+            f"article {article} of split {table.split!r} has {length:,} words; cannot draw {words} "
+            f"from word {start}"
+        )
+    here = slice(rows.start + start, min(rows.start + start + words, rows.stop))
+    rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
+    limit = colour_range(rule_N - against_N)
+    difference = (rule_N - against_N)[here]
+    drawn = [str(word) for word in table.word_N[here]]
+    with project_style():
+        placed = _place_words(drawn)
+        height = (placed[-1].line + 1) * _LINE
+        figure = new_figure((_WIDTH + 24) / 72, (height + 78) / 72)
+        figure.set_layout_engine("none")
+        page = figure.add_axes((0, 0, 1, 1))
+        page.axis("off")
+        page.set_xlim(-12, _WIDTH + 12)
+        page.set_ylim(height + 48, -30)
+        title = (
+            f"{short_title(table.title(article), 40)}, words {start:,} to "
+            f"{start + len(drawn) - 1:,} · {rule_label(pair[0])} vs {rule_label(pair[1])}, "
+            f"protocol “{protocol}”"
+        )
+        page.text(0, -14, title, fontsize=9, va="center", fontweight="bold", parse_math=False)
+        for word, value in zip(placed, difference, strict=True):
+            _draw_word(page, word, word_colour(float(value), limit))
+        _draw_legend(page, height + 14, limit)
+        csv_rows = [
+            {"article": article, "position": start + i, "word": word}
+            | {pair[0]: float(rule_N[here][i]), pair[1]: float(against_N[here][i])}
+            | {"difference": float(difference[i])}
+            for i, word in enumerate(drawn)
+        ]
+        return save_figure(figure, folder / name, csv_rows)
+
+
+def _draw_word(page: Axes, word: _Placed, colour: tuple[float, float, float]) -> None:
+    top = word.line * _LINE
+    page.add_patch(Rectangle((word.left, top), word.width, _LINE - 2.5, color=colour, linewidth=0))
+    style: dict[str, Any] = {"weight": "bold"} if word.heading else {}
+    page.text(
+        word.left + word.width / 2,
+        top + (_LINE - 2.5) * 0.72,
+        word.text,
+        fontsize=_SIZE,
+        ha="center",
+        va="baseline",
+        color=ink_on(colour),
+        parse_math=False,
+        **style,
+    )
+
+
+def _draw_legend(page: Axes, top: float, limit: float) -> None:
+    """A bar from better to worse, with the differences in nats."""
+    left, width, steps = 60.0, 240.0, 120
+    for step in range(steps):
+        value = limit * (2 * (step + 0.5) / steps - 1)
+        x = left + width * step / steps
+        page.add_patch(
+            Rectangle(
+                (x, top), width / steps + 0.2, 9, color=word_colour(value, limit), linewidth=0
+            )
+        )
+    page.add_patch(Rectangle((left, top), width, 9, fill=False, edgecolor="#8a8a8a", linewidth=0.5))
+    text = {"fontsize": 8, "va": "center"}
+    page.text(left - 6, top + 4.5, "better", ha="right", **text)
+    page.text(left + width + 6, top + 4.5, "worse", ha="left", **text)
+    for share in (-1, -0.5, 0, 0.5, 1):
+        label = f"{share * limit:+.2g}".replace("-", "−") if share else "0"
+        page.text(
+            left + width * (share + 1) / 2, top + 16, label, ha="center", fontsize=7.5, va="center"
+        )
+    page.text(
+        left + width + 40, top + 16, "loss difference, nats", ha="left", fontsize=7.5, va="center"
+    )

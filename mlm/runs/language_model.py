@@ -1,0 +1,75 @@
+"""Stage 1: the language model, by the trainer that the settings name."""
+
+from __future__ import annotations
+
+import torch
+
+from mlm.base.errors import UserError
+from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
+from mlm.models.recurrent import BaseModel
+from mlm.rules.protocol import LoadedRule
+from mlm.runs.base import through_run
+from mlm.runs.rules import load_learned
+from mlm.runs.run import Run, say
+from mlm.settings.config import Config
+from mlm.text.streams import Text
+from mlm.training.language_model import LMTrainer, shape_of, train_lm
+
+
+def stage_lm(run: Run) -> None:
+    """Stage 1: the static language model."""
+    vocabulary = run.data.vocabulary
+    shape = shape_of(run.config, vocabulary.size)
+    text = run.training_text(0)
+    valid = run.validation_text(run.config.lm.validation_words)
+    if not (run.config.resume and run.folder.checkpoint("lm_last").exists()):
+        vocabulary.save(run.folder.vocabulary)
+    say(
+        f"stage 1: {text.words:,} words ({text.tokens:,} tokens) in {len(text.articles)} articles, "
+        f"vocabulary {vocabulary.size:,}, {shape.size:,} weights"
+    )
+    if run.config.lm.through == "none":
+        trainer = LMTrainer(run.config, shape, text, run.device)
+    else:
+        trainer = through_trainer(run.config, shape, text, vocabulary.hash, run.device)
+    train_lm(trainer, run.config, valid, run.folder, vocabulary.hash, run.quiet)
+
+
+def through_trainer(
+    config: Config, shape: BaseModel, text: Text, vocabulary_hash: str, device: torch.device
+) -> ThroughTrainer:
+    """The trainer that --lm.through names.
+
+    Raises:
+        UserError: --lm.through-run holds no rule, or one for another vocabulary or other sizes.
+    """
+    if config.lm.through == "rms":
+        return ThroughRMS(config, shape, text, device)
+    learned = rule_of_through_run(config, shape, vocabulary_hash, device)
+    return ThroughLearned(config, shape, text, device, learned)
+
+
+def rule_of_through_run(
+    config: Config, shape: BaseModel, vocabulary_hash: str, device: torch.device
+) -> LoadedRule:
+    """The learned rule that stage 1 goes through.
+
+    Raises:
+        UserError: --lm.through-run holds no rule, or one for another vocabulary or other sizes.
+    """
+    run = through_run(config, vocabulary_hash, device)
+    path, other = run.folder.path, run.config
+    if not other.meta.rules:
+        raise UserError(f"--lm.through-run {path}: no rule was learned there (--train-rules)")
+    base = run.base
+    if base.model != shape:
+        raise UserError(
+            f"--lm.through-run {path}: its model is {base.model}, but the settings say {shape}; "
+            "use the same --model.* settings"
+        )
+    if other.adapt.update_every != config.lm.segment:
+        raise UserError(
+            f"--lm.through-run {path} reads {other.adapt.update_every} tokens per update; use "
+            f"--lm.segment {other.adapt.update_every}"
+        )
+    return load_learned(run, other.meta.rules[0], base)

@@ -1,0 +1,98 @@
+"""Stage 2: long-term memory, tuned and learned rules; made, kept in the run folder, loaded.
+
+Letters: A articles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlm.base.names import rule_label
+from mlm.models.language_model import Weights
+from mlm.rules.family import (
+    describe,
+)
+from mlm.rules.protocol import Parameters
+from mlm.runs.base import build_base
+from mlm.runs.identity import identity
+from mlm.runs.rules import BESIDE, new_rule, parted, starting_point
+from mlm.runs.run import Run, say
+from mlm.store.tensors import save_tensors
+from mlm.text.streams import Text
+from mlm.training.judge import static_of, validation_gain
+from mlm.training.meta import EXTENSION_GAIN, MetaTrainer, train_meta
+
+
+def meta_text(run: Run) -> Text:
+    """The training articles that --meta.text names."""
+    wanted = run.config.meta.text
+    if wanted != "all":
+        return run.training_text(1 if wanted == "held_out" else 0)
+    parts = [run.training_text(part) for part in (0, 1)]
+    articles = [article for part in parts for article in part.articles]
+    return Text(articles, sum(part.words for part in parts), parts[0].eos)
+
+
+def stage_meta(run: Run) -> None:
+    """Stage 2: Fisher, a tuned starting point, then the meta-learner."""
+    base, meta = build_base(run), run.config.meta
+    text, tune_text = meta_text(run), run.tune_text
+    static = static_of(base, tune_text, run.config.evaluation.protocols)
+    mark = identity(run)
+    for name in meta.rules:
+        start = starting_point(run, base)
+        rule, first = new_rule(meta, name, start)
+        # a hand-made start does not see every extension, a trained one may have learned for more
+        extensions = run.config.extensions.active(start.base.weights)
+        own = dataclasses.replace(start.base, extensions=extensions).derived().for_rule(rule)
+        trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
+        best, gain = train_meta(
+            trainer,
+            lambda t: validation_gain(t.base, t.rule, t.parameters, tune_text, static),
+            run.folder,
+            run.config.evaluation.budget,
+            text.tokens_per_word,
+            mark,
+            run.config.resume,
+            run.quiet,
+        )
+        about = {
+            "rule": describe(rule),
+            "dynamic": list(base.dynamic),
+            "columns": list(rule.columns),
+            "identity": mark,
+        }
+        learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain)
+        kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
+        tensors = best | {BESIDE + n: w for n, w in kept.items()}
+        save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
+        label = rule_label(name)
+        say(f"{label}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
+        if trainer.flushed:
+            say(f"{label}: the guard reset a lane {trainer.flushed} times during training")
+
+
+def _learned_by_extensions(
+    run: Run,
+    trainer: MetaTrainer,
+    best: Parameters,
+    text: Text,
+    static: dict[str, float],
+    gain: float,
+) -> tuple[Weights, float]:
+    """What extensions learn with the best rule, where it gains on validation, and the gain then."""
+    parameters, own = parted(best)
+    base, rule = trainer.base.with_weights(own), trainer.rule
+    kept: Weights = {}
+    for extension in base.extensions:
+        bound = rule.bind(parameters, base)
+        found = extension.after_rule(base, bound, text, run.config.seed + 4, run.quiet)
+        if not found:
+            continue
+        able = base.with_weights(found)
+        gained = validation_gain(able, rule, parameters, run.tune_text, static)
+        row = {"extension": extension.name, EXTENSION_GAIN: gained * text.tokens_per_word}
+        run.folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
+        if gained > gain:
+            base, gain, kept = able, gained, kept | found
+    return kept, gain

@@ -1,0 +1,50 @@
+"""The stages in order, each from what the one before left in the run folder."""
+
+from __future__ import annotations
+
+from mlm.runs.checks import check_folder, check_plan, check_text, remove_results
+from mlm.runs.evaluate import draw, show, stage_evaluate
+from mlm.runs.language_model import stage_lm
+from mlm.runs.meta import stage_meta
+from mlm.runs.rules import check_learned
+from mlm.runs.run import Run, open_run, threads_of, use_threads
+from mlm.settings.config import Config
+from mlm.store.models import load_lm
+
+
+def run_stages(config: Config, quiet: bool = False) -> Run:
+    """Run the chosen stages in order; print the table and the paths of the pictures."""
+    run = open_run(config, quiet)
+    check_folder(run)
+    if {"lm", "meta"} & set(config.stages):
+        check_text(run)
+        check_plan(run)
+    if "lm" not in config.stages:
+        _check_models(run)
+    elif not config.resume:
+        remove_results(run)
+    if not (config.resume and run.folder.checkpoint("lm_last").exists()):
+        run.folder.save_config(config)
+    if "lm" in config.stages:
+        stage_lm(run)
+    use_threads(threads_of(config, first=False))
+    if "meta" in config.stages:
+        stage_meta(run)
+    if "evaluate" in config.stages:
+        show(*stage_evaluate(run))
+    if "draw" in config.stages:
+        draw(run.folder.path, config.evaluation.split if "evaluate" in config.stages else None)
+    return run
+
+
+def _check_models(run: Run) -> None:
+    """Load what the first stage needs: settings are recorded only once they are known to fit.
+
+    Raises:
+        UserError: missing or damaged weights, or made with other settings.
+    """
+    stages = run.config.stages
+    if "meta" in stages:
+        load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
+    elif "evaluate" in stages:
+        check_learned(run)

@@ -1,0 +1,32 @@
+"""The run folder and its files: settings, metrics, checkpoints with a checked identity."""
+
+from typing import TYPE_CHECKING
+
+from mlm.base.lazy import lazily
+
+if TYPE_CHECKING:
+    from mlm.store.models import load_base, load_lm, save_base, save_lm
+    from mlm.store.run_folder import RunFolder, commit, machine
+    from mlm.store.tensors import load_about, load_tensors, save_tensors
+
+__all__ = [
+    "RunFolder",
+    "commit",
+    "load_about",
+    "load_base",
+    "load_lm",
+    "load_tensors",
+    "machine",
+    "save_base",
+    "save_lm",
+    "save_tensors",
+]
+
+__getattr__, __dir__ = lazily(
+    __name__,
+    {
+        "models": "load_base load_lm save_base save_lm",
+        "run_folder": "RunFolder commit machine",
+        "tensors": "load_about load_tensors save_tensors",
+    },
+)

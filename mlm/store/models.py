@@ -1,0 +1,131 @@
+"""Language models and bases of adaptation as files, saved and loaded with checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mlm.base.errors import UserError
+from mlm.models.base import AdaptationBase
+from mlm.models.language_model import LanguageModel
+from mlm.models.recurrent import BaseModel, RecurrentLM
+from mlm.models.snail import SnailShape
+from mlm.store.tensors import load_tensors, save_tensors
+
+
+def save_lm(
+    path: Path, weights: dict[str, Tensor], shape: BaseModel, vocabulary_hash: str, **more: Any
+) -> None:
+    """Write a language model's weights."""
+    about = {"shape": _record(shape), "vocabulary": vocabulary_hash, **more}
+    save_tensors(path, weights, about, of_model=True)
+
+
+def _record(shape: LanguageModel) -> dict[str, Any]:
+    """A model's sizes, from which `_shape` makes it again.
+
+    Raises:
+        UserError: it is a module of the user's own, whose code no file holds.
+    """
+    if not isinstance(shape, (RecurrentLM, SnailShape)):
+        raise UserError(
+            f"a {type(shape).__name__} cannot be written to a checkpoint, which holds no code. "
+            "Save the tensors of `base.weights` and `base.rms`, and make the model anew"
+        )
+    return dataclasses.asdict(shape)
+
+
+def _shape(about: dict[str, Any]) -> RecurrentLM | SnailShape:
+    values = {**about["shape"], "cutoffs": tuple(about["shape"]["cutoffs"])}
+    return SnailShape(**values) if values.get("cell") == "snail" else RecurrentLM(**values)
+
+
+def check_vocabulary(path: Path, about: dict[str, Any], vocabulary_hash: str) -> None:
+    """Refuse weights that belong to another vocabulary.
+
+    Raises:
+        UserError: the hashes differ.
+    """
+    if about.get("vocabulary") != vocabulary_hash:
+        raise UserError(
+            f"{path} belongs to another vocabulary than the text was encoded with. Use the "
+            "vocabulary of its own run folder, or train again with another --out"
+        )
+
+
+def load_lm(
+    path: Path, vocabulary_hash: str
+) -> tuple[dict[str, Tensor], BaseModel, dict[str, Any]]:
+    """Weights, sizes and description of a language model.
+
+    Raises:
+        UserError: missing, damaged, or from another vocabulary.
+    """
+    weights, about = load_tensors(path, "train the language model first (`--stages lm`)")
+    check_vocabulary(path, about, vocabulary_hash)
+    return weights, _shape(about), about
+
+
+def save_base(
+    path: Path,
+    base: AdaptationBase,
+    vocabulary_hash: str,
+    identity: str = "",
+    made_with: Sequence[str] = (),
+) -> None:
+    """Write theta_0, the Fisher and what extensions made.
+
+    Args:
+        identity: names what it was made from.
+        made_with: the extensions that it depends on.
+    """
+    tensors = {f"theta_0/{n}": w for n, w in base.weights.items()}
+    tensors |= {f"rms/{n}": r for n, r in base.rms.items()}
+    about = {
+        "shape": _record(base.model),
+        "vocabulary": vocabulary_hash,
+        "dynamic": list(base.dynamic),
+        "loss": base.loss,
+        "segment": base.segment,
+        "identity": identity,
+        "made_with": list(made_with),
+    }
+    save_tensors(path, tensors, about)
+
+
+def load_base(
+    path: Path, vocabulary_hash: str, made_with: Sequence[str] | None = None
+) -> AdaptationBase:
+    """The adaptation base of a run.
+
+    Args:
+        made_with: the extensions that it has to depend on; None = any.
+
+    Raises:
+        UserError: missing, damaged, from another vocabulary, or made with other extensions.
+    """
+    tensors, about = load_tensors(path, "make it first (`--stages meta`)")
+    check_vocabulary(path, about, vocabulary_hash)
+    if made_with is not None and list(made_with) != about["made_with"]:
+        its, mine = (
+            ", ".join(names) or "no extension" for names in (about["made_with"], made_with)
+        )
+        raise UserError(
+            f"{path} was made with {its}, but the settings say {mine}; run `--stages meta` again"
+        )
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+    return AdaptationBase(
+        _shape(about),
+        part("theta_0/"),
+        tuple(about["dynamic"]),
+        part("rms/"),
+        about["loss"],
+        about["segment"],
+    )

@@ -1,0 +1,96 @@
+"""Tensors with a JSON description in safetensors files: atomic to write, checked when read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mlm.base.errors import UserError
+from mlm.base.files import atomic_path
+from mlm.store.versions import differences, written_now
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], about: dict[str, Any], of_model: bool = False
+) -> None:
+    """Write tensors and a JSON description to a safetensors file, atomically.
+
+    Args:
+        of_model: it depends on nothing but the language model (`mlm.store.versions`).
+    """
+    from safetensors.torch import save
+
+    plain = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
+    body = save(plain, metadata={"mlm": json.dumps({**about, **written_now(of_model, plain)})})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(body)
+
+
+@contextmanager
+def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """A file that `save_tensors` wrote, and what it says about itself."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise UserError(f"{path} is missing: {what}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["mlm"])
+            other = differences(about, file.keys())
+            if other:
+                raise UserError(
+                    f"{path} was written by another version of mlm ({other}); run its stage again"
+                )
+            yield file, about
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+
+
+def load_about(path: Path, what: str) -> dict[str, Any]:
+    """What a file that `save_tensors` wrote says about itself; its tensors are not read.
+
+    Raises:
+        UserError: missing or damaged (a file that was cut off is), with what makes it.
+    """
+    with _opened(path, what) as (_, about):
+        return about
+
+
+def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        UserError: missing or damaged, with what makes it.
+    """
+    with _opened(path, what) as (file, about):
+        # Cloned: a tensor in the mapped file lies unaligned, and kernels then round otherwise.
+        return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118
+
+
+def adam_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """Adam's state as plain tensors; `names` are those of its parameters, in order."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"adam/{key}/{name}": value
+        for k, name in enumerate(names)
+        for key, value in state.get(k, {}).items()
+    }
+
+
+def load_adam(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]
+) -> None:
+    """Give an optimizer the state that `adam_tensors` found, in place."""
+    state = {}
+    for k, name in enumerate(names):
+        keys = [
+            n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
+        ]
+        state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,122 @@
+"""The directions of low-rank changes (`mlm.models.low_rank`): principal directions of inputs.
+
+Letters: B lanes, T time, I inputs, O outputs, r rank, N vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mlm.base.errors import UserError
+from mlm.models.language_model import LanguageModel, Weights
+from mlm.models.low_rank import DIRECTIONS, LOW
+from mlm.models.recurrent import RecurrentLM, RecurrentState, embed
+from mlm.text.streams import LaneStream, Segment, Text
+
+SMALLEST = 1e-6
+"""Share of the largest eigenvalue that smaller ones are raised to: the text hardly shows them."""
+
+
+def _multiplied(
+    weights: Weights, shape: RecurrentLM, piece: Segment, state: RecurrentState
+) -> tuple[Weights, RecurrentState]:
+    """The vectors (B, T, I) that each matrix multiplies in a segment, and the state after it."""
+    hidden = shape.run(weights, piece.inputs, state)
+    found = {"softmax": hidden.output}
+    x = embed(weights, shape, piece.inputs)
+    for layer, (h_BH, output) in enumerate(zip(state.h, hidden.layers, strict=False)):  # no QRNN's
+        found[f"lstm.{layer}.input"] = x
+        found[f"lstm.{layer}.recurrent"] = torch.cat([h_BH.unsqueeze(1), output[:, :-1]], 1)
+        x = output
+    return found, hidden.state
+
+
+def second_moments(
+    weights: Weights,
+    shape: RecurrentLM,
+    names: list[str],
+    text: Text,
+    words: int,
+    lanes: int = 16,
+    segment: int = 64,
+) -> Weights:
+    """Mean of x x^T, (I, I) in float64, over the vectors x that each matrix in `names` multiplies.
+
+    Read statically on the first `words` words of `text`, as the Fisher is; `segment` is speed only.
+    """
+    like = weights["softmax.bias"]
+    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
+    state = shape.initial_state(stream.lanes, like.device, like.dtype)
+    sums: Weights = {}
+    tokens, wanted = 0, min(text.tokens, int(words * text.tokens_per_word))
+    for raw in stream:
+        piece = raw.to(like.device)
+        vectors, state = _multiplied(weights, shape, piece, state.keep(~piece.new))
+        for name in names:
+            x_NI = vectors[name][piece.mask].double()
+            sums[name] = sums.get(name, 0) + x_NI.t() @ x_NI
+        tokens += int(piece.mask.sum())
+        if tokens >= wanted:
+            break
+    return {name: total / tokens for name, total in sums.items()}
+
+
+def principal_directions(moment_II: Tensor, rank: int) -> Tensor:
+    """The `rank` (at most I) principal directions of vectors, (r, I), largest first.
+
+    `moment_II` is the vectors' mean of x x^T, uncentred: their mean counts as a direction. The rows
+    are orthogonal, that of eigenvalue e as long as e^(-1/4), so that a vector's share in it has the
+    root mean square e^(1/4). Rules scale D's gradient by its RMS, which knows nothing of P: the
+    length of a row says how much an update of D moves W along it. Halfway between equal rows (as
+    in W's own update) and equal shares (e^(-1/2)) was best or next to it where measured: nats per
+    word gained with `softmax.low,softmax.bias` at rank 32, 0.66 on pydocs (equal rows 0.57, equal
+    shares 0.67) and 0.34 on Wikipedia (0.33, 0.30).
+
+    Raises:
+        UserError: the moments are not finite.
+    """
+    if not bool(moment_II.isfinite().all()):
+        raise UserError(
+            "the language model's outputs are not finite: its loss is NaN; train it again"
+        )
+    values_I, vectors_II = torch.linalg.eigh(moment_II)
+    floor = max(SMALLEST * float(values_I[-1]), SMALLEST**2)
+    scaled_II = vectors_II * values_I.clamp(min=floor) ** -0.25
+    return scaled_II.flip(1)[:, :rank].t().contiguous()
+
+
+@torch.no_grad()
+def add_low_rank(
+    weights: Weights,
+    shape: LanguageModel,
+    dynamic: tuple[str, ...],
+    rank: int,
+    text: Text,
+    words: int,
+) -> Weights:
+    """`weights` and, for every name in `dynamic` that ends in `.low`, its D = 0 and its P.
+
+    P are the principal directions of the vectors that the matrix multiplies in the first `words`
+    words of `text`.
+
+    Raises:
+        UserError: the model has no recurrent layers.
+    """
+    names = [name.removesuffix(LOW) for name in dynamic if name.endswith(LOW)]
+    if not names:
+        return weights
+    if not isinstance(shape, RecurrentLM):
+        raise UserError(
+            f"--dynamic: low-rank changes ({', '.join(n + LOW for n in names)}) need an LSTM "
+            "or QRNN; name full weights, for example softmax.bias"
+        )
+    moments = second_moments(weights, shape, names, text, words)
+    added: Weights = {}
+    for name in names:
+        outputs = len(weights["softmax.bias" if name == "softmax" else name])
+        like = weights["softmax.bias"]
+        directions = principal_directions(moments[name], rank).to(like.dtype)
+        added[name + LOW] = like.new_zeros(outputs, len(directions))
+        added[name + DIRECTIONS] = directions
+    return {**weights, **added}

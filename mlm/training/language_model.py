@@ -1,0 +1,412 @@
+"""Stage 1: the language model, trained once on the whole corpus (becomes theta_0).
+
+Letters: B lanes, T tokens per segment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mlm.base.errors import UserError, uninterrupted
+from mlm.base.schedule import cosine
+from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
+from mlm.models.language_model import State, Weights
+from mlm.models.output_layer import token_nll
+from mlm.models.recurrent import BaseModel, Dropout, RecurrentLM
+from mlm.models.snail import snail_like
+from mlm.reading.static import static_loss
+from mlm.settings.config import Config
+from mlm.settings.sections import LMTrainingConfig
+from mlm.store.models import load_lm, save_lm
+from mlm.store.run_folder import RunFolder
+from mlm.store.tensors import adam_tensors, load_adam, load_tensors, save_tensors
+from mlm.text.streams import LaneStream, Segment, Text
+
+WARM_UP = 0.02
+
+
+def shape_of(config: Config, vocabulary_size: int) -> BaseModel:
+    """The model that the settings ask for, with its sizes for this vocabulary."""
+    cutoffs: tuple[int, ...] = ()
+    if vocabulary_size > config.model.adaptive_above:
+        cutoffs = tuple(c for c in config.model.cutoffs if 0 < c < vocabulary_size)
+    model = config.model
+    sizes = (vocabulary_size, model.embedding, model.hidden, model.layers, cutoffs)
+    if model.cell == "snail":
+        return snail_like(RecurrentLM(*sizes), model.context)
+    return RecurrentLM(*sizes, model.cell)
+
+
+def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """bfloat16 where asked for, or where the processor multiplies it natively.
+
+    Raises:
+        UserError: asked for, and the processor cannot train in it.
+    """
+    cpu = device.type == "cpu"
+    if wanted == "auto":
+        native = multiplies_bfloat16() if cpu else torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    if wanted == "bfloat16" and cpu and not trains_bfloat16():
+        raise UserError(
+            "--lm.precision bfloat16: this processor cannot train in it; oneDNN has bfloat16 LSTM "
+            "layers from AVX-512 on (and no further than ONEDNN_MAX_CPU_ISA, if that is set). Use "
+            "--lm.precision auto, which is float32 here"
+        )
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+
+
+def weights_of_run(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> Weights:
+    """The weights of another run's language model, to go on from.
+
+    Raises:
+        UserError: missing, damaged, of other sizes, or from another vocabulary.
+    """
+    try:
+        weights, its, _ = load_lm(run.checkpoint("lm"), vocabulary_hash)
+    except UserError as error:
+        raise UserError(f"--lm.init {run.path}: {error}") from None
+    others = sorted({name.partition("/")[0] for name in weights if "/" in name})
+    if others:
+        raise UserError(
+            f"--lm.init {run.path}: its model was trained with {', '.join(others)}, without which "
+            "it is another; go on from one that has none"
+        )
+    if its != shape:
+        raise UserError(
+            f"--lm.init {run.path}: its model is {its}, but the settings say {shape}; use the same "
+            "--model.* and --text.* settings"
+        )
+    return weights
+
+
+def unigram_biases(shape: BaseModel, text: Text) -> Weights:
+    """Softmax biases that predict every token by its share of `text`, whatever the layers say.
+
+    With Adam a bias that starts at zero takes hundreds of steps to get there. An adaptive softmax
+    has the tails' shares in the head, and a bias of its own in every tail.
+    """
+    counts = torch.ones(shape.vocabulary, dtype=torch.int64)
+    for article in text.articles:
+        counts += torch.from_numpy(np.bincount(article, minlength=shape.vocabulary))
+    head, *tails = (counts[lo:hi] for lo, hi, _ in shape.clusters())
+    shares = torch.cat([head, *(tail.sum()[None] for tail in tails)])
+    biases = {f"softmax.tail{k}.bias": tail for k, tail in enumerate(tails, start=1)}
+    biases["softmax.bias"] = shares
+    return {name: (n / n.sum()).log().float() for name, n in biases.items()}
+
+
+class LMTrainer:
+    """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit."""
+
+    def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
+        self.settings: LMTrainingConfig = config.lm
+        self.shape, self.text, self.device = shape, text, device
+        self.precision = resolve_precision(config.lm.precision, device)
+        seed = torch.Generator().manual_seed(config.seed)
+        start = shape.initial_weights(seed) | unigram_biases(shape, text)
+        self.weights = {n: w.to(device).requires_grad_() for n, w in start.items()}
+        self.optimizer = torch.optim.AdamW(
+            list(self.weights.values()),
+            lr=config.lm.learning_rate,
+            betas=(0.9, 0.99),
+            weight_decay=config.lm.weight_decay,
+            fused=True,
+        )
+        lanes = min(config.lm.lanes, len(text.articles))
+        self.stream = LaneStream(text.articles, lanes, config.lm.segment, text.eos, config.seed)
+        self.dropout_generator = torch.Generator(device).manual_seed(config.seed + 1)
+        self.state: State = shape.initial_state(lanes, device)
+        self.extensions = tuple(config.extensions)
+        learned = {
+            e.name: e.with_model(text, self.weights["embedding"].detach(), lanes)
+            for e in self.extensions
+        }
+        self.learned = {name: part for name, part in learned.items() if part is not None}
+        """What extensions learn beside the weights."""
+        self.steps = max(1, math.ceil(config.lm.epochs * text.tokens / (lanes * config.lm.segment)))
+        self.step = 0
+        self.validated = 0
+        """The step after which the validation loss was last measured."""
+        self.window = (0.0, 0)
+        """(nats, tokens) trained on since then."""
+        self.best = math.inf
+        s = config.lm
+        self.dropout = Dropout(
+            s.dropout_embedding, s.dropout_input, s.dropout_hidden, s.dropout_output, s.weight_drop
+        )
+
+    def loss(self, segment: Segment, added: list[Tensor]) -> tuple[Tensor, Tensor, State]:
+        """(objective, nats per token, state): cross-entropy plus AR and TAR.
+
+        Args:
+            added: (B, T, E) each, what extensions add to the hidden states.
+        """
+        use = self.precision == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
+            hidden = self.shape.run(
+                self.weights, segment.inputs, self.state, self.dropout, self.dropout_generator
+            )
+            output = sum(added, hidden.output)
+            nll = token_nll(self.weights, self.shape, output, segment.targets)
+        count = segment.mask.sum()
+        loss = (nll.float() * segment.mask).sum() / count
+        objective = loss
+        width = self.shape.embedding
+        if self.settings.ar:
+            squares = (hidden.output.float().square().sum(-1) * segment.mask).sum()
+            objective = objective + self.settings.ar * squares / (count * width)
+        if self.settings.tar and segment.mask.shape[1] > 1:
+            both = segment.mask[:, 1:]
+            change = (hidden.raw[:, 1:] - hidden.raw[:, :-1]).float().square().sum(-1) * both
+            change_mean = change.sum() / (both.sum().clamp(min=1) * width)
+            objective = objective + self.settings.tar * change_mean
+        return objective, loss.detach(), hidden.state.detach()
+
+    def train_step(self) -> tuple[float, int]:
+        """One update of the weights; returns (nats per token, tokens).
+
+        Raises:
+            UserError: the loss is not finite; the weights are untouched by it.
+        """
+        segment = next(self.stream).to(self.device)
+        self.state = self.state.keep(~segment.new)
+        added = [part.added(segment) for part in self.learned.values()]
+        objective, loss, state = self.loss(segment, added)
+        value = float(loss)
+        if not math.isfinite(value):
+            raise UserError(
+                f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
+                f"lower --learning-rate (now {self.settings.learning_rate}) or use "
+                "--lm.precision float32, then --resume"
+            )
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        count = int(segment.mask.sum())
+        for part, rows in zip(self.learned.values(), added, strict=True):
+            assert rows.grad is not None
+            part.learn(rows.grad * count, self.weights["embedding"])
+        self._descend()
+        self.state = state
+        self.step += 1
+        return value, count
+
+    def _descend(self) -> None:
+        """One step of Adam along the gradients that the weights hold."""
+        torch.nn.utils.clip_grad_norm_(list(self.weights.values()), self.settings.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * cosine(self.step, self.steps, WARM_UP)
+        self.optimizer.step()
+
+    def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """Begin with the language model of another run (see `weights_of_run`)."""
+        weights = weights_of_run(run, self.shape, vocabulary_hash)
+        for name, weight in self.weights.items():
+            weight.data.copy_(weights[name])
+
+    def validation_loss(self, valid: Text) -> float:
+        """Mean loss on validation, nats per token: what chooses the best weights."""
+        s = self.settings
+        weights = self.model()
+        extensions = tuple(e for e in self.extensions if e.of_model and e.active(weights))
+        more = (s.lanes, s.segment, self.precision, extensions)
+        return static_loss(weights, self.shape, valid, *more)
+
+    # -- checkpoints ------------------------------------------------------------------------
+
+    def model(self) -> Weights:
+        """The language model, as its checkpoint holds it, with what extensions learned."""
+        found = {n: w.detach() for n, w in self.weights.items()}
+        for part in self.learned.values():
+            found |= part.weights()
+        return found
+
+    def more_tensors(self) -> dict[str, Tensor]:
+        """What a kind of training carries on beside weights, Adam and state."""
+        return {
+            f"{name}/{what}": t
+            for name, part in self.learned.items()
+            for what, t in part.tensors().items()
+        }
+
+    def load_more(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `more_tensors`."""
+        for name, part in self.learned.items():
+            own = {n: t for n, t in tensors.items() if n.startswith(f"{name}/")}
+            part.load({n.removeprefix(f"{name}/"): t for n, t in own.items()})
+
+    def save(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """Write everything that the next step depends on."""
+        tensors: dict[str, Tensor] = {}
+        for name, weight in self.weights.items():
+            tensors[f"weights/{name}"] = weight
+        tensors |= adam_tensors(self.optimizer, self.weights)
+        tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
+        tensors["dropout"] = self.dropout_generator.get_state()
+        tensors |= {f"more/{n}": t for n, t in self.more_tensors().items()}
+        about = {
+            "vocabulary": vocabulary_hash,
+            "step": self.step,
+            "steps": self.steps,
+            "validated": self.validated,
+            "window": list(self.window),
+            "best": self.best if math.isfinite(self.best) else None,
+            "cursor": self.stream.state_dict(),
+        }
+        save_tensors(run.checkpoint("lm_last"), tensors, about)
+
+    def load(self, run: RunFolder, vocabulary_hash: str) -> None:
+        """Continue from `save`.
+
+        Raises:
+            UserError: the checkpoint belongs to other settings or another vocabulary.
+        """
+        path = run.checkpoint("lm_last")
+        tensors, about = load_tensors(path, "nothing to resume")
+        carried = [f"state/{k}" for k in range(len(self.state.tensors()))]
+        mine = {f"weights/{n}": w for n, w in self.weights.items()}
+        mine |= dict(zip(carried, self.state.tensors(), strict=True))
+        sizes = {n: tuple(t.shape) for n, t in mine.items()}
+        found = {
+            n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights/", "state/"))
+        }
+        if about["vocabulary"] != vocabulary_hash or sizes != found or about["steps"] != self.steps:
+            raise UserError(
+                f"{path} was made with other settings (vocabulary, model, text or length of "
+                "training). Resume with the same flags, or choose another --out"
+            )
+        for name, weight in self.weights.items():
+            weight.data.copy_(tensors[f"weights/{name}"])
+        load_adam(self.optimizer, self.weights, tensors)
+        self.state = self.state.of([tensors[name].to(self.device) for name in carried])
+        self.dropout_generator.set_state(tensors["dropout"])
+        more = {n.removeprefix("more/"): t for n, t in tensors.items() if n.startswith("more/")}
+        self.load_more(more)
+        self.stream.load_state_dict(about["cursor"])
+        self.step = about["step"]
+        self.validated = about.get("validated", self.step)
+        self.window = tuple(about.get("window", (0.0, 0)))
+        self.best = math.inf if about["best"] is None else about["best"]
+
+
+@contextlib.contextmanager
+def _progress(title: str, total: int, done: int, quiet: bool) -> Iterator[tqdm]:
+    with tqdm(
+        total=total, initial=done, desc=title, unit="step", disable=quiet, dynamic_ncols=True
+    ) as bar:
+        yield bar
+
+
+def train_lm(
+    trainer: LMTrainer,
+    config: Config,
+    valid: Text,
+    run: RunFolder,
+    vocabulary_hash: str,
+    quiet: bool = False,
+) -> None:
+    """Stage 1: train the language model, keep the weights that do best on validation.
+
+    Writes `checkpoints/lm.safetensors` (best) and `lm_last.safetensors` (for `--resume`), and rows
+    of metrics.jsonl. On Ctrl-C the state of training is saved first.
+    """
+    last = run.checkpoint("lm_last")
+    if config.resume and last.exists():
+        trainer.load(run, vocabulary_hash)
+        run.save_config(config)  # not before: a refused --resume changes nothing
+        run.keep_rows(lambda row: row.get("stage") != "lm" or row["step"] <= trainer.validated)
+    else:
+        if config.lm.init is not None:
+            trainer.start_from(RunFolder(config.lm.init), vocabulary_hash)
+        run.keep_rows(lambda row: row.get("stage") != "lm")
+        few = _few_segments(valid, config)
+        static_loss(trainer.weights, trainer.shape, few, 1, config.lm.segment)
+    try:
+        _train(trainer, config, valid, run, vocabulary_hash, quiet)
+    except KeyboardInterrupt:
+        trainer.save(run, vocabulary_hash)
+        raise
+
+
+def _few_segments(text: Text, config: Config) -> Text:
+    """The first two segments: evaluation must work before training begins."""
+    return Text([text.articles[0][: 2 * config.lm.segment]], 1, text.eos)
+
+
+def _train(
+    trainer: LMTrainer,
+    config: Config,
+    valid: Text,
+    run: RunFolder,
+    vocabulary_hash: str,
+    quiet: bool,
+) -> None:
+    per_word = trainer.text.tokens_per_word
+    every = math.ceil(trainer.steps / config.lm.validations)
+    read, clock = 0, time.perf_counter()
+    with _progress("language model", trainer.steps, trainer.step, quiet) as bar:
+        while True:
+            due = trainer.step % every == 0 or trainer.step == trainer.steps
+            if due and trainer.step > trainer.validated:
+                speed = read / per_word / (time.perf_counter() - clock)
+                _validate(trainer, valid, run, vocabulary_hash, speed)
+                read, clock = 0, time.perf_counter()
+            if trainer.step == trainer.steps:
+                return
+            with uninterrupted():
+                loss, count = trainer.train_step()
+                nats, tokens = trainer.window
+                trainer.window = (nats + loss * count, tokens + count)
+            read += count
+            bar.update()
+            if trainer.step % 20 == 0:
+                mean = trainer.window[0] / trainer.window[1]
+                speed = read / per_word / (time.perf_counter() - clock)
+                ppl = math.exp(min(50.0, mean * per_word))
+                bar.set_postfix_str(f"loss {mean:.3f}, ppl {ppl:.0f}, {speed:,.0f} words/s")
+
+
+def _validate(
+    trainer: LMTrainer, valid: Text, run: RunFolder, vocabulary_hash: str, speed: float
+) -> None:
+    s = trainer.settings
+    loss = trainer.validation_loss(valid)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"stage 1, step {trainer.step}: the validation loss is {loss}. The last checkpoint is "
+            f"kept; lower --learning-rate (now {s.learning_rate}), then --resume"
+        )
+    nats, tokens = trainer.window
+    row: dict[str, Any] = {
+        "stage": "lm",
+        "step": trainer.step,
+        "tokens": trainer.step * trainer.stream.lanes * s.segment,
+        "train_loss": nats / tokens,
+        "valid_loss": loss,
+        "valid_word_perplexity": math.exp(min(50.0, loss * valid.tokens_per_word)),
+        "words_per_second": speed or None,  # None: the validation was all that was left to do
+        "precision": str(trainer.precision).removeprefix("torch."),
+    }
+    with uninterrupted():
+        run.log(**row)
+        trainer.validated, trainer.window = trainer.step, (0.0, 0)
+        if loss < trainer.best:
+            trainer.best = loss
+            save_lm(
+                run.checkpoint("lm"),
+                trainer.model(),
+                trainer.shape,
+                vocabulary_hash,
+                step=trainer.step,
+                valid_loss=loss,
+            )
+        trainer.save(run, vocabulary_hash)

@@ -1,0 +1,153 @@
+"""Scoring reports every lane that the guard resets, where it lies in its article."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command, Finished
+from worlds import EOS, articles, tiny_base
+
+from mlm.base.names import PROTOCOLS
+from mlm.models.base import AdaptationBase
+from mlm.reading.cache import Cache, CacheSetting
+from mlm.reading.scoring import Scores, score_articles, score_protocol, score_stream
+from mlm.report.losses import LossTable
+from mlm.rules.hand_made import SGD
+from mlm.rules.protocol import Bound
+
+DYNAMIC = ("lstm.1.recurrent", "softmax.bias")
+LENGTHS = (31, 0, 12, 3, 44, 1)
+
+
+def _world(rate: float, limit: float) -> tuple[AdaptationBase, Bound]:
+    base = dataclasses.replace(tiny_base(DYNAMIC), limit=limit)
+    return base, SGD().bind({"rate": torch.tensor(rate).double()}, base)
+
+
+def _beyond(scores: Scores, base: AdaptationBase) -> list[tuple[int, int]]:
+    """Segments whose mean loss passes the limit while their lane has learned something."""
+    found = []
+    for article, nll in enumerate(scores.nll):
+        age = 0
+        for start in range(0, len(nll), base.segment):
+            age += 1
+            if age > 1 and nll[start : start + base.segment].mean() > base.limit:
+                found.append((article, start))
+                age = 0
+    return found
+
+
+@pytest.mark.parametrize("lanes", [1, 3, 9])
+def test_resets_are_reported_where_they_happen(lanes: int) -> None:
+    """A step size too large: a lane explodes, starts again at theta_0 and explodes again."""
+    base, rule = _world(rate=60.0, limit=4.0)
+    scores = score_articles(base, rule, articles(LENGTHS), EOS, lanes)
+    assert sorted(scores.flushes) == _beyond(scores, base)
+    assert {article for article, _ in scores.flushes} == {0, 2, 4}
+    assert len(scores.flushes) > 3
+    assert all(start > 0 for _, start in scores.flushes)
+
+
+def test_lanes_that_break_are_reported() -> None:
+    """Weights that give no number: every segment but an article's first is read at theta_0."""
+    base, rule = _world(rate=1e308, limit=np.inf)
+    texts = articles(LENGTHS)
+    scores = score_articles(base, rule, texts, EOS, 3)
+    later = [(a, at) for a, text in enumerate(texts) for at in range(5, len(text), 5)]
+    assert sorted(scores.flushes) == later
+    assert np.isfinite(scores.total)
+
+
+@pytest.mark.parametrize("protocol", ["article", "stream"])
+def test_nothing_is_reported_where_nothing_is_reset(protocol: str) -> None:
+    base, rule = _world(rate=0.01, limit=50.0)
+    for some in (rule, None):
+        assert score_protocol(base, some, articles(LENGTHS), EOS, protocol, 2).flushes == []
+
+
+def test_resets_in_a_stream_are_reported_in_the_article_they_lie_in() -> None:
+    """Also where a segment begins with an article, behind one without a token."""
+    base, rule = _world(rate=60.0, limit=4.0)
+    texts = articles((12, 3, 0, 20, 31, 1))
+    where = [(a, at) for a, text in enumerate(texts) for at in range(len(text))]
+    joined = score_articles(base, rule, [np.concatenate(texts)], EOS, 1)
+    stream = score_stream(base, rule, texts, EOS)
+    assert stream.flushes == [where[at] for _, at in joined.flushes]
+    assert (3, 0) in stream.flushes
+    assert len({article for article, _ in stream.flushes}) >= 3
+
+
+def test_new_weights_are_never_written_over_those_they_come_from(monkeypatch) -> None:
+    """Rules may read all weights for any of them; so it stays when lanes drop out."""
+    base, rule = _world(rate=0.01, limit=50.0)
+    update, lanes = rule.update, set()
+
+    def spy(weights, gradients, signal, out):
+        lanes.add(len(signal.age))
+        for name, tensor in weights.items():
+            assert out[name].shape == tensor.shape
+            assert out[name].data_ptr() != tensor.data_ptr()
+        return update(weights, gradients, signal, out)
+
+    monkeypatch.setattr(rule, "update", spy)
+    score_articles(base, rule, articles(LENGTHS), EOS, 3)
+    assert lanes == {1, 2, 3}
+
+
+def test_scores_with_a_cache_report_the_same_resets() -> None:
+    base, rule = _world(rate=60.0, limit=4.0)
+    settings = [CacheSetting(0.3, 0.1, 9), CacheSetting(1.0, 0.5, 9)]
+    scores = score_articles(base, rule, articles(LENGTHS), EOS, 2, cache=settings)
+    assert len(scores.cached) == 2
+    assert scores.flushes
+    for cached in scores.cached:
+        assert cached.flushes == scores.flushes
+        assert cached.total != scores.total
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_time_of_caches_is_not_the_rules(protocol: str, monkeypatch) -> None:
+    base, rule = _world(rate=0.01, limit=50.0)
+    mix, wait = Cache.mix, 0.01
+
+    def slow(*args):
+        time.sleep(wait)
+        return mix(*args)
+
+    monkeypatch.setattr(Cache, "mix", slow)
+    settings = [CacheSetting(0.3, 0.1, 9)]
+    scores = score_protocol(base, rule, articles(LENGTHS), EOS, protocol, 2, None, settings)
+    segments = sum(LENGTHS) / base.segment
+    assert scores.cached[0].seconds - scores.seconds > wait * segments / 2
+
+
+@pytest.mark.parametrize("kind", ["static", "sgd"])
+def test_articles_without_a_token_have_no_losses(kind: str) -> None:
+    base, rule = _world(rate=0.01, limit=50.0)
+    settings = [CacheSetting(0.3, 0.1, 9)]
+    some = None if kind == "static" else rule
+    scores = score_articles(base, some, articles((0, 0)), EOS, 2, cache=settings)
+    assert [len(nll) for nll in (*scores.nll, *scores.cached[0].nll)] == [0] * 4
+    assert scores.total == 0
+
+
+def test_a_rule_and_its_cache_are_read_at_once(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    """The losses are those of each read alone; a cache alone needs no plain row."""
+    both, apart = finished.copy(tmp_path / "both"), finished.copy(tmp_path / "apart")
+    rules = ("rms", "rms+cache")
+    assert command("evaluate", both, "--no-draw", "--rules", *rules).code == 0
+    for rule in rules:
+        assert command("evaluate", apart, "--no-draw", "--rules", rule).code == 0
+    tables = [LossTable.load(folder / "losses.parquet") for folder in (both, apart)]
+    for protocol in PROTOCOLS:
+        for rule in rules:
+            one, other = (table.loss(rule, protocol) for table in tables)
+            np.testing.assert_array_equal(one, other)
+        assert (tables[0].loss("rms", protocol) != tables[0].loss("rms+cache", protocol)).any()

@@ -1,0 +1,308 @@
+"""The pictures: what is drawn, from what, and what happens when something is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import runpy
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_run import made_up_losses, made_up_words, make_run
+
+from mlm.base.errors import UserError
+from mlm.report import figure2 as figure2_module
+from mlm.report.figure2 import figure2, letter, moving_average, panels_of, smooth, window_points
+from mlm.report.losses import LossTable
+from mlm.report.plots import draw_all, gain_by_position, read_metrics, training_curves, word_picture
+from mlm.report.word_picture import colour_range, ink_on, word_colour
+
+REPOSITORY = Path(__file__).parents[2]
+HOSTILE = ["</script>", "&amp;", "$x_1$", "🙂", "שלום", "中文", "a--b", "\x07", '"q"', "\\n", "%s"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), splits=("valid", "test"))
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------- figure 2
+
+
+def test_the_moving_average_is_centred_and_keeps_straight_lines():
+    line = np.arange(30.0)
+    inside = slice(4, -4)
+    np.testing.assert_allclose(moving_average(line)[inside], line[inside])
+    impulse = np.zeros(21)
+    impulse[10] = 8
+    np.testing.assert_allclose(moving_average(impulse)[5:16], [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 0.5, 0])
+    np.testing.assert_allclose(moving_average(np.full(3, 5.0)), 5)  # shorter than the window
+    np.testing.assert_allclose(moving_average(np.arange(5.0), 3), [0.5, 1, 2, 3, 3.5])
+
+
+def test_the_average_stops_at_borders_where_the_weights_start_anew():
+    gain, place = np.r_[np.zeros(5), np.ones(5)], np.repeat([0, 1], 5)
+    np.testing.assert_array_equal(smooth(gain, place, over_borders=False), gain)
+    over = smooth(gain, place, over_borders=True)
+    assert 0 < over[4] < over[5] < 1
+
+
+def test_windows_hold_200_words_of_one_article():
+    rng = np.random.default_rng(0)
+    table = made_up_losses([made_up_words(n, rng) for n in (450, 1, 530)])
+    points = window_points(table, "stream", ["static", "rms"], [0, 1, 2])
+    spans = list(zip(points.place_P, points.from_P, points.to_P, strict=True))
+    # 50 words left over join the window before them, 130 make one of their own
+    assert spans == [
+        (0, 0, 200),
+        (0, 200, 450),
+        (1, 0, 1),
+        (2, 0, 200),
+        (2, 200, 400),
+        (2, 400, 530),
+    ]
+    assert points.centre_P[-1] == 451 + 465
+    expected = math.exp(table.loss("rms", "stream")[451 + 200 : 451 + 400].mean())
+    assert points.perplexity_P["rms"][4] == pytest.approx(expected)
+
+
+def test_figure2_draws_both_panels_over_the_stream(run: Path, tmp_path: Path):
+    table = LossTable.load(run / "losses.parquet")
+    paths = figure2(table, tmp_path)
+    assert [p.name for p in paths] == ["figure2.png", "figure2.svg", "figure2.csv"]
+    rows = read_csv(paths[2])
+    assert sorted({row["letter"] for row in rows}) == list("ABCDEFGH")
+    point = next(row for row in rows if row["letter"] == "A" and row["from"] == "200")
+    gain = float(point["perplexity_static"]) - float(point["perplexity_two_levels"])
+    assert float(point["gain_two_levels_vs_static"]) == pytest.approx(gain, rel=1e-3)
+    finer = float(point["perplexity_two_levels"]) - float(point["perplexity_three_levels"])
+    assert float(point["gain_three_levels_vs_two_levels"]) == pytest.approx(finer, abs=1e-3)
+    stream = table.loss("two_levels", "stream")[200:400].mean()
+    assert float(point["perplexity_two_levels"]) == pytest.approx(math.exp(stream), rel=1e-4)
+
+
+def test_figure2_starts_and_ends_where_asked(run: Path, tmp_path: Path):
+    table = LossTable.load(run / "losses.parquet")
+    rows = read_csv(figure2(table, tmp_path, articles=2, first=3, protocol="article")[2])
+    assert {(row["letter"], row["article"]) for row in rows} == {("A", "3"), ("B", "4")}
+    figure2(table, tmp_path, articles=99)
+    with pytest.raises(UserError, match=r"no article to draw: 8 articles from number 10"):
+        figure2(table, tmp_path, first=10)
+
+
+def test_figure2_falls_back_to_the_rules_there_are():
+    assert panels_of(["static", "sgd", "rms"]) == [("rms", "static")]
+    assert panels_of(["static", "mine"]) == [("mine", "static")]
+    assert panels_of(["static", "rms", "two_levels"]) == [("two_levels", "static")]
+    assert panels_of(["static", "two_levels", "three_levels"])[1] == ("three_levels", "two_levels")
+    assert figure2_module.WINDOW * figure2_module.SMOOTHED == 1600
+
+
+def test_letters_go_on_after_z():
+    assert [letter(i) for i in (0, 25, 26, 51, 52, 701, 702)] == [
+        "A",
+        "Z",
+        "AA",
+        "AZ",
+        "BA",
+        "ZZ",
+        "AAA",
+    ]
+
+
+# ---------------------------------------------------------------- the other curves
+
+
+def test_gain_by_position_draws_every_rule_and_protocol(run: Path, tmp_path: Path):
+    rows = read_csv(gain_by_position(LossTable.load(run / "losses.parquet"), tmp_path)[2])
+    curves = {(row["protocol"], row["rule"]) for row in rows}
+    assert len(curves) == 8
+    assert ("article", "static") not in curves
+    key = ("article", "rms", "0")
+    first = next(row for row in rows if (row["protocol"], row["rule"], row["from"]) == key)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    same = next(
+        row
+        for row in evaluation
+        if (row["kind"], row["split"], row["protocol"]) == ("position", "valid", "article")
+        and (row["rule"], row["from"]) == ("rms", 0)
+    )
+    assert float(first["nats_per_word_gained"]) == pytest.approx(
+        same["nats_per_word_gained"], rel=1e-4
+    )
+    assert float(first["low"]) < same["nats_per_word_gained"] < float(first["high"])
+
+
+def test_training_curves_tolerate_what_is_missing(tmp_path: Path):
+    assert training_curves(tmp_path) == []
+    lines = [
+        '{"stage": "lm", "step": 1, "train_loss": 5.0}',
+        '{"stage": "lm", "step": 2, "train_loss": NaN, "valid_loss": 4.0}',
+        '{"stage": "lm"}',
+        '{"stage": "meta", "step": 3, "gain_per_word": 0.1}',
+        '{"stage": "evaluation"}',
+        "[1, 2]",
+        '{"stage": "lm", "step": 4, "tra',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
+    rows = read_csv(training_curves(tmp_path)[2])
+    assert [(r["stage"], r["curve"], r["x"], r["y"]) for r in rows] == [
+        ("lm", "train_loss", "1", "5"),
+        ("lm", "valid_loss", "2", "4"),
+        ("meta", "gain_per_word", "3", "0.1"),
+    ]
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "evaluation"}\n')
+    assert training_curves(tmp_path) == []
+
+
+def test_the_word_picture_is_safe_for_any_word(tmp_path: Path):
+    words = ["=", "T", "=", "<eos>", "<eos>", *HOSTILE, "long" * 60, "<eos>", "end"]
+    table = made_up_losses([words], titles=["$a_$ </svg> 🙂"])
+    paths = word_picture(table, tmp_path, article=0, pair=("rms", "static"))
+    ElementTree.parse(paths[1])
+    rows = read_csv(paths[2])
+    assert [row["word"] for row in rows] == words
+    for row, loss, static in zip(rows, table.losses["rms"], table.losses["static"], strict=True):
+        assert float(row["difference"]) == pytest.approx(loss - static, rel=1e-4, abs=1e-5)
+
+
+def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: Path):
+    table = LossTable.load(run / "losses.parquet")
+    with pytest.raises(UserError, match=r"article 1 of split 'valid' has 350 words"):
+        word_picture(table, tmp_path, article=1, start=350, pair=("rms", "static"))
+    paths = word_picture(table, tmp_path, article=1, start=340, pair=("rms", "static"))
+    assert len(read_csv(paths[2])) == 10  # up to the article's end
+
+
+def test_colours_are_white_at_zero_symmetric_and_clipped():
+    assert word_colour(0, 2) == (1, 1, 1)
+    assert word_colour(-9, 2) == pytest.approx([0x43 / 255, 0x93 / 255, 0xC3 / 255])
+    assert word_colour(9, 2) == pytest.approx([0xD6 / 255, 0x60 / 255, 0x4D / 255])
+    assert word_colour(1, 2) == pytest.approx([1 - 0.5**0.6 * (1 - c) for c in word_colour(2, 2)])
+    assert colour_range(np.r_[np.zeros(1000), 100.0]) < 1  # one outlier does not set the range
+    assert colour_range(np.zeros(3)) > 0
+
+
+def test_the_ink_flips_with_the_background():
+    assert ink_on((1, 1, 1)) == "#000000"
+    assert ink_on((0.1, 0.2, 0.3)) == "#ffffff"
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def test_everything_is_drawn_from_the_folder_alone(run: Path):
+    paths = draw_all(run, passage=(3, 100))
+    names = {path.relative_to(run).as_posix() for path in paths}
+    stems = [
+        "figure2",
+        "gain_by_position",
+        "words_start",
+        "words_middle",
+        "words_3_100",
+        "training",
+    ]
+    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".csv")} | {
+        "words.html"
+    }
+    for path in paths:
+        assert path.stat().st_size > 100
+        if path.suffix == ".svg":
+            ElementTree.parse(path)
+        if path.suffix == ".png":
+            assert path.read_bytes().startswith(b"\x89PNG")
+    assert (run / "figures/figure2_test.png") in draw_all(run, "test", 1)
+    assert (run / "words_test.html").exists()
+    assert not [path for path in run.rglob(".*") if path.is_file()]  # nothing half-written
+
+
+def test_drawing_twice_gives_the_same_bytes(run: Path, tmp_path: Path):
+    table = LossTable.load(run / "losses.parquet")
+    for kind in (figure2, gain_by_position):
+        first, second = (kind(table, tmp_path / folder) for folder in "12")
+        for one, two in zip(first, second, strict=True):
+            assert one.read_bytes() == two.read_bytes(), one.name
+
+
+def test_a_run_of_one_word_is_drawn(tmp_path: Path):
+    make_run(tmp_path, lengths=(1,), rules=("static", "rms"), protocols=("article",))
+    assert (tmp_path / "words.html") in draw_all(tmp_path)
+
+
+def test_a_protocol_that_was_not_measured_is_refused(tmp_path: Path):
+    table = made_up_losses([["a", "b", "<eos>"]], protocols=("article",))
+    assert figure2(table, tmp_path)  # without a wish, the one there is
+    with pytest.raises(UserError, match=r"'stream' was not measured .* present: article"):
+        figure2(table, tmp_path, protocol="stream")
+
+
+def test_static_alone_is_refused(tmp_path: Path):
+    make_run(tmp_path, lengths=(50,), rules=("static",))
+    with pytest.raises(UserError, match=r"pictures compare 'static' with another rule"):
+        draw_all(tmp_path)
+
+
+def visualize(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the script as its command line would, in this process; return the exit code."""
+    monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments])
+    try:
+        runpy.run_path(str(REPOSITORY / "visualize.py"), run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    return 0
+
+
+def test_the_command_prints_the_paths(tmp_path: Path):
+    make_run(tmp_path, lengths=(60, 50), rules=("static", "rms"), protocols=("article",))
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "visualize.py"), str(tmp_path), "--articles", "1"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert str(tmp_path / "words.html") in result.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["{run}/nowhere"], "not found; name the folder"),
+        (["{run}/figures"], "losses.parquet not found; run evaluate.py"),
+        (["{run}/broken"], "cannot be read"),
+        (["{run}", "--articles", "0"], "--articles"),
+        (["{run}", "--split", "train"], "no split 'train', only test, valid"),
+        (["{run}", "--first", "50"], "no article to draw"),
+    ],
+)
+def test_the_command_fails_with_one_clear_line(
+    run: Path,
+    arguments: list[str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    for folder in ("broken", "figures"):
+        (run / folder).mkdir(exist_ok=True)
+    (run / "broken" / "losses.parquet").write_bytes(b"PAR1 nonsense")
+    assert visualize(monkeypatch, *(text.format(run=run) for text in arguments)) == 1
+    error = capsys.readouterr().err
+    assert expected in error
+    assert len(error.splitlines()) == 1
+
+
+def test_an_unknown_flag_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch):
+    assert visualize(monkeypatch, str(run), "--no-such-flag") not in (0, 1)
