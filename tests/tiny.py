@@ -83,7 +83,7 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
         ),
         adapt=AdaptConfig(update_every=20, fisher_words=500),
         meta=MetaConfig(lanes=3, unroll=4, steps=3),
-        evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=400, resamples=49),
+        evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=200, resamples=49),
     )
     values = {name.replace("__", "."): value for name, value in changes.items()}
     return validate(replaced(config, values))

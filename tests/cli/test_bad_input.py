@@ -572,7 +572,7 @@ def test_gates_that_ruin_the_weights_are_reported(
     path = folder / "checkpoints" / "two_levels.safetensors"
     tensors, about = load_tensors(path, "")
     save_tensors(path, {n: torch.full_like(t, 30.0) for n, t in tensors.items()}, about)
-    done = command("evaluate", folder, "--rules", "two_levels")
+    done = command("evaluate", folder, "--rules", "two_levels", "--no-draw")
     assert done.code == 0
     assert "2 levels, protocol article: the guard reset the weights" in done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))

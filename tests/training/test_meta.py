@@ -286,6 +286,7 @@ def test_every_rule_is_trained_and_scored_by_its_name(
     flags = as_flags(dataclasses.replace(finished.config, out=folder))
     learned = [r for r in LEARNED if r != "mlp"]
     flags += ["--meta.hidden", "2", "--meta-steps", "1", "--meta.unroll", "3"]
+    flags += ["--max-articles", "2"]
     done = command(
         "train", *flags, "--stages", "meta", "evaluate",
         "--train-rules", *learned, "--rules", *rules,
