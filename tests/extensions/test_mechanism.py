@@ -139,9 +139,13 @@ def test_static_reading_adds_what_it_says(engine: str) -> None:
         np.testing.assert_allclose(found[lo : lo + base.segment], want.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 11, 23)])
 @pytest.mark.parametrize("adapts", [True, False])
-def test_lanes_at_once_read_as_articles_one_by_one(adapts: bool, engine: str) -> None:
-    base, texts = _base(), articles(LENGTHS)
+def test_lanes_at_once_read_as_articles_one_by_one(
+    adapts: bool, lengths: tuple[int, ...], engine: str
+) -> None:
+    """Also where the first lanes end first, and the others go on without them."""
+    base, texts = _base(), articles(lengths)
     bound = _bound(base) if adapts else None
     alone = [score_articles(base, bound, [text], EOS, 1).nll[0] for text in texts]
     for lanes in (1, 3):
