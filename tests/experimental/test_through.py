@@ -11,6 +11,7 @@ from through_world import DYNAMIC, SHAPE, flags_through, text_of_articles, throu
 from worlds import check_resumed, gradients_of_a_step
 
 from mlm.extensions import NGramMemory
+from mlm.extensions.ngram_memory import History
 from mlm.extensions.word_coupling import COUPLING
 from mlm.models.extension import Told
 from mlm.models.language_model import OutputTerms, WithinSegment, own_weights
@@ -65,6 +66,7 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(intra_segment, mo
     own = {n: s + (reader.weights[n] - base.weights[n]) for n, s in start.items()}
     (memory,) = (e for e in base.extensions if isinstance(e, NGramMemory))
     history = reader.extras[memory.name]
+    assert isinstance(history, History)
     model = own_weights({**base.weights, **reader.weights})
     hidden = trainer.shape.run(model, segment.inputs, reader.state)
     keys = hidden.output.detach()

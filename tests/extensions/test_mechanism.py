@@ -51,7 +51,7 @@ class Sums(NamedTuple):
     """Hidden states of B lanes summed up (B, E), and how many (B,)."""
 
     total: Tensor
-    count: Tensor
+    tokens: Tensor
 
     def select(self, lanes: Tensor) -> Sums:
         return Sums(*(t[lanes] for t in self))
@@ -80,12 +80,12 @@ class RunningMean(Extension):
         return Sums(some.new_zeros(lanes, some.shape[1]), some.new_zeros(lanes))
 
     def open(self, value: Sums, new_B: Tensor, reset_B: Tensor) -> Sums:
-        return Sums(value.total * ~reset_B[:, None], value.count * ~reset_B)
+        return Sums(value.total * ~reset_B[:, None], value.tokens * ~reset_B)
 
     def before(
         self, weights: Weights, value: Sums, segment: Segment, hidden_BTE: Tensor, told: Told
     ) -> Told:
-        mean_B1E = (value.total / value.count.clamp(min=1)[:, None])[:, None]
+        mean_B1E = (value.total / value.tokens.clamp(min=1)[:, None])[:, None]
         added = self.share * STRENGTH * mean_B1E.expand_as(hidden_BTE)
         return told.with_added(added).with_note(self.name, hidden_BTE)
 
@@ -93,7 +93,7 @@ class RunningMean(Extension):
         self, weights: Weights, value: Sums, segment: Segment, note: Tensor, out: Outcome
     ) -> Sums:
         total_BE = (note * out.taught[..., None]).sum(1)
-        return Sums(value.total + total_BE, value.count + out.taught.sum(1))
+        return Sums(value.total + total_BE, value.tokens + out.taught.sum(1))
 
 
 OWN = RunningMean(share=0.5)
@@ -139,9 +139,13 @@ def test_static_reading_adds_what_it_says(engine: str) -> None:
         np.testing.assert_allclose(found[lo : lo + base.segment], want.numpy(), atol=1e-12)
 
 
+@pytest.mark.parametrize("lengths", [LENGTHS, (3, 11, 23)])
 @pytest.mark.parametrize("adapts", [True, False])
-def test_lanes_at_once_read_as_articles_one_by_one(adapts: bool, engine: str) -> None:
-    base, texts = _base(), articles(LENGTHS)
+def test_lanes_at_once_read_as_articles_one_by_one(
+    adapts: bool, lengths: tuple[int, ...], engine: str
+) -> None:
+    """Also where the first lanes end first, and the others go on without them."""
+    base, texts = _base(), articles(lengths)
     bound = _bound(base) if adapts else None
     alone = [score_articles(base, bound, [text], EOS, 1).nll[0] for text in texts]
     for lanes in (1, 3):
@@ -163,11 +167,11 @@ def test_an_article_forgets_the_one_before_it_and_a_stream_does_not() -> None:
     own = 0
     for piece, sums in zip(pieces, _sums(base, bound, pieces), strict=True):
         own = int(piece.mask.sum()) + (0 if bool(piece.new) else own)
-        assert int(sums.count) == own
+        assert int(sums.tokens) == own
     assert sum(int(piece.new) for piece in pieces) == 3
     line = list(LaneStream([np.concatenate(texts)], 1, base.segment, EOS))
     *_, last = _sums(base, bound, line)
-    assert int(last.count) == 51
+    assert int(last.tokens) == 51
     article, stream = (
         score_protocol(base, bound, texts, EOS, protocol, 2).nll for protocol in PROTOCOLS
     )
