@@ -25,7 +25,7 @@ SPEED = ("LOGITS", "BLOCK", "EMPTY", "TILE")
 """Constants of these modules that move nothing but time and last bits."""
 
 
-def constants(of_model: bool, tensors: Collection[str]) -> dict[str, Any]:
+def constants(of_model: bool, tensors: Collection[str] = ()) -> dict[str, Any]:
     """Those of the core and of the extensions that move a loss, by module and name.
 
     Args:
