@@ -149,7 +149,7 @@ def row_config(options: Options, base: Config, row: Row, out: Path) -> Config:
     meta = dataclasses.replace(base.meta, **own)
     evaluation = dataclasses.replace(
         base.evaluation,
-        rules=("static", *row.rules),
+        rules=tuple(dict.fromkeys(("static", *row.rules))),
         protocols=("article", "stream"),
         budget=options.budget,
         tune_words=options.words,

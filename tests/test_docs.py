@@ -6,19 +6,15 @@ import ast
 import fnmatch
 import importlib.util
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
-import torch
 from conftest import Command, Finished
 
 from benchmarks.readme import ROOT
 from benchmarks.reference import messages
 from mlm.cli.flags import settings_of
-from mlm.models.extension import Extension, Told
-from mlm.models.language_model import OutputTerms
+from mlm.models.extension import Extension
 from mlm.settings.config import Config
 from mlm.settings.flags import flag
 
@@ -80,6 +76,23 @@ def test_paths_are_there(page: Path) -> None:
     assert [span for span in spans if not (ROOT / span).exists()] == []
 
 
+@pytest.mark.parametrize("page", ["write_an_extension", "write_a_rule"])
+def test_code_of_a_page_does_what_the_page_says(page: str) -> None:
+    """Its blocks run in order, the assertions among them."""
+    text = (DOCS / f"{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert "assert " in blocks[-1]
+    exec(compile("\n".join(blocks), page, "exec", dont_inherit=True), {"__name__": page})
+
+
+def test_every_method_of_an_extension_is_on_its_page() -> None:
+    page = (DOCS / "extensions.md").read_text(encoding="utf-8")
+    own = page.partition("## Write your own")[2]
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.+?) \|", own, re.M))))
+    public = {name for name in vars(Extension) if not name.startswith("_")}
+    assert named == public - {"constants", "key"}
+
+
 def test_every_flag_is_on_the_page_of_settings(command: Command) -> None:
     page = (DOCS / "settings.md").read_text(encoding="utf-8")
     written = set(re.findall(r"^\| `(--[\w.-]+)`", page, re.M))
@@ -90,33 +103,13 @@ def test_every_flag_is_on_the_page_of_settings(command: Command) -> None:
     assert all(setting.help for setting in settings_of(Config()))
 
 
-def test_the_example_of_an_extension_works() -> None:
-    """It is one, and changes what the softmax sees as it says."""
-    text = (DOCS / "extensions.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    names: dict[str, Any] = {"dataclass": dataclass, "ClassVar": ClassVar, "Extension": Extension}
-    exec(code, names)
-    sharper, hidden = names["Sharpness"](more=0.5), torch.ones(2, 3, 4)
-    assert not names["Sharpness"]().enabled
-    assert sharper.enabled
-    told = sharper.before({}, None, None, hidden, Told(OutputTerms(), {}))
-    assert torch.equal(told.terms.added, 0.5 * hidden)
-
-
-def test_every_method_of_an_extension_is_on_its_page() -> None:
-    text = (DOCS / "extensions.md").read_text(encoding="utf-8").partition("## Write your own")[2]
-    names = {name for name in vars(Extension) if not name.startswith("_")}
-    own = {"of_model", "makes_base", "of_hidden_states", "reweights", "enabled", "key"}
-    assert {name for name in names - own if f"`{name}`" not in text} == set()
-
-
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
 def test_flags_of_train_are_there(page: Path) -> None:
     """Flags in code spans, that is: those in commands are parsed by tests/test_readme.py."""
     known = {flag(setting.path) for setting in settings_of(Config())}
     spans = re.findall(r"`(--[a-z-]+\.[\w.-]+|--(?:size|rule)\b)", page.read_text("utf-8"))
-    examples = {"--lm.epochs", "--sharpness.more"}  # an earlier name, and one of the reader's own
-    assert set(spans) - examples <= known
+    named = {"--lm.epochs", "--hidden-bias.rate"}  # an earlier name, one that a page makes up
+    assert set(spans) - named <= known
 
 
 def test_every_message_is_on_the_page_of_errors() -> None:
