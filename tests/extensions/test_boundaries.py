@@ -289,4 +289,4 @@ def test_a_run_that_sees_borders(finished: Finished, command: Command, tmp_path:
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
     error = command("train", *words, "--boundaries.no-on", "--stages", "evaluate").error
-    assert "was made with other settings of --adapt, --text or an extension" in error
+    assert "was made with boundaries, but the settings say no extension" in error

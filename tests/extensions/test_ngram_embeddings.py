@@ -295,7 +295,7 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     flags[flags.index("--out") + 1] = str(tmp_path / "third")
     done = command("train", *flags)
     assert done.code != 0
-    assert "its model has n-gram embeddings" in done.err
+    assert "its model was trained with ngram_embeddings" in done.err
 
 
 @pytest.mark.parametrize("flags", [[], ["--lm.init", "runs/some", "--lm.through", "rms"]])

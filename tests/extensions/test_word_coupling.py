@@ -206,7 +206,7 @@ def test_a_run_with_word_coupling(finished: Finished, command: Command, tmp_path
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
     error = command("train", *words, directions, 0, "--stages", "evaluate").error
-    assert "was made with other settings of --adapt, --text or an extension" in error
+    assert "was made with word_coupling, but the settings say no extension" in error
     error = command("train", *words, directions, 3, "--stages", "evaluate").error
     assert "was made with other settings of --adapt, --text or an extension" in error
     learn = ("--meta.learn", "rule", "theta_0")
