@@ -62,7 +62,7 @@ def test_walks_lead_to_what_is_there() -> None:
         assert len(rows) == len(found), "a step names a file and something in it"
         for file, name in found:
             assert name in names_in(ROOT / file), f"{file} has no {name}"
-    for constant in ("CLIP_PERCENTILE", "POWER"):
+    for constant in ("CLIP_PERCENTILE", "COLOUR_POWER"):
         assert f"`{constant}`" in text
         assert constant in names_in(ROOT / "mlm" / "report" / "word_picture.py")
 
