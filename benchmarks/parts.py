@@ -89,7 +89,8 @@ def _variants(
     ready = ready_rule(run, "rms", protocol)
     yield "static", run, ready.base, None
     yield "RMS (all)", run, ready.base, ready.bound
-    yield f"RMS (all){EXACT}", run, ready.base, ready.bound
+    if in_bfloat16(run.config.adapt):
+        yield f"RMS (all){EXACT}", run, ready.base, ready.bound
     learned = _opened(options, "seed_0")
     memory = learned.config.extensions.ngram_memory
     own = (memory, *ready.base.extensions) if memory.enabled else ready.base.extensions
@@ -97,7 +98,8 @@ def _variants(
     yield "RMS (all), with n-gram memory", run, base, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)
     yield "4 levels", learned, ready.base, ready.bound
-    yield f"4 levels{EXACT}", learned, ready.base, ready.bound
+    if in_bfloat16(learned.config.adapt):
+        yield f"4 levels{EXACT}", learned, ready.base, ready.bound
     if NGramReadOut().of(ready.base.weights) is not None:
         base = _without(ready.base, NGramReadOut)
         yield "4 levels, without n-gram read-out", learned, base, ready.bound

@@ -24,7 +24,7 @@ class WordLoss(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Reader:
+class TrainedModel:
     """A language model and the rule that rewrites its weights while it reads."""
 
     rule: str
@@ -55,7 +55,7 @@ class Reader:
 
 def load(
     run: str | Path, rule: str = "three_levels", device: Literal["auto", "cpu", "cuda"] = "auto"
-) -> Reader:
+) -> TrainedModel:
     """The model of a finished run folder, read with one of its rules.
 
     Args:
@@ -73,4 +73,4 @@ def load(
         RunFolder(path).load_config(), out=path, stages=("evaluate",), device=device
     )
     opened = open_run(config, quiet=True)
-    return Reader(rule, ready_rule(opened, rule, "article"), opened.vocabulary)
+    return TrainedModel(rule, ready_rule(opened, rule, "article"), opened.vocabulary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import signal
 import sys
@@ -20,7 +21,10 @@ from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
 
-torch.set_num_threads(1)  # one process on each core: two threads in both only wait for each other
+# One process on each core: with two threads in each they only wait for each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -54,7 +54,8 @@ BENCHMARK_FLAGS = {
     "benchmarks.rules": "--rows hand-made --budget 1 --steps 1 --words 100 --articles 1 "
     "--timing-tokens 100 --repetitions 1 --updates 2",
     "benchmarks.claim": "--seeds 1 --resamples 9 --budget 1 --steps 1 --articles 1 "
-    "--segment 5 --rank 2 --lanes 2 --rival-segment 5 --rival-budget 1",
+    "--segment 20 --rank 2 --lanes 2 --rival-segment 20 --rival-budget 1 --forms lstm all same "
+    "--no-fewer --no-ablate",
     "benchmarks.unread": "--skip 20 --longer 1",
     "benchmarks.fisher": "--words 100 --priors 0 0.04 --segment 5 --budget 1",
     "benchmarks.claim_speed": "--tokens 160 --rounds 1",
@@ -189,19 +190,22 @@ def test_setup_is_what_ci_does() -> None:
     assert CI.stat().st_mode & 0o111, ".ci/run cannot be executed"
 
 
+@pytest.mark.timeout(900)  # thirty commands, on cores that other work may share
 def test_every_command_runs(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """README's, then those of docs/, in an empty folder, on a tiny corpus and with tiny settings.
 
-    Every picture is drawn by the first command and by `visualize.py`; the others, for which that
-    would be most of the time, leave it out.
+    Pictures are drawn by `visualize.py`; the others, for which that would be most of the time,
+    leave it out.
     """
     write_corpus(tmp_path / PLACE, train=6, valid=3, test=3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SIZES, "S", TINY)
     monkeypatch.setattr("benchmarks.ceiling.measure_machine", _measure_machine_quickly)
     monkeypatch.setitem(TIMED, "lanes", (Place(TINY), (1, 2)))
+    for where in ("evaluate", "stages"):
+        monkeypatch.setattr(f"mlm.runs.{where}.draw", lambda folder, split=None: None)
     ran = []
     for line in commands_in("\n\n".join(page.read_text(encoding="utf-8") for page in RUN)):
         if line.startswith("cp -r "):
@@ -215,7 +219,6 @@ def test_every_command_runs(
         outcome = command(module, *words)
         assert outcome.code == 0, f"README: `{line}`, run as {module} {words}:\n{outcome.err}"
         ran.append(line)
-        monkeypatch.setattr("mlm.runs.evaluate.draw", lambda folder, split=None: None)
     assert (tmp_path / "runs" / "pydocs" / "figures" / "figure2.png").is_file()
     assert not (tmp_path / "results").exists(), "results/ is for what was published"
     assert "python train.py" in ran

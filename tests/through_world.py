@@ -8,13 +8,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import Finished
-from mlm.extensions.ngram_memory import phrases
-from mlm.extensions.word_coupling import relate
 from tiny import as_flags
 from worlds import EOS
 
 from mlm.experimental.through import ThroughLearned
-from mlm.models.base import AdaptationBase, turned
+from mlm.extensions import (
+    Extensions,
+    IntraSegment,
+    NGramEmbeddings,
+    NGramMemory,
+    SurpriseWeighting,
+    WordCoupling,
+)
+from mlm.extensions.ngram_memory import STEPS
+from mlm.extensions.word_coupling import couple
+from mlm.models.base import AdaptationBase, fold_low_rank
 from mlm.models.recurrent import RecurrentLM
 from mlm.rules.family import open_slow, start_at
 from mlm.rules.gates import LinearGates
@@ -43,7 +51,12 @@ def text_of_articles(seed: int = 0) -> Text:
 def through_config(**changes) -> Config:
     lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
     lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
-    return Config(lm=LMTrainingConfig(**{**lm, **changes}), model=ModelConfig(8, 8))  # type: ignore[arg-type]
+    embeddings = NGramEmbeddings(contexts=changes.pop("contexts", 0))
+    return Config(
+        lm=LMTrainingConfig(**{**lm, **changes}),  # type: ignore[arg-type]
+        model=ModelConfig(8, 8),
+        extensions=Extensions(ngram_embeddings=embeddings),
+    )
 
 
 def as_usual(text: Text | None = None, **changes) -> LMTrainer:
@@ -52,17 +65,24 @@ def as_usual(text: Text | None = None, **changes) -> LMTrainer:
     return LMTrainer(through_config(**changes), SHAPE, read, torch.device("cpu"))
 
 
-def learned_rule_of(at_once: bool = True) -> LoadedRule:
-    """Gates with two memories, in bases, with related words and phrases, for an untrained LM."""
+def learned_rule_of(intra_segment: bool = True) -> LoadedRule:
+    """Gates with two memories, in bases, with word coupling and n-gram memory, for an untrained
+    LM."""
     weights = as_usual().model()
     weights = add_low_rank(weights, SHAPE, DYNAMIC, 99, text_of_articles(), 1000)
     random = torch.Generator().manual_seed(0)
-    weights = relate(weights, DYNAMIC, torch.randn(24, 3, generator=random) / 4)
+    bare = AdaptationBase(SHAPE, weights, DYNAMIC, {}, 3.0, 10)
+    weights = couple(bare, torch.randn(24, 3, generator=random) / 4).weights
     rms = {n: torch.rand(weights[n].shape, generator=random) * 0.1 + 0.02 for n in DYNAMIC}
-    base = turned(AdaptationBase(SHAPE, weights, DYNAMIC, rms, 3.0, 10))
-    own = phrases(weights["embedding"], 50)
-    own = own._replace(steps=own.steps / 20)  # which are made for wide embeddings
-    base = dataclasses.replace(base, at_once=at_once, surprise=0.25, phrases=own)
+    wanted = Extensions(
+        word_coupling=WordCoupling(directions=3),
+        intra_segment=IntraSegment(on=intra_segment),
+        # steps that are made for wide embeddings
+        ngram_memory=NGramMemory(tokens=50, steps=tuple(step / 20 for step in STEPS)),
+        surprise_weighting=SurpriseWeighting(share=0.25),
+    )
+    base = AdaptationBase(SHAPE, weights, DYNAMIC, rms, 3.0, 10, extensions=wanted.enabled())
+    base = fold_low_rank(base).derived()
     start = as_parameters({"rate": 0.01, "decay": 0.01}, base)
     rule = LinearGates(per_unit=True, slow=True)
     parameters = start_at(rule, RMS(), start, base)
@@ -70,8 +90,8 @@ def learned_rule_of(at_once: bool = True) -> LoadedRule:
     return LoadedRule(rule, parameters, base)
 
 
-def through(at_once: bool = True, **changes) -> ThroughLearned:
-    own = learned_rule_of(at_once)
+def through(intra_segment: bool = True, **changes) -> ThroughLearned:
+    own = learned_rule_of(intra_segment)
     return ThroughLearned(
         through_config(through="learned", **changes),
         SHAPE,

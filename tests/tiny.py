@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from mlm.report.evaluation import read_evaluation
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
+from mlm.settings.flags import flag, leaves, replaced
 from mlm.settings.sections import (
     AdaptConfig,
     EvaluationConfig,
@@ -70,7 +70,8 @@ def write_corpus(
 
 
 def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
-    """Settings that run all stages in seconds; `changes` as `lm__epochs=2.0` or `seed=1`."""
+    """Settings that run all stages in seconds; `changes` as `lm__epochs=2.0`, `seed=1` or
+    `extensions__boundaries__on=True`."""
     config = Config(
         corpus=str(corpus),
         out=out,
@@ -82,39 +83,25 @@ def tiny_config(corpus: Path, out: Path, **changes: Any) -> Config:
         ),
         adapt=AdaptConfig(update_every=20, fisher_words=500),
         meta=MetaConfig(lanes=3, unroll=4, steps=3),
-        evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=400, resamples=49),
+        evaluation=EvaluationConfig(lanes=3, budget=3, tune_words=200, resamples=49),
     )
-    parts: dict[str, dict[str, Any]] = {}
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        parts.setdefault(section, {})[field] = value
-    top = parts.pop("", {})
-    for section, values in parts.items():
-        top[section] = dataclasses.replace(getattr(config, section), **values)
-    return validate(dataclasses.replace(config, **top))
+    values = {name.replace("__", "."): value for name, value in changes.items()}
+    return validate(replaced(config, values))
 
 
 def as_flags(config: Config) -> list[str]:
     """The command line of `train.py` that means `config`."""
-    flags: list[str] = []
-    for section, usual in ((f.name, getattr(Config(), f.name)) for f in dataclasses.fields(Config)):
-        chosen = getattr(config, section)
-        if not dataclasses.is_dataclass(usual):
-            flags += _flag(section, chosen, usual)
+    usual, words = leaves(Config()), list[str]()
+    for path, value in leaves(config).items():
+        if value == usual[path]:
             continue
-        for field in dataclasses.fields(usual):
-            name = field.name
-            flags += _flag(f"{section}.{name}", getattr(chosen, name), getattr(usual, name))
-    return flags
-
-
-def _flag(name: str, value: Any, usual: Any) -> list[str]:
-    if value == usual:
-        return []
-    flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return [flag if value else f"--no-{flag[2:]}"]
-    return [flag, *map(str, value if isinstance(value, tuple) else (value,))]
+        name = flag(path)
+        if isinstance(value, bool):
+            section, dot, last = name[2:].rpartition(".")
+            words.append(name if value else f"--{section}{dot}no-{last}")
+        else:
+            words += [name, *map(str, value if isinstance(value, tuple) else (value,))]
+    return words
 
 
 def perplexities(folder: Path) -> dict[tuple[str, str], float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 from mlm.experimental.through import ThroughTrainer
 from mlm.models.base import AdaptationBase
+from mlm.models.extension import Extension
 from mlm.models.language_model import Weights
 from mlm.models.module import ModuleModel
 from mlm.models.recurrent import EMBEDDING_BOUND, RecurrentLM, initial_weights
@@ -22,13 +24,21 @@ from mlm.text.streams import LaneStream, Segment
 from mlm.training.language_model import LMTrainer
 
 EOS = 0
+Base = TypeVar("Base", bound=AdaptationBase)
+
+
+def with_extensions(base: Base, *extensions: Extension) -> Base:
+    """The same base, read with these alone, and with the weights that they derive."""
+    found = dataclasses.replace(base, extensions=extensions).derived()
+    assert isinstance(found, type(base))
+    return found
 
 
 @dataclass(frozen=True)
 class TinyBase(AdaptationBase):
     """A memory whose model has recurrent layers: its sizes may be asked for."""
 
-    shape: RecurrentLM
+    model: RecurrentLM
 
 
 def made_up_rms(weights: Weights, names: Sequence[str], generator: torch.Generator) -> Weights:

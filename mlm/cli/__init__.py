@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from mlm.base.errors import run_cli
 
-__all__ = ["COMMANDS", "Command", "help_text", "main"]
+__all__ = ["COMMANDS", "Command", "commands_text", "main"]
 
 
 class Command(NamedTuple):
@@ -42,7 +42,7 @@ COMMANDS = (
 _NAMES = ", ".join(command.name for command in COMMANDS)
 
 
-def help_text() -> str:
+def commands_text() -> str:
     """What `mlm --help` prints."""
     lines = [
         "usage: mlm COMMAND [FLAGS]",
@@ -65,7 +65,7 @@ def main() -> None:
     words = sys.argv[1:]
     first = words[0] if words else "--help"
     if first in ("-h", "--help"):
-        run_cli(lambda: print(help_text()))
+        run_cli(lambda: print(commands_text()))
         return
     if first == "--version":
         from mlm import __version__

@@ -39,6 +39,12 @@ class Extensions:
         """Those that the settings ask for."""
         return tuple(extension for extension in self if extension.enabled)
 
+    def of_base(self) -> tuple[Extension, ...]:
+        """Those that an adaptation base depends on: up to the last that changes it."""
+        enabled = [extension for extension in self.enabled() if not extension.of_model]
+        last = max((k for k, e in enumerate(enabled, 1) if e.makes_base), default=0)
+        return tuple(enabled[:last])
+
     def active(self, weights: Weights) -> tuple[Extension, ...]:
         """Those that take part where these are the weights."""
         return tuple(extension for extension in self if extension.active(weights))

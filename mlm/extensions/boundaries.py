@@ -41,8 +41,6 @@ WORDS = 300_000
 LANES = 16
 PENALTY = 0.05
 """Times |w|^2: the fit's prior. Headings can be told from all other lines, so w would not end."""
-LINE_END = "line_end"
-REGRESSION = "regression"
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,7 @@ class Boundaries(Extension):
     def weights(self, regression: Tensor, line_end: int) -> Weights:
         """The regression (E + 1,), w then b, and the token at the end of a line, by their names."""
         end = torch.tensor(line_end, device=regression.device)
-        return {self.key(REGRESSION): regression, self.key(LINE_END): end}
+        return {self.key("regression"): regression, self.key("line_end"): end}
 
     def begin(self, base: AdaptationBase, lanes: int) -> State:
         """The static model's hidden state."""
@@ -102,8 +100,8 @@ class Boundaries(Extension):
             now = base.model.read(weights, segment.inputs, segment.targets, value)
         else:  # no softmax
             now = run(weights, segment.inputs, value)
-        line_end = base.weights[self.key(LINE_END)]
-        regression = base.weights[self.key(REGRESSION)]
+        line_end = base.weights[self.key("line_end")]
+        regression = base.weights[self.key("regression")]
         logits_BM = now.output @ regression[:-1] + regression[-1]
         found_BM = (logits_BM > SURE) & segment.mask & (segment.inputs == line_end)
         lanes = found_BM.any(1) & (age_B > 0)

@@ -43,7 +43,7 @@ from mlm.text.streams import Segment
 SETTLED = 20
 """Segments a lane has read when it learns as it mostly does."""
 OUTPUT = ("softmax" + LOW, "softmax.bias")
-SMALLEST = 1e-9
+SMALLEST_STEP = 1e-9
 """Of a step size, before its logarithm."""
 ROWS, COLUMNS, SQUARE = "rows", "columns", "square"
 """Names of a, of c with d, and of R (`WithinSegment`)."""
@@ -104,13 +104,13 @@ class IntraSegment(Extension):
             for g in (0.0, 1.0)
         )
         logs = {
-            n: (still[n] - moved[n])[0].clamp(min=SMALLEST).log()
+            n: (still[n] - moved[n])[0].clamp(min=SMALLEST_STEP).log()
             for n in base.dynamic
             if n in OUTPUT
         }
         rows_V = logs[OUTPUT[0]].mean(1)
         columns_I = logs[OUTPUT[0]].mean(0) - rows_V.mean()
-        bias = (logs[OUTPUT[1]] - rows_V).mean() if OUTPUT[1] in logs else math.log(SMALLEST)
+        bias = (logs[OUTPUT[1]] - rows_V).mean() if OUTPUT[1] in logs else math.log(SMALLEST_STEP)
         own = torch.cat([columns_I, columns_I.new_tensor([float(bias)])])
         found = {self.key(ROWS): rows_V.exp(), self.key(COLUMNS): own.exp()}
         if COUPLING in base.weights:

@@ -32,6 +32,7 @@ Letters: B lanes, T tokens, C tokens stored, E width of what the softmax sees, K
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Told
+from mlm.models.extension import Extension, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.rules.gates import LinearGates
 from mlm.text.streams import Segment
@@ -51,7 +52,7 @@ STEPS = (1.3, 0.9, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.5)
 """eta_k, k = 1 .. 9: the best on the tuning words of the benchmark `claim`, as is the next."""
 ALIKE = 0.35
 """Of kappa, in units of the hidden state."""
-SCALE, RATES = "scale", "steps"
+SCALE, ETA = "scale", "steps"
 """Names of 1 / w (E,) and of eta (K,)."""
 
 
@@ -148,12 +149,21 @@ class NGramMemory(Extension):
         """Learned rules; hand-made ones read as they were published."""
         return isinstance(rule, LinearGates)
 
+    def problems(self, plan: Plan) -> Sequence[str]:
+        """Every number of tokens needs its step."""
+        if len(self.steps) == LONGEST_CONTEXT:
+            return ()
+        return (
+            f"--ngram-memory.steps names {len(self.steps)} steps; it must be {LONGEST_CONTEXT}, "
+            "one for every number of tokens",
+        )
+
     def derived(self, base: AdaptationBase) -> Weights:
         """1 / w of the embedding as it is now, and eta, made once."""
         scale = inverse_square_length(base.weights["embedding"])
         found = {self.key(SCALE): scale}
-        if self.key(RATES) not in base.weights:
-            found[self.key(RATES)] = scale.new_tensor(self.steps)
+        if self.key(ETA) not in base.weights:
+            found[self.key(ETA)] = scale.new_tensor(self.steps)
         return found
 
     def begin(self, base: AdaptationBase, lanes: int) -> History:
@@ -180,7 +190,7 @@ class NGramMemory(Extension):
     ) -> Told:
         """What lanes recall at each of these tokens from before the segment."""
         first = max(0, value.size - self.tokens)
-        scale, steps = weights[self.key(SCALE)], weights[self.key(RATES)]
+        scale, steps = weights[self.key(SCALE)], weights[self.key(ETA)]
         look = _look_up_fused if kernels.usable(scale) else _look_up
         found = Lookup(*look(value, first, segment.inputs, hidden_BTE, steps), hidden_BTE)
         told = told._replace(terms=told.terms._replace(repeats=found.within))

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError
 from mlm.base.schedule import cosine
-from mlm.extensions.ngram_memory import RATES, SCALE, Lookup, NGramMemory
+from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension, Plan, Told
@@ -50,7 +50,7 @@ TOKENS = 512
 """Of every lane, between two steps: so many, or one segment."""
 PEAK = 3e-3
 """Of Adam's rate for D; cosine to zero."""
-OTHERS = 0.3
+OTHERS_SHARE = 0.3
 """The rates of all others over that of D."""
 
 
@@ -143,7 +143,7 @@ class NGramReadOut(Extension):
 
 def nothing_learned(base: AdaptationBase, seed: int = 0) -> ReadOut:
     """The read-out that adds nothing to what is recalled; `seed` draws V."""
-    like, steps = (base.weights[f"{NGramMemory.name}/{name}"] for name in (SCALE, RATES))
+    like, steps = (base.weights[f"{NGramMemory.name}/{name}"] for name in (SCALE, ETA))
     width, orders = len(like), len(steps)
     sees = 2 * width + orders
     drawn = torch.randn(UNITS, sees, generator=torch.Generator().manual_seed(seed)) / sees**0.5
@@ -167,7 +167,7 @@ class ReadOutTrainer:
         start = own.of(base.weights) or nothing_learned(base, seed)
         self.read_out = ReadOut(*(t.clone() for t in start))
         first, *others = self.read_out
-        groups = [{"params": [first], "share": 1.0}, {"params": others, "share": OTHERS}]
+        groups = [{"params": [first], "share": 1.0}, {"params": others, "share": OTHERS_SHARE}]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         base = base.for_protocol("article").with_weights(own.weights(self.read_out))
         self.base, self.rule = prepared(base, rule), rule

@@ -165,7 +165,11 @@ def choose_dynamic(weights: Iterable[str], wanted: str) -> tuple[str, ...]:
 
 def lanes_of(weights: Weights, lanes: int) -> Weights:
     """A copy of each tensor for every lane: (B, ...)."""
-    return {n: w.unsqueeze(0).expand(lanes, *w.shape).contiguous() for n, w in weights.items()}
+    # A clone: of one lane, `contiguous` would be theta_0 itself, which lanes write over.
+    return {
+        n: w.expand(lanes, *w.shape).clone(memory_format=torch.contiguous_format)
+        for n, w in weights.items()
+    }
 
 
 def reset_lanes(weights: Weights, start: Weights, new_B: Tensor) -> Weights:

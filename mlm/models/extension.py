@@ -15,15 +15,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from mlm.models.language_model import OutputTerms, Weights
 from mlm.text.streams import Segment, Text
 
-if TYPE_CHECKING:
-    from mlm.models.base import AdaptationBase
+Base = Any
+"""An `mlm.models.base.AdaptationBase`, which holds extensions: its module imports this one."""
 
 
 def numbers_of(module: ModuleType) -> dict[str, Any]:
@@ -203,19 +203,19 @@ class Extension:
 
     # -- made once --------------------------------------------------------------------------
 
-    def fold(self, base: AdaptationBase, making: Making) -> AdaptationBase:
+    def fold(self, base: Base, making: Making) -> Base:
         """The base with its weights, before the Fisher is estimated."""
         return base
 
-    def make(self, base: AdaptationBase, making: Making) -> AdaptationBase:
+    def make(self, base: Base, making: Making) -> Base:
         """The base with its weights, after the Fisher."""
         return base
 
-    def derived(self, base: AdaptationBase) -> Weights:
+    def derived(self, base: Base) -> Weights:
         """Weights that follow from others, made anew wherever those change."""
         return {}
 
-    def prepare(self, base: AdaptationBase, bound: Any) -> Weights:
+    def prepare(self, base: Base, bound: Any) -> Weights:
         """Weights that follow from the rule with its parameters (`mlm.rules.protocol.Bound`)."""
         return {}
 
@@ -223,16 +223,14 @@ class Extension:
         """What it learns in stage 1 on this text, beside this embedding; None = nothing."""
         return None
 
-    def after_rule(
-        self, base: AdaptationBase, bound: Any, text: Text, seed: int, quiet: bool
-    ) -> Weights:
+    def after_rule(self, base: Base, bound: Any, text: Text, seed: int, quiet: bool) -> Weights:
         """Weights that it learns with a trained rule (`mlm.rules.protocol.Bound`), kept where they
         gain on validation; empty = none."""
         return {}
 
     # -- reading ----------------------------------------------------------------------------
 
-    def begin(self, base: AdaptationBase, lanes: int) -> LaneValue | None:
+    def begin(self, base: Base, lanes: int) -> LaneValue | None:
         """What it remembers of lanes that have read nothing; None = nothing ever."""
         return None
 
@@ -257,7 +255,7 @@ class Extension:
         return value
 
     def restart(
-        self, base: AdaptationBase, value: Any, segment: Segment, age_B: Tensor
+        self, base: Base, value: Any, segment: Segment, age_B: Tensor
     ) -> tuple[Restart | None, Any]:
         """Which lanes began another article in the segment (None = none did), and the value behind
         it. `age_B` counts the updates since a lane was last at theta_0."""

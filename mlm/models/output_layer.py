@@ -260,6 +260,7 @@ SUMS = ("bias", "coupling")
 
 
 class _WeightedNLL(torch.autograd.Function):
+    # long: what a group of lanes needs is used once, in this order; parts would hand on ten tensors
     @staticmethod
     def forward(
         ctx: Any,

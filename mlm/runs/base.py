@@ -14,7 +14,7 @@ from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.extension import Extension, Making
 from mlm.models.language_model import Weights
 from mlm.models.recurrent import BaseModel
-from mlm.runs.identity import base_extensions, base_identity, base_settings
+from mlm.runs.identity import base_identity, base_settings
 from mlm.runs.run import Run
 from mlm.settings.config import Config
 from mlm.settings.flags import flag
@@ -69,14 +69,15 @@ def build_base(run: Run) -> AdaptationBase:
     weights = {n: w.to(run.device) for n, w in weights.items()}
     making = Making(run.training_text(1), run.training_text(0), run.quiet)
     of_model = tuple(e for e in run.config.extensions.active(weights) if e.of_model)
-    extensions = (*base_extensions(run), *of_model)
+    extensions = (*run.config.extensions.of_base(), *of_model)
     if run.config.lm.through == "learned":
         base = follow_weights(base_of_through_run(run), weights)
         for extension in extensions:
             base = extension.make(base, making) if extension.of_hidden_states else base
     else:
         base = new_base(weights, model, run.config.adapt, making, extensions)
-    save_base(path, base, run.data.vocabulary.hash, mark)
+    made_with = [extension.name for extension in run.config.extensions.of_base()]
+    save_base(path, base, run.data.vocabulary.hash, mark, made_with)
     return run.ready(base)
 
 

@@ -22,7 +22,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import encode_split
-from mlm.training.language_model import initial_weights, shape_of
+from mlm.training.language_model import shape_of, weights_of_run
 
 HOW = ("resume", "overwrite", "out", "stages", "device", "threads", "text.data_dir")
 """Settings that say where and how to compute, not what."""
@@ -61,8 +61,8 @@ def check_folder(run: Run) -> None:
     if not fresh and folder.config_file.exists():
         _check_recorded(config, folder)
     trained = set(config.meta.rules) if "meta" in config.stages else set()
-    for place in ("lm.init", "lm.through_run"):
-        other = leaves(config)[place]
+    others = {"lm.init": config.lm.init, "lm.through_run": config.lm.through_run}
+    for place, other in others.items():
         if fresh and other is not None and other.resolve() == path.resolve():
             raise UserError(
                 f"{flag(place)} {other} is the run folder itself; name another one with --out"
@@ -95,7 +95,7 @@ def _check_recorded(config: Config, folder: RunFolder) -> None:
         UserError: names the flags that say otherwise.
     """
     mine, its = leaves(config), leaves(folder.load_config())
-    own = ("size", "text.", "model.", "lm.")
+    own = ("size", "text.", "model.", "lm.", "extensions.ngram_embeddings.")
     differ = [
         f"{flag(path)} {its[path]}"
         for path in mine
@@ -154,7 +154,7 @@ def check_plan(run: Run) -> None:
     if "lm" in config.stages:
         begun = config.resume and run.folder.checkpoint("lm_last").exists()
         if config.lm.init is not None and not begun:
-            initial_weights(RunFolder(config.lm.init), shape, data.vocabulary.hash)
+            weights_of_run(RunFolder(config.lm.init), shape, data.vocabulary.hash)
         if through == "rms":
             if has_low_rank(config.adapt.dynamic):
                 raise UserError(
@@ -212,7 +212,7 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
     """
     path = run.folder.checkpoint(name)
     about = load_about(path, "train the meta-learner first (`--stages meta`)")
-    if tuple(about["dynamic"]) != dynamic:
+    if set(about["dynamic"]) != set(dynamic):
         raise UserError(
             f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
             f"adapt now are {', '.join(dynamic)}; train it again (--train-rules {name}), or leave "

@@ -12,6 +12,7 @@ from mlm.runs.run import Run
 from mlm.settings.record import to_dict
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
+from mlm.store.versions import constants
 
 FIRST_ORDER = ("reverse", "checkpoint", "forward")
 
@@ -32,15 +33,8 @@ def identity(run: Run, learned: bool = True) -> str:
         for name in ("meta", "seed"):
             keys.pop(name)
     enabled = run.config.extensions.enabled()
-    keys["extensions"] = _fingerprints(enabled if learned else base_extensions(run))
+    keys["extensions"] = _fingerprints(enabled if learned else run.config.extensions.of_base())
     return _hash(run, keys)
-
-
-def base_extensions(run: Run) -> tuple[Extension, ...]:
-    """Those that the adaptation base depends on: up to the last that changes it."""
-    enabled = [e for e in run.config.extensions.enabled() if not e.of_model]
-    last = max((k for k, e in enumerate(enabled, 1) if e.makes_base), default=0)
-    return tuple(enabled[:last])
 
 
 def _fingerprints(extensions: tuple[Extension, ...]) -> dict[str, Any]:
@@ -60,7 +54,7 @@ def base_settings(run: Run) -> dict[str, Any]:
     adapt = to_dict(run.config.adapt)
     for name in ("kernels", "guard"):
         adapt.pop(name)
-    return adapt | _fingerprints(base_extensions(run))
+    return adapt | _fingerprints(run.config.extensions.of_base())
 
 
 def _hash(run: Run, keys: dict[str, Any]) -> str:
@@ -72,6 +66,7 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
     if run.config.lm.through == "learned" and run.config.lm.through_run is not None:
         other = RunFolder(run.config.lm.through_run).checkpoint("memory")
         keys["through"] = load_about(other, "make it first (`--stages meta`)").get("identity")
+    keys["constants"] = constants(of_model=False)
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]

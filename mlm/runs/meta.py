@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from mlm.base.names import rule_label
 from mlm.models.language_model import Weights
 from mlm.rules.family import (
     describe,
@@ -14,7 +15,7 @@ from mlm.rules.family import (
 from mlm.rules.protocol import Parameters
 from mlm.runs.base import build_base
 from mlm.runs.identity import identity
-from mlm.runs.rules import WEIGHTS, new_rule, parted, starting_point
+from mlm.runs.rules import BESIDE, new_rule, parted, starting_point
 from mlm.runs.run import Run, say
 from mlm.store.tensors import save_tensors
 from mlm.text.streams import Text
@@ -41,8 +42,9 @@ def stage_meta(run: Run) -> None:
     for name in meta.rules:
         start = starting_point(run, base)
         rule, first = new_rule(meta, name, start)
-        # a hand-made start does not see every extension
-        own = dataclasses.replace(start.base, extensions=base.extensions).derived().for_rule(rule)
+        # a hand-made start does not see every extension, a trained one may have learned for more
+        extensions = run.config.extensions.active(start.base.weights)
+        own = dataclasses.replace(start.base, extensions=extensions).derived().for_rule(rule)
         trainer = MetaTrainer(own, rule, first, text, meta, run.config.seed)
         best, gain = train_meta(
             trainer,
@@ -62,11 +64,12 @@ def stage_meta(run: Run) -> None:
         }
         learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain)
         kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
-        tensors = best | {WEIGHTS + n: w for n, w in kept.items()}
+        tensors = best | {BESIDE + n: w for n, w in kept.items()}
         save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
-        say(f"{name}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
+        label = rule_label(name)
+        say(f"{label}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:
-            say(f"{name}: the guard reset a lane {trainer.flushed} times during training")
+            say(f"{label}: the guard reset a lane {trainer.flushed} times during training")
 
 
 def _learned_by_extensions(

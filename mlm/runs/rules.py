@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, HAND_MADE, LEARNED
+from mlm.base.names import CACHE, HAND_MADE, LEARNED, rule_label
 from mlm.models.base import AdaptationBase, unfold_low_rank
 from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
@@ -34,7 +34,7 @@ from mlm.store.tensors import load_tensors
 from mlm.training.cache_tuning import tune_cache
 from mlm.training.tuning import Trial, tune
 
-WEIGHTS = "weights/"
+BESIDE = "weights/"
 """Beginning of the names of weights beside a rule's parameters."""
 
 
@@ -48,7 +48,9 @@ def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, f
     mark = identity(run, key.partition("/")[0].removesuffix(CACHE) in LEARNED)
     if known.get(key, {}).get("identity") == mark:
         return known[key]["setting"]
-    say(f"tuning {key} on validation: {run.config.evaluation.budget} settings")
+    rule, _, protocol = key.partition("/")
+    budget = run.config.evaluation.budget
+    say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
     found = trials()
     known[key] = {
         "identity": mark,
@@ -131,8 +133,8 @@ def rule_to_train(meta: MetaConfig, name: str, start: UpdateRule) -> LinearGates
 
 def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A rule's parameters, and the weights of model and extensions beside them."""
-    own = {n.removeprefix(WEIGHTS): t for n, t in tensors.items() if n.startswith(WEIGHTS)}
-    return {n: t for n, t in tensors.items() if not n.startswith(WEIGHTS)}, own
+    own = {n.removeprefix(BESIDE): t for n, t in tensors.items() if n.startswith(BESIDE)}
+    return {n: t for n, t in tensors.items() if not n.startswith(BESIDE)}, own
 
 
 def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
@@ -172,8 +174,8 @@ def check_learned(run: Run) -> None:
     base, path = run.base, run.folder.checkpoint("memory")
     if not made_from(path, base_identity(run)):
         raise UserError(
-            f"{path} was made with other settings of --adapt or --text than these, or from another "
-            "language model; run `--stages meta` again"
+            f"{path} was made with other settings of --adapt, --text or an extension than these, "
+            "or from another language model; run `--stages meta` again"
         )
     for name in {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED):
         load_learned(run, name, base)

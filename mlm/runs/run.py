@@ -146,10 +146,11 @@ class Run:
         """theta_0 and Fisher from the run folder.
 
         Raises:
-            UserError: made for other dynamic weights, another M or rank than the settings say.
+            UserError: made for other dynamic weights, extensions, M or rank than the settings say.
         """
         path, adapt = self.folder.checkpoint("memory"), self.config.adapt
-        base = load_base(path, self.vocabulary.hash).to(self.device)
+        made_with = [extension.name for extension in self.config.extensions.of_base()]
+        base = load_base(path, self.vocabulary.hash, made_with).to(self.device)
         wanted = choose_dynamic(base.weights, adapt.dynamic)
         if (base.segment, base.dynamic) != (adapt.update_every, wanted):
             raise UserError(

@@ -2,97 +2,85 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from mlm.extensions import (
-    Boundaries,
-    IntraSegment,
-    LearnedBasis,
-    NGramMemory,
-    NGramReadOut,
-    SurpriseWeighting,
-    WordCoupling,
-)
 from mlm.settings.config import Config
+from mlm.settings.flags import leaves, replaced
 
-Changes = dict[str, dict[str, Any]]
-"""New values by section and name."""
-
-SIZES: dict[str, Changes] = {
+SIZES: dict[str, dict[str, Any]] = {
     "tiny": {},
     "small": {
-        "text": {"vocabulary_size": 4000},
-        "model": {"embedding": 256, "hidden": 256},
-        "lm": {
-            "epochs": 1.0,
-            "validations": 15,
-            "learning_rate": 1e-2,
-            "dropout_input": 0.0,
-            "dropout_hidden": 0.0,
-            "dropout_output": 0.0,
-        },
-        "adapt": {"fisher_words": 100_000},
-        "meta": {"lanes": 16, "steps": 30, "learning_rate": 0.07},
-        "evaluation": {"budget": 10, "tune_words": 20_000},
+        "text.vocabulary_size": 4000,
+        "model.embedding": 256,
+        "model.hidden": 256,
+        "lm.epochs": 1.0,
+        "lm.validations": 15,
+        "lm.learning_rate": 1e-2,
+        "lm.dropout_input": 0.0,
+        "lm.dropout_hidden": 0.0,
+        "lm.dropout_output": 0.0,
+        "adapt.fisher_words": 100_000,
+        "meta.lanes": 16,
+        "meta.steps": 30,
+        "meta.learning_rate": 0.07,
+        "evaluation.budget": 10,
+        "evaluation.tune_words": 20_000,
     },
     "awd": {
-        "text": {"vocabulary": "word", "vocabulary_size": 0},
-        "model": {"embedding": 400, "hidden": 1150, "layers": 3},
-        "lm": {
-            "epochs": 40.0,
-            "lanes": 80,
-            "segment": 70,
-            "learning_rate": 1e-3,
-            "clip": 0.25,
-            "dropout_embedding": 0.1,
-            "dropout_input": 0.65,
-            "dropout_hidden": 0.2,
-            "dropout_output": 0.4,
-            "weight_drop": 0.5,
-            "ar": 2.0,
-            "tar": 1.0,
-            "validations": 40,
-            "validation_words": 0,
-        },
-        "adapt": {"fisher_words": 500_000},
-        "meta": {"lanes": 16, "steps": 100, "learning_rate": 0.07},
-        "evaluation": {"budget": 12, "tune_words": 60_000},
+        "text.vocabulary": "word",
+        "text.vocabulary_size": 0,
+        "model.embedding": 400,
+        "model.hidden": 1150,
+        "model.layers": 3,
+        "lm.epochs": 40.0,
+        "lm.lanes": 80,
+        "lm.segment": 70,
+        "lm.learning_rate": 1e-3,
+        "lm.clip": 0.25,
+        "lm.dropout_embedding": 0.1,
+        "lm.dropout_input": 0.65,
+        "lm.dropout_hidden": 0.2,
+        "lm.dropout_output": 0.4,
+        "lm.weight_drop": 0.5,
+        "lm.ar": 2.0,
+        "lm.tar": 1.0,
+        "lm.validations": 40,
+        "lm.validation_words": 0,
+        "adapt.fisher_words": 500_000,
+        "meta.lanes": 16,
+        "meta.steps": 100,
+        "meta.learning_rate": 0.07,
+        "evaluation.budget": 12,
+        "evaluation.tune_words": 60_000,
     },
 }
+"""Settings of a size that are not the defaults, by their places in the tree."""
 
-RULE_SETTINGS: dict[str, Changes] = {
+RULE_SETTINGS: dict[str, dict[str, Any]] = {
     "default": {},
     "best": {  # the rule that gains most (results, `claim`), with the effort it was measured with
-        "adapt": {
-            "dynamic": "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias",
-            "rank": 2048,  # full rank in every size
-            "update_every": 64,
-            "precision": "bfloat16",
-            "fisher_words": 100_000,
-        },
-        "meta": {
-            "rules": ("four_levels",),
-            "lanes": 8,
-            "steps": 32,
-            "learning_rate": 0.07,
-        },
-        "evaluation": {
-            "rules": ("static", "rms", "four_levels"),
-            "budget": 10,
-            "tune_words": 20_000,
-        },
-        "extensions": {
-            "word_coupling": WordCoupling(directions=256),
-            "boundaries": Boundaries(on=True),
-            "intra_segment": IntraSegment(on=True),
-            "learned_basis": LearnedBasis(words=1_500_000),
-            "ngram_memory": NGramMemory(tokens=32_768),
-            "ngram_read_out": NGramReadOut(words=2_000_000),
-            "surprise_weighting": SurpriseWeighting(share=0.25),
-        },
+        "adapt.dynamic": "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias",
+        "adapt.rank": 2048,  # full rank in every size
+        "adapt.update_every": 64,
+        "adapt.precision": "bfloat16",
+        "adapt.fisher_words": 100_000,
+        "meta.rules": ("four_levels",),
+        "meta.lanes": 8,
+        "meta.steps": 32,
+        "meta.learning_rate": 0.07,
+        "evaluation.rules": ("static", "rms", "four_levels"),
+        "evaluation.budget": 10,
+        "evaluation.tune_words": 20_000,
+        "extensions.word_coupling.directions": 256,
+        "extensions.boundaries.on": True,
+        "extensions.intra_segment.on": True,
+        "extensions.learned_basis.words": 1_500_000,
+        "extensions.ngram_memory.tokens": 32_768,
+        "extensions.ngram_read_out.words": 2_000_000,
+        "extensions.surprise_weighting.share": 0.25,
     },
 }
+"""Settings of a rule that are neither the defaults nor the size's."""
 
 PRESETS = {
     "pydocs": ("tiny", "default"),
@@ -102,21 +90,18 @@ PRESETS = {
 }
 """Size and rule that one earlier name stands for."""
 
+LATER = ("adapt.", "meta.", "evaluation.")
+"""Sections of what comes after stage 1."""
+
 
 def settings(size: str = "tiny", rule: str = "default") -> Config:
     """The settings of a size with a rule."""
-    config = dataclasses.replace(Config(), size=size, rule=rule)
-    for changes in (SIZES[size], RULE_SETTINGS[rule]):
-        sections = {
-            name: dataclasses.replace(getattr(config, name), **values)
-            for name, values in changes.items()
-        }
-        config = dataclasses.replace(config, **sections)
-    return config
+    return replaced(Config(), {"size": size, "rule": rule, **SIZES[size], **RULE_SETTINGS[rule]})
 
 
 def with_rule(config: Config, rule: str) -> Config:
     """The same language model with another rule, whose settings are those for this size."""
-    fresh = settings(config.size, rule)
-    sections = {name for changes in RULE_SETTINGS.values() for name in changes}
-    return dataclasses.replace(config, rule=rule, **{n: getattr(fresh, n) for n in sections})
+    named = {path for changes in RULE_SETTINGS.values() for path in changes}
+    fresh = leaves(settings(config.size, rule))
+    own = {p: value for p, value in fresh.items() if p in named or p.startswith(LATER)}
+    return replaced(config, {"rule": rule, **own})

@@ -1,4 +1,4 @@
-"""settings.sections"""
+"""The sections of the settings: text, model, both stages, adaptation, evaluation."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,19 @@ def load_lm(
     return weights, _shape(about), about
 
 
-def save_base(path: Path, base: AdaptationBase, vocabulary_hash: str, identity: str = "") -> None:
-    """Write theta_0 and the Fisher; `identity` names what they were made from."""
+def save_base(
+    path: Path,
+    base: AdaptationBase,
+    vocabulary_hash: str,
+    identity: str = "",
+    made_with: Sequence[str] = (),
+) -> None:
+    """Write theta_0, the Fisher and what extensions made.
+
+    Args:
+        identity: names what it was made from.
+        made_with: the extensions that it depends on.
+    """
     tensors = {f"theta_0/{n}": w for n, w in base.weights.items()}
     tensors |= {f"rms/{n}": r for n, r in base.rms.items()}
     about = {
@@ -80,18 +92,31 @@ def save_base(path: Path, base: AdaptationBase, vocabulary_hash: str, identity: 
         "loss": base.loss,
         "segment": base.segment,
         "identity": identity,
+        "made_with": list(made_with),
     }
     save_tensors(path, tensors, about)
 
 
-def load_base(path: Path, vocabulary_hash: str) -> AdaptationBase:
-    """The long-term memory of a run.
+def load_base(
+    path: Path, vocabulary_hash: str, made_with: Sequence[str] | None = None
+) -> AdaptationBase:
+    """The adaptation base of a run.
+
+    Args:
+        made_with: the extensions that it has to depend on; None = any.
 
     Raises:
-        UserError: missing, damaged, or from another vocabulary.
+        UserError: missing, damaged, from another vocabulary, or made with other extensions.
     """
     tensors, about = load_tensors(path, "make it first (`--stages meta`)")
     check_vocabulary(path, about, vocabulary_hash)
+    if made_with is not None and list(made_with) != about["made_with"]:
+        its, mine = (
+            ", ".join(names) or "no extension" for names in (about["made_with"], made_with)
+        )
+        raise UserError(
+            f"{path} was made with {its}, but the settings say {mine}; run `--stages meta` again"
+        )
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

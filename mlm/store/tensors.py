@@ -27,7 +27,7 @@ def save_tensors(
     from safetensors.torch import save
 
     plain = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
-    body = save(plain, metadata={"mlm": json.dumps({**about, **written_now(of_model)})})
+    body = save(plain, metadata={"mlm": json.dumps({**about, **written_now(of_model, plain)})})
     with atomic_path(path) as temporary:
         temporary.write_bytes(body)
 
@@ -42,7 +42,7 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["mlm"])
-            other = differences(about)
+            other = differences(about, file.keys())
             if other:
                 raise UserError(
                     f"{path} was written by another version of mlm ({other}); run its stage again"

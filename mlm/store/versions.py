@@ -7,7 +7,7 @@ others is refused, with the way to make it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from mlm.extensions import Extensions
@@ -18,23 +18,24 @@ from mlm.rules import family, fast_gates, gates, moments, networks
 
 FORMAT = 2
 """Of checkpoints and run folders; another number, another meaning of what they hold."""
-OF_MODELS = (output_layer, recurrent)
-OF_RULES = (cache, family, fast_gates, gates, moments, networks)
+OF_MODELS = (recurrent,)
+OF_RULES = (output_layer, cache, family, fast_gates, gates, moments, networks)
 """Modules whose constants move the losses of a language model, and of a rule besides."""
-SPEED = ("LOGITS", "BLOCK", "EMPTY")
+SPEED = ("LOGITS", "BLOCK", "EMPTY", "TILE")
 """Constants of these modules that move nothing but time and last bits."""
 
 
-def constants(of_model: bool) -> dict[str, Any]:
-    """Those of the core and of every extension that move a loss, by module and name.
+def constants(of_model: bool, tensors: Collection[str] = ()) -> dict[str, Any]:
+    """Those of the core and of the extensions that move a loss, by module and name.
 
     Args:
         of_model: only what a language model's own losses depend on.
+        tensors: names of the file's tensors, which say what extensions the model has.
     """
     modules = OF_MODELS if of_model else (*OF_MODELS, *OF_RULES)
     parts = {m.__name__.removeprefix("mlm."): numbers_of(m) for m in modules}
     for extension in Extensions():
-        if extension.of_model or not of_model:
+        if not of_model or any(name.startswith(extension.key("")) for name in tensors):
             parts[extension.name] = extension.constants()
     found = {
         f"{part}.{name}": value
@@ -45,15 +46,15 @@ def constants(of_model: bool) -> dict[str, Any]:
     return json.loads(json.dumps(found))
 
 
-def written_now(of_model: bool) -> dict[str, Any]:
-    """What a file that is written now says of its version."""
-    return {"format": FORMAT, "of_model": of_model, "constants": constants(of_model)}
+def written_now(of_model: bool, tensors: Collection[str]) -> dict[str, Any]:
+    """What a file of these tensors that is written now says of its version."""
+    return {"format": FORMAT, "of_model": of_model, "constants": constants(of_model, tensors)}
 
 
-def differences(about: Mapping[str, Any]) -> str:
-    """How a file differs from one that would be written now; empty = not at all."""
+def differences(about: Mapping[str, Any], tensors: Collection[str]) -> str:
+    """How a file of these tensors differs from one written now; empty = not at all."""
     if about.get("format") != FORMAT:
         return f"format {about.get('format', 'of an earlier version')}, now {FORMAT}"
-    then, now = about["constants"], constants(about["of_model"])
+    then, now = about["constants"], constants(about["of_model"], tensors)
     names = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
     return "; ".join(f"{name} was {then.get(name)}, now {now.get(name)}" for name in names)

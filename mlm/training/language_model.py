@@ -65,7 +65,7 @@ def resolve_precision(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
-def initial_weights(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> Weights:
+def weights_of_run(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> Weights:
     """The weights of another run's language model, to go on from.
 
     Raises:
@@ -208,8 +208,8 @@ class LMTrainer:
         self.optimizer.step()
 
     def start_from(self, run: RunFolder, vocabulary_hash: str) -> None:
-        """Begin with the language model of another run (see `initial_weights`)."""
-        weights = initial_weights(run, self.shape, vocabulary_hash)
+        """Begin with the language model of another run (see `weights_of_run`)."""
+        weights = weights_of_run(run, self.shape, vocabulary_hash)
         for name, weight in self.weights.items():
             weight.data.copy_(weights[name])
 

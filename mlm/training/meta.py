@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.names import rule_label
 from mlm.base.schedule import cosine
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
@@ -247,7 +248,9 @@ def train_meta(
     if resume:
         trainer.load(run, identity)
     run.keep_rows(lambda row: not _ahead(row, trainer))
-    with tqdm(total=steps, initial=trainer.step, desc=name, unit="step", disable=quiet) as bar:
+    with tqdm(
+        total=steps, initial=trainer.step, desc=rule_label(name), unit="step", disable=quiet
+    ) as bar:
         try:
             while True:
                 if trainer.step in marks and trainer.step > trainer.judged:

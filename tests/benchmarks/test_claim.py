@@ -27,6 +27,7 @@ from benchmarks.claim_tables import (
 from mlm.base.errors import UserError
 from mlm.base.names import PROTOCOLS
 from mlm.extensions import NGramReadOut
+from mlm.kernels.processor import multiplies_bfloat16
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
 from mlm.runs.rules import parted
@@ -34,7 +35,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
 
 FEW = ("--seeds", 1, "--resamples", 9, "--budget", 1, "--steps", 1, "--articles", 1,
-       "--segment", 5, "--rank", 99, "--lanes", 2, "--rival-segment", 5, "--rival-budget", 2,
+       "--segment", 20, "--rank", 99, "--lanes", 2, "--rival-segment", 20, "--rival-budget", 2,
        "--word-coupling.directions", 2, "--learned-basis.words", 300,
        "--ngram-read-out.words", 40)  # fmt: skip
 
@@ -215,6 +216,10 @@ def test_every_reading_is_a_run_made_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, other = finished.copy(tmp_path / "run"), finished.copy(tmp_path / "other")
+    for where in (folder, other):  # tune on one article
+        config = RunFolder(where).load_config()
+        evaluation = dataclasses.replace(config.evaluation, tune_words=100)
+        RunFolder(where).save_config(dataclasses.replace(config, evaluation=evaluation))
     long = shutil.copytree(finished.corpus, tmp_path / "long")
     few = (folder, "--through", other, *FEW, "--long", long, "--out", tmp_path / "out")
     assert command("benchmarks.claim", *few, "--only", "ordinary/seed").code == 0
@@ -268,7 +273,9 @@ def test_every_reading_is_a_run_made_once(
     tensors, _ = load_tensors(RunFolder(folder / "claim" / "seed_0").checkpoint("four_levels"), "")
     kept = NGramReadOut().of(parted(tensors)[1]) is not None
     assert kept == ("4 levels, without n-gram read-out" in found)
-    for rule, number in (("RMS (all)", 2), ("4 levels", 4 + kept)):
+    lower = "4 levels, float32 products" in found
+    assert lower == multiplies_bfloat16()
+    for rule, number in (("RMS (all)", 1 + lower), ("4 levels", 3 + kept + lower)):
         other = [f for r, f in found.items() if r.startswith(rule + ",") and "boundary" not in r]
         assert len(other) == number
         assert found[rule] not in other, "a part that changes nothing"

@@ -29,6 +29,7 @@ from mlm.base.errors import run_cli
 from mlm.settings.config import Config
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors, save_tensors
+from mlm.store.versions import FORMAT
 
 ROOT = Path(__file__).resolve().parents[2]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -203,6 +204,13 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "start": (("--meta.features", "loss"), "--meta.start is rms, whose steps follow"),
     "unroll": (("--meta.unroll", "1"), "--meta.unroll is 1; it must be at least 2"),
     "no protocol": (("--protocols",), "--protocols is empty"),
+    "extension": (("--ngram-memory.tokens", "-1"), "--ngram-memory.tokens is -1; it must be 0 or"),
+    "share": (("--surprise-weighting.share", "nan"), "--surprise-weighting.share is nan; it must"),
+    "steps": (
+        ("--ngram-memory.tokens", "9", "--ngram-memory.steps", "1", "2"),
+        "--ngram-memory.steps names 2 steps; it must be 9",
+    ),
+    "needs": (("--ngram-read-out.words", "9"), "there is none: set --ngram-memory.tokens"),
     "nothing to resume": (("--resume",), "holds no run to continue"),
     "meta first": (("--stages", "meta"), "lm.safetensors is missing; run --stages lm first"),
     "evaluate first": (("--stages", "evaluate"), "memory.safetensors is missing; run --stages"),
@@ -307,6 +315,11 @@ def damage_config(body: str) -> Callable[[Path], object]:
     return lambda folder: (folder / "config.json").write_text(body, encoding="utf-8")
 
 
+def settings_only(settings: str) -> Callable[[Path], object]:
+    """A config.json of today's format that says nothing but these settings."""
+    return damage_config(f'{{"format": {FORMAT}{settings}}}')
+
+
 def cut(name: str, keep: float = 0.6) -> Callable[[Path], None]:
     """Keep the first part of a file."""
 
@@ -327,19 +340,19 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "config.json cut short": (cut("config.json"), EVALUATE, "config.json is damaged"),
     "config.json empty": (damage_config(""), EVALUATE, "config.json is damaged"),
     "config.json a list": (damage_config("[1]"), EVALUATE, "config.json is damaged"),
-    "config.json without settings": (damage_config("{}"), EVALUATE, "config.json is damaged"),
+    "config.json without settings": (settings_only(""), EVALUATE, "config.json is damaged"),
     "config.json with a wrong section": (
-        damage_config('{"config": {"lm": 5}}'),
+        settings_only(', "config": {"lm": 5}'),
         RESUME,
         "config.json is damaged",
     ),
     "config.json with a wrong value": (
-        damage_config('{"config": {"lm": {"lanes": "many"}}}'),
+        settings_only(', "config": {"lm": {"lanes": "many"}}'),
         RESUME,
         "config.json is damaged",
     ),
     "config.json of the future": (
-        damage_config('{"config": {"lm": {"wings": 2}}}'),
+        settings_only(', "config": {"lm": {"wings": 2}}'),
         EVALUATE,
         "unknown setting lm.wings",
     ),
@@ -559,7 +572,7 @@ def test_gates_that_ruin_the_weights_are_reported(
     path = folder / "checkpoints" / "two_levels.safetensors"
     tensors, about = load_tensors(path, "")
     save_tensors(path, {n: torch.full_like(t, 30.0) for n, t in tensors.items()}, about)
-    done = command("evaluate", folder, "--rules", "two_levels")
+    done = command("evaluate", folder, "--rules", "two_levels", "--no-draw")
     assert done.code == 0
     assert "2 levels, protocol article: the guard reset the weights" in done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))

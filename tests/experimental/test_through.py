@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.ngram_memory import AGAIN, SAID
 from through_world import DYNAMIC, SHAPE, flags_through, text_of_articles, through, through_config
 from worlds import check_resumed, gradients_of_a_step
 
+from mlm.extensions import NGramMemory
+from mlm.extensions.ngram_memory import History
+from mlm.extensions.word_coupling import COUPLING
+from mlm.models.extension import Told
+from mlm.models.language_model import OutputTerms, WithinSegment, own_weights
 from mlm.models.output_layer import token_nll
-from mlm.reading.scoring import static_loss
+from mlm.reading.static import static_loss
 from mlm.store.models import load_base, load_lm
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
@@ -35,14 +39,15 @@ def test_theta_0_is_the_model_that_is_trained() -> None:
     with torch.no_grad():
         for own in (weights, base.weights):
             output = SHAPE.run(own, tokens[:, :-1], state).output
-            losses.append(token_nll(own, SHAPE, output, tokens[:, 1:]))
+            terms = OutputTerms(coupling=own.get(COUPLING))
+            losses.append(token_nll(own, SHAPE, output, tokens[:, 1:], terms=terms))
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("at_once", [True, False])
-def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypatch) -> None:
+@pytest.mark.parametrize("intra_segment", [True, False])
+def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(intra_segment, monkeypatch) -> None:
     """Autograd through L_0 = T^-1 W P^-1, what the lanes have learned and recall held constant."""
-    trainer = through(at_once)
+    trainer = through(intra_segment)
     for _ in range(5):
         trainer.train_step()
     base, reader = trainer.base(), trainer.reader
@@ -55,22 +60,35 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(at_once, monkeypa
     for matrix, name in (("embedding", "softmax"), ("lstm.0.input", "lstm.0.input")):
         low = leaves[matrix] @ torch.linalg.inv(base.weights[f"{name}.basis"])
         if name == "softmax":
-            q = base.weights["softmax.related"]
+            q = base.weights[COUPLING]
             low = torch.linalg.solve(torch.eye(24) + q @ q.t(), low)
         start[f"{name}.low"] = low
     own = {n: s + (reader.weights[n] - base.weights[n]) for n, s in start.items()}
-    assert base.phrases is not None
-    assert reader.history is not None
-    hidden = trainer.shape.run({**base.weights, **reader.weights}, segment.inputs, reader.state)
+    (memory,) = (e for e in base.extensions if isinstance(e, NGramMemory))
+    history = reader.extras[memory.name]
+    assert isinstance(history, History)
+    model = own_weights({**base.weights, **reader.weights})
+    hidden = trainer.shape.run(model, segment.inputs, reader.state)
     keys = hidden.output.detach()
-    recalled = base.phrases.recall(reader.history, segment.inputs, keys)
-    said = recalled.rows
-    assert bool(said.any())
-    every = {**base.weights, **leaves, **own, SAID: said, AGAIN: recalled.within}
+    nothing = Told(OutputTerms(), {})
+    recalled = memory.before(base.weights, history, segment, keys, nothing).terms
+    assert recalled.added is not None
+    assert bool(recalled.added.any())
+    within = None
+    if intra_segment:
+        names = ("rows", "columns", "square")
+        within = WithinSegment(*(base.weights[f"intra_segment/{name}"] for name in names))
+    terms = recalled._replace(coupling=base.weights[COUPLING], within=within)
+    every = own_weights({**base.weights, **leaves, **own})
     share = segment.mask / segment.mask.sum()  # every lane reads a whole segment
     count = segment.inputs.shape[1]
     now = trainer.shape.read(
-        every, segment.inputs, segment.targets, reader.state, segment.mask / count
+        every,
+        segment.inputs,
+        segment.targets,
+        reader.state,
+        segment.mask / count,
+        lambda _: terms,
     )
     assert bool(segment.mask.all())
     want = torch.autograd.grad(now.total * count * share[0, 0], list(leaves.values()))

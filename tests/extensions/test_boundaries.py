@@ -1,4 +1,4 @@
-"""Borders of articles, told by the hidden state: the fit, FLUSH, streams, files."""
+"""Boundaries of articles, told by the hidden state: the fit, FLUSH, streams, files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from worlds import EOS, made_up_rms, tiny_base
+from worlds import EOS, made_up_rms, tiny_base, with_extensions
 
 from mlm.base.names import PROTOCOLS
-from mlm.extensions.boundaries import Borders, learn_boundaries
+from mlm.extensions import Boundaries
+from mlm.extensions.boundaries import learn_boundaries
 from mlm.models.base import AdaptationBase
 from mlm.models.recurrent import RecurrentLM, initial_weights
 from mlm.reading.meta_gradient import meta_gradient
@@ -24,7 +25,6 @@ from mlm.rules.family import start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
 from mlm.rules.protocol import Parameters, Signal
-from mlm.runs.rules import seen_by
 from mlm.store.models import load_base, save_base
 from mlm.store.tensors import load_tensors
 from mlm.text.streams import LaneStream, Segment, Text
@@ -33,6 +33,8 @@ from mlm.training.tuning import TuneText
 
 SETTING = {"rate": torch.tensor(0.004).double(), "decay": torch.tensor(0.02).double()}
 HEADING = [8, 7, EOS]
+BOUNDARIES = Boundaries(on=True)
+REGRESSION, LINE_END = BOUNDARIES.key("regression"), BOUNDARIES.key("line_end")
 
 
 def _articles(number: int, seed: int = 0) -> list[np.ndarray]:
@@ -53,9 +55,10 @@ def base() -> AdaptationBase:
     weights = {n: w.double() for n, w in initial_weights(shape, generator).items()}
     articles = _articles(600)
     text = Text(articles, sum(map(len, articles)), EOS)
-    borders = learn_boundaries(shape, weights, text)
+    regression = learn_boundaries(shape, weights, text)
     rms = made_up_rms(weights, tuple(weights), generator)
-    return AdaptationBase(shape, weights, tuple(weights), rms, 2.3, 5, borders=borders)
+    plain = AdaptationBase(shape, weights, tuple(weights), rms, 2.3, 5)
+    return with_extensions(plain.with_weights(BOUNDARIES.weights(regression, EOS)), BOUNDARIES)
 
 
 def _first_lines(articles: list[np.ndarray]) -> list[int]:
@@ -66,21 +69,17 @@ def _first_lines(articles: list[np.ndarray]) -> list[int]:
 
 def test_it_tells_headings_from_other_lines(base: AdaptationBase) -> None:
     articles = _articles(30, seed=1)
-    ids = torch.from_numpy(np.concatenate(articles)).unsqueeze(0)
-    inputs = torch.cat([torch.tensor([[EOS]]), ids[:, :-1]], 1)
-    state = base.model.initial_state(1, dtype=torch.float64)
-    output = base.model.read(base.static, inputs, ids, state).output
-    assert base.borders is not None
-    found = [
-        k
-        for k in range(ids.shape[1])
-        if base.borders.opened(
-            inputs[:, k : k + 1], torch.ones(1, 1, dtype=torch.bool), output[:, k : k + 1]
-        )
-    ]
+    reader, old = BOUNDARIES.begin(base, 1), torch.ones(1)
+    found = []
+    for k, piece in enumerate(LaneStream([np.concatenate(articles)], 1, 1, EOS)):
+        silent = piece._replace(mask=torch.zeros_like(piece.mask))
+        restart, after = BOUNDARIES.restart(base, reader, piece, old)
+        if restart is not None:
+            found.append(k)
+        masked, _ = BOUNDARIES.restart(base, reader, silent, old)
+        assert masked is None, "masked tokens do not count"
+        reader = after
     assert found == _first_lines(articles)
-    silent = torch.zeros_like(inputs, dtype=torch.bool)
-    assert not base.borders.opened(inputs, silent, output).any(), "masked tokens do not count"
 
 
 def test_articles_that_begin_as_all_lines_do_are_not_told_apart() -> None:
@@ -88,11 +87,11 @@ def test_articles_that_begin_as_all_lines_do_are_not_told_apart() -> None:
     random = np.random.default_rng(0)
     lines = [np.array([*random.integers(1, 7, 6), EOS]) for _ in range(400)]
     articles = [np.concatenate(lines[k : k + 8]) for k in range(0, 400, 8)]
-    found = learn_boundaries(plain.shape, plain.static, Text(articles, 2800, EOS))
-    assert float(found.weights[-1]) < 0
+    found = learn_boundaries(plain.model, plain.static, Text(articles, 2800, EOS))
+    assert float(found[-1]) < 0
     text = np.concatenate(articles)
     bound = RMS().bind(SETTING, plain)
-    told = dataclasses.replace(plain, borders=found)
+    told = with_extensions(plain.with_weights(BOUNDARIES.weights(found, EOS)), BOUNDARIES)
     unaware, aware = (score_articles(m, bound, [text], EOS, 1).nll[0] for m in (plain, told))
     np.testing.assert_array_equal(aware, unaware)
 
@@ -121,7 +120,7 @@ def test_a_stream_is_read_like_articles_but_for_the_hidden_state(base: Adaptatio
         reader = now.after
     read_in = [first // base.segment for first in _first_lines(articles)]
     assert flushed == [k for k in read_in if k]
-    plain = dataclasses.replace(base, borders=None)
+    plain = with_extensions(base)
     kept, dropped = (score_stream(m, bound, articles, EOS).total for m in (plain, base))
     assert kept != dropped
 
@@ -130,7 +129,7 @@ def test_nobody_looks_for_borders_that_are_marked(base: AdaptationBase) -> None:
     """Two articles in one are one to protocol `article`, which has no static pass beside it."""
     articles = [np.concatenate(_articles(2, seed=s)) for s in (5, 6)]
     bound = RMS().bind(SETTING, base)
-    plain = dataclasses.replace(base, borders=None)
+    plain = with_extensions(base)
     for protocol in PROTOCOLS:
         aware, unaware = (
             score_protocol(m, bound, articles, EOS, protocol, 2).total for m in (base, plain)
@@ -169,7 +168,7 @@ def _check_beginning(
     at = int(piece.start[0])
     (end,) = (k - at for k in first_lines if at <= k < at + base.segment)
     first = max(0, end - len(HEADING))
-    plain = dataclasses.replace(base, borders=None)
+    plain = with_extensions(base)
     old, new = (score_segment(plain, reader, piece) for reader in (before, now.before))
     assert not torch.equal(old.nll, new.nll)
     for k in range(int(piece.mask.sum())):
@@ -209,7 +208,7 @@ def test_the_meta_gradient_stops_at_a_border(base: AdaptationBase, mode: Any) ->
         taught.append(now.taught)
     assert sum(int(p.new.sum()) for p in marked) > 2
     assert any(int(t.sum()) < int(p.mask.sum()) for t, p in zip(taught, pieces, strict=True))
-    plain = dataclasses.replace(base, borders=None)
+    plain = with_extensions(base)
     want = _meta_gradient_keeping_state(plain, rule, phi, marked, taught)
     for name, g in found.gradients.items():
         torch.testing.assert_close(g, want[name], rtol=1e-8, atol=1e-10, msg=name)
@@ -257,24 +256,23 @@ def test_the_second_order_unroll_reads_alike(base: AdaptationBase) -> None:
 
 
 def test_only_a_learned_flush_sees_borders(base: AdaptationBase) -> None:
-    assert seen_by(LinearGates("three_levels"), base).borders is base.borders
+    assert base.for_rule(LinearGates("three_levels")).extensions == (BOUNDARIES,)
     for rule in (RMS(), LinearGates("two_levels", flush=False)):
-        assert seen_by(rule, base).borders is None
+        assert base.for_rule(rule).extensions == ()
 
 
 def test_files(base: AdaptationBase, tmp_path: Path) -> None:
     path = tmp_path / "memory.safetensors"
     save_base(path, base, "x")
-    again = load_base(path, "x").borders
-    assert isinstance(base.borders, Borders)
-    assert isinstance(again, Borders)
-    assert torch.equal(again.weights, base.borders.weights)
-    assert again.eos == EOS
-    moved = base.to("cpu", torch.float32).borders
-    assert isinstance(moved, Borders)
-    assert moved.weights.dtype == torch.float32
-    save_base(path, dataclasses.replace(base, borders=None), "x")
-    assert load_base(path, "x").borders is None
+    again = load_base(path, "x").weights
+    assert torch.equal(again[REGRESSION], base.weights[REGRESSION])
+    assert int(again[LINE_END]) == EOS
+    moved = base.to("cpu", torch.float32).weights
+    assert moved[REGRESSION].dtype == torch.float32
+    assert moved[LINE_END].dtype == torch.int64
+    own = {n: w for n, w in base.weights.items() if not n.startswith(f"{BOUNDARIES.name}/")}
+    save_base(path, dataclasses.replace(base, weights=own), "x")
+    assert load_base(path, "x").weights.keys() == own.keys()
 
 
 def test_a_run_that_sees_borders(finished: Finished, command: Command, tmp_path: Path) -> None:
@@ -282,13 +280,13 @@ def test_a_run_that_sees_borders(finished: Finished, command: Command, tmp_path:
     folder = finished.copy(tmp_path / "run")
     rules = ("--train-rules", "three_levels", "--rules", "static", "rms", "three_levels")
     words = ("--out", folder, *rules)
-    done = command("train", *words, "--adapt.borders", "--stages", "meta", "evaluate")
+    done = command("train", *words, "--boundaries.on", "--stages", "meta", "evaluate")
     assert done.code == 0, done.err
-    tensors, about = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
-    assert tensors["borders"].dim() == 1
-    assert "eos" in about
+    tensors, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
+    assert tensors[f"theta_0/{REGRESSION}"].dim() == 1
+    assert f"theta_0/{LINE_END}" in tensors
     losses = (folder / "losses.parquet").read_bytes()
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
-    error = command("train", *words, "--adapt.no-borders", "--stages", "evaluate").error
-    assert "was made with --adapt.borders, but the settings say otherwise" in error
+    error = command("train", *words, "--boundaries.no-on", "--stages", "evaluate").error
+    assert "was made with other settings of --adapt, --text or an extension" in error

@@ -1,4 +1,4 @@
-"""Learning at once: a segment's words teach before its end."""
+"""Intra-segment adaptation: a segment's words teach before its end."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.intra_segment import MOST, alike, spread
-from mlm.extensions.ngram_memory import ALIKE, ORDERS, phrases
-from mlm.extensions.word_coupling import relate
 from tiny import perplexities
-from worlds import EOS, TinyBase, articles, segments, tiny_base
+from worlds import EOS, TinyBase, articles, segments, tiny_base, with_extensions
 
 from mlm import kernels
-from mlm.models.base import COLUMNS, ROWS, AdaptationBase, turned
+from mlm.extensions import Extensions, IntraSegment, NGramMemory, SurpriseWeighting, WordCoupling
+from mlm.extensions.ngram_memory import ALIKE, LONGEST_CONTEXT
+from mlm.extensions.word_coupling import COUPLING, couple
+from mlm.models.base import AdaptationBase, fold_low_rank
+from mlm.models.output_layer import MOST_TAUGHT, coupled, similarity
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import Step, begin, prepared, step
 from mlm.rules.family import open_slow, start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS, SGD
-from mlm.rules.protocol import Bound
-from mlm.runs.rules import seen_by
+from mlm.rules.protocol import Bound, UpdateRule
 from mlm.settings.sections import MetaConfig
 from mlm.text.streams import Text
 from mlm.training.directions import add_low_rank
@@ -35,23 +35,31 @@ from mlm.training.meta import MetaTrainer
 EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-11}
 DYNAMIC = ("softmax.low", "softmax.bias", "lstm.0.input.low", "lstm.0.recurrent")
 OUTPUT = ("softmax.low", "softmax.bias")
+ROWS, COLUMNS = IntraSegment().key("rows"), IntraSegment().key("columns")
 
 
 def _random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _base(dynamic: tuple[str, ...] = DYNAMIC, related: bool = True, flat: bool = False) -> Any:
+def _base(dynamic: tuple[str, ...] = DYNAMIC, together: bool = True, flat: bool = False) -> Any:
     plain = tiny_base((), segment=7)
     text = Text(articles((11, 23, 9)), 43, EOS)
-    weights = add_low_rank(plain.weights, plain.shape, dynamic, 99, text, 1000)
-    if related:
-        weights = relate(weights, dynamic, torch.linalg.qr(_random(12, 3))[0])
+    weights = add_low_rank(plain.weights, plain.model, dynamic, 99, text, 1000)
+    if together:
+        bare = dataclasses.replace(plain, weights=weights, dynamic=dynamic)
+        weights = couple(bare, torch.linalg.qr(_random(12, 3))[0]).weights
     rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(dynamic)}
     if flat:
         rms = {n: torch.full_like(r, 0.5) for n, r in rms.items()}
-    found = turned(TinyBase(plain.shape, weights, dynamic, rms, 2.3, plain.segment))
-    return dataclasses.replace(found, at_once=True)
+    found = fold_low_rank(TinyBase(plain.model, weights, dynamic, rms, 2.3, plain.segment))
+    directions = WordCoupling(directions=3 if together else 0)
+    wanted = Extensions(word_coupling=directions, intra_segment=IntraSegment(on=True))
+    return with_extensions(found, *wanted.enabled())
+
+
+def _without(base: AdaptationBase) -> AdaptationBase:
+    return base.keeping(lambda extension: not isinstance(extension, IntraSegment))
 
 
 def _rms(base: AdaptationBase, rate: float = 0.05, decay: float = 0.0) -> Bound:
@@ -90,20 +98,22 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 @PATHS
-@pytest.mark.parametrize("related", [True, False])
+@pytest.mark.parametrize("together", [True, False])
 @pytest.mark.parametrize("surprise", [0.0, 0.3])
 def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
-    path: str, related: bool, surprise: float, tokens: np.ndarray, on: Callable[[str], None]
+    path: str, together: bool, surprise: float, tokens: np.ndarray, on: Callable[[str], None]
 ) -> None:
     """Against updating the output layer word by word with the gradients of the start's weights.
 
     A Fisher that is the same everywhere makes the nearest a, c and d exact.
     """
     on(path)
-    base = dataclasses.replace(_base(OUTPUT, related, flat=True), surprise=surprise)
+    base = _base(OUTPUT, together, flat=True)
+    if surprise:
+        base = with_extensions(base, *base.extensions, SurpriseWeighting(share=surprise))
     rule = _rms(base)
     now = _one_step(prepared(base, rule), rule, tokens)
-    q = base.weights.get("softmax.related", torch.zeros(12, 0, dtype=torch.float64))
+    q = base.weights.get(COUPLING, torch.zeros(12, 0, dtype=torch.float64))
     t_VV = torch.eye(12, dtype=torch.float64) + q @ q.t()
     targets = torch.from_numpy(tokens[:, 8:15])
     rate = 0.05 / (0.5 + 2e-5)
@@ -114,7 +124,7 @@ def test_every_word_predicts_as_after_a_step_on_the_words_before_it(
         low_now, bias_now = low.clone(), bias.clone()
         of_low, of_bias = torch.zeros_like(low), torch.zeros_like(bias)
         for t in range(7):
-            # d moves related words, too: the bias as a column of the matrix
+            # d moves coupled words, too: the bias as a column of the matrix
             logits = t_VV @ (low_now @ keys[t]) + t_VV @ (bias_now - bias) + bias
             want = -logits.log_softmax(0)[targets[lane, t]]
             torch.testing.assert_close(now.scored.nll[lane, t], want, **near)
@@ -145,7 +155,7 @@ def test_the_meta_gradient_is_that_of_the_eager_twin(mode: Any, on: Callable[[st
         able = prepared(base, bound)
         return meta_gradient(able, bound, phi, begin(able, 3, bound), pieces, mode)
 
-    fast, without = found(base), found(dataclasses.replace(base, at_once=False))
+    fast, without = found(base), found(_without(base))
     on("eager")
     slow = found(base)
     assert fast.loss == pytest.approx(slow.loss, abs=1e-11)
@@ -211,20 +221,22 @@ def test_a_segment_that_repeats_itself_is_predicted_better() -> None:
     """Of the first segment, 1 2 3 1 2 3 1: what comes again, before any update."""
     base, text = _base(OUTPUT), [np.tile([1, 2, 3], 3)]
     rule = _rms(base, rate=0.1)
-    plain = dataclasses.replace(base, at_once=False)
+    plain = _without(base)
     able, unable = (score_articles(m, rule, text, EOS, 1).nll[0][3:7] for m in (base, plain))
     assert float(able.sum()) < float(unable.sum()) - 0.03
 
 
 @PATHS
 @pytest.mark.parametrize("rate", [0.05, 50.0])
-def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], None]) -> None:
+def test_n_grams_teach_within_the_segment_too(
+    path: str, rate: float, on: Callable[[str], None]
+) -> None:
     """In an article's first segment, where no row has been written: a context that comes again
     moves the logits by the errors behind it. At too high a rate the change is bounded."""
     on(path)
     plain = _base(OUTPUT)
-    base = dataclasses.replace(plain, phrases=phrases(plain.weights["embedding"], 100))
-    assert base.phrases is not None
+    base = with_extensions(plain, *plain.extensions, NGramMemory(tokens=100))
+    steps = base.weights["ngram_memory/steps"].tolist()
     rule = _rms(base, rate)
     able = prepared(base, rule)
     tokens = [EOS, 1, 2, 3, 1, 2, 3, 1, 2]
@@ -232,7 +244,7 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
     inputs, targets = torch.tensor([tokens[:7]]), torch.tensor([tokens[1:8]])
     now = step(able, rule, begin(able, 1, rule), piece._replace(inputs=inputs, targets=targets))
     again = torch.zeros(7, 7, dtype=torch.float64)
-    for order, eta in zip(ORDERS, base.phrases.steps.tolist(), strict=True):
+    for order, eta in zip(range(1, LONGEST_CONTEXT + 1), steps, strict=True):
         contexts = [tuple(tokens[t + 1 - order : t + 1]) if t + 1 >= order else t for t in range(7)]
         for t in range(7):
             for s in range(t):
@@ -242,14 +254,14 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
                     again[t, s] += alike_st * eta / (1 + contexts[:s].count(contexts[s]))
     assert int(again.count_nonzero()) == 3  # 1, 1 2, 1 2 3 and what they end with come again
     keys = now.scored.output[0] @ able.weights["softmax.basis"].t()
-    logits = spread(keys @ able.weights["softmax.low"].t(), able.weights["softmax.related"])
+    q_VS = able.weights[COUPLING]
+    logits = coupled(keys @ able.weights["softmax.low"].t(), q_VS)
     logits = logits + able.weights["softmax.bias"]
     error = logits.softmax(-1)
     error[range(7), targets[0]] -= 1
-    own = alike(keys[None], able.weights[COLUMNS])[0] @ error / 7
-    twice = spread(spread(own, able.weights["softmax.related"]), able.weights["softmax.related"])
-    lost = able.weights[ROWS] * twice + again @ error
-    bounded = torch.maximum(lost.clamp(max=MOST), logits.log_softmax(-1))
+    own = similarity(keys[None], able.weights[COLUMNS])[0] @ error / 7
+    lost = able.weights[ROWS] * coupled(coupled(own, q_VS), q_VS) + again @ error
+    bounded = torch.maximum(lost.clamp(max=MOST_TAUGHT), logits.log_softmax(-1))
     assert bool((bounded > lost).any() and (bounded < lost).any()) == (rate > 1)
     logits = logits - bounded
     want = -logits.log_softmax(-1)[range(7), targets[0]]
@@ -258,33 +270,39 @@ def test_phrases_teach_at_once_too(path: str, rate: float, on: Callable[[str], N
 
 def test_hand_made_rules_read_as_published() -> None:
     base = _base()
-    assert not seen_by(RMS(), base).at_once
-    assert not seen_by(SGD(), base).at_once
-    assert seen_by(LinearGates("three"), base).at_once
+
+    def on(rule: UpdateRule) -> bool:
+        return any(isinstance(e, IntraSegment) for e in base.for_rule(rule).extensions)
+
+    assert not on(RMS())
+    assert not on(SGD())
+    assert on(LinearGates("three"))
 
 
-def test_a_run_that_learns_at_once(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_run_that_adapts_within_segments(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
     low = "--dynamic", "softmax.low,softmax.bias", "--rank", 99
     rules = "--train-rules", "three_levels", "--rules", "static", "rms", "three_levels"
     words = ("--out", folder, *low, *rules)
-    done = command("train", *words, "--adapt.at-once", "--stages", "meta", "evaluate")
+    done = command("train", *words, "--intra-segment.on", "--stages", "meta", "evaluate")
     assert done.code == 0, done.err
-    at_once = perplexities(folder)
+    within = perplexities(folder)
     assert command("evaluate", folder, "--no-draw").code == 0
-    assert perplexities(folder) == at_once
-    done = command("train", *words, "--adapt.no-at-once", "--stages", "evaluate")
+    assert perplexities(folder) == within
+    done = command("train", *words, "--intra-segment.no-on", "--stages", "evaluate")
     assert done.code == 0, done.err
     plain = perplexities(folder)
     for protocol in ("article", "stream"):
         for rule in ("static", "rms"):
-            assert at_once[protocol, rule] == plain[protocol, rule]
-        assert at_once[protocol, "three_levels"] != plain[protocol, "three_levels"]
-    lstm = "--out", folder, "--dynamic", "lstm", "--adapt.at-once", "--stages", "meta"
-    assert "--adapt.at-once needs --dynamic softmax.low" in command("train", *lstm).error
+            assert within[protocol, rule] == plain[protocol, rule]
+        assert within[protocol, "three_levels"] != plain[protocol, "three_levels"]
+    lstm = "--out", folder, "--dynamic", "lstm", "--intra-segment.on", "--stages", "meta"
+    assert "--intra-segment.on needs --dynamic softmax.low" in command("train", *lstm).error
     learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
-    error = command("train", *words, "--adapt.at-once", *learn).error
-    assert "it goes with --meta.learn rule only" in error
-    error = command("train", *words, "--adapt.at-once", "--meta.gradient", "second").error
-    assert "--adapt.at-once goes with reverse, checkpoint or forward" in error
+    error = command("train", *words, "--intra-segment.on", *learn).error
+    assert "--intra-segment.on goes with --meta.learn rule only" in error
+    error = command("train", *words, "--intra-segment.on", "--meta.gradient", "second").error
+    assert "--intra-segment.on goes with reverse, checkpoint or forward" in error

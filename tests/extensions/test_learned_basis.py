@@ -11,26 +11,26 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.word_coupling import relate
+from worlds import EOS, articles, segments, tiny_base, with_extensions
+
+from mlm import kernels
+from mlm.extensions import LearnedBasis, WordCoupling, learned_basis
 from mlm.extensions.learned_basis import (
-    Bases,
+    BasisTrainer,
     basis_gradients,
     basis_parameters,
-    followed,
+    follow_weights,
     learn_bases,
     read_by,
     with_bases,
 )
-from worlds import EOS, articles, segments, tiny_base
-
-from mlm import kernels
-from mlm.base.errors import UserError
-from mlm.extensions import warp
-from mlm.models.base import AdaptationBase, turned
+from mlm.extensions.word_coupling import COUPLING, couple
+from mlm.models.base import AdaptationBase, fold_low_rank
+from mlm.models.extension import Plan
+from mlm.models.language_model import OutputTerms, own_weights
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import begin, step
 from mlm.rules.hand_made import RMS
-from mlm.runs import meta as stage_meta
 from mlm.store.tensors import load_tensors
 from mlm.text.streams import Text
 from mlm.training.directions import add_low_rank
@@ -44,14 +44,17 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _base(related: bool) -> AdaptationBase:
+def _base(together: bool) -> AdaptationBase:
     plain = tiny_base(())
     text = Text(articles((11, 23, 9)), 43, EOS)
-    weights = add_low_rank(plain.weights, plain.shape, DYNAMIC, 99, text, 1000)
-    if related:
-        weights = relate(weights, DYNAMIC, torch.linalg.qr(_random(12, 3))[0])
+    weights = add_low_rank(plain.weights, plain.model, DYNAMIC, 99, text, 1000)
+    if together:
+        bare = dataclasses.replace(plain, weights=weights, dynamic=DYNAMIC)
+        weights = couple(bare, torch.linalg.qr(_random(12, 3))[0]).weights
     rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(DYNAMIC)}
-    return turned(AdaptationBase(plain.shape, weights, DYNAMIC, rms, 2.3, plain.segment))
+    found = AdaptationBase(plain.model, weights, DYNAMIC, rms, 2.3, plain.segment)
+    coupling = [WordCoupling(directions=3)] if together else []
+    return with_extensions(fold_low_rank(found), *coupling)
 
 
 def _elsewhere(base: AdaptationBase) -> dict[str, torch.Tensor]:
@@ -62,9 +65,9 @@ def _elsewhere(base: AdaptationBase) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("related", [True, False])
-def test_other_bases_are_the_same_static_model_that_learns_otherwise(related: bool) -> None:
-    base = _base(related)
+@pytest.mark.parametrize("together", [True, False])
+def test_other_bases_are_the_same_static_model_that_learns_otherwise(together: bool) -> None:
+    base = _base(together)
     other = with_bases(base, _elsewhere(base))
     texts = articles((21, 13))
 
@@ -82,11 +85,11 @@ def test_other_bases_are_the_same_static_model_that_learns_otherwise(related: bo
         torch.testing.assert_close(same.weights[name], w, **EXACT)
 
 
-@pytest.mark.parametrize("related", [True, False])
-def test_another_language_model_in_the_same_bases(related: bool) -> None:
-    base = with_bases(_base(related), _elsewhere(_base(related)))
+@pytest.mark.parametrize("together", [True, False])
+def test_another_language_model_in_the_same_bases(together: bool) -> None:
+    base = with_bases(_base(together), _elsewhere(_base(together)))
     plain = {n: w + 0.1 * _random(*w.shape, seed=7) for n, w in base.static.items()}
-    moved = followed(base, plain)
+    moved = follow_weights(base, plain)
     texts = articles((21, 13))
     static = dataclasses.replace(base, weights={**base.weights, **plain})
     want = np.concatenate(score_articles(static, None, texts, EOS, 2).nll)
@@ -95,15 +98,15 @@ def test_another_language_model_in_the_same_bases(related: bool) -> None:
     first = base.segment  # reading that adapts goes by L_0, which must be the same model
     np.testing.assert_allclose(adapted[:first], want[:first], atol=1e-11)
     assert np.abs(adapted - want).max() > 1e-3
-    for name in ("softmax.basis", *(["softmax.related"] if related else [])):
+    for name in ("softmax.basis", *([COUPLING] if together else [])):
         assert moved.weights[name] is base.weights[name]
 
 
 @pytest.mark.parametrize("path", ["compiled", "eager"])
-@pytest.mark.parametrize("related", [True, False])
-def test_the_gradient_is_that_of_the_loss_with_theta_0_following(related: bool, path: str) -> None:
+@pytest.mark.parametrize("together", [True, False])
+def test_the_gradient_is_that_of_the_loss_with_theta_0_following(together: bool, path: str) -> None:
     """Against autograd through R, Q -> L_0 -> loss, what the lanes have learned held."""
-    first = _base(related)
+    first = _base(together)
     now = _elsewhere(first)
     base = with_bases(first, now)
     rule = RMS().bind(SETTING, base)
@@ -130,17 +133,19 @@ def test_the_gradient_is_that_of_the_loss_with_theta_0_following(related: bool, 
     state = reader.state.keep(~piece.new)
     with kernels.eager():
         share = piece.mask.double() / piece.inputs.shape[1]
-        total = base.model.read(weights, piece.inputs, piece.targets, state, share).total
-    want = torch.autograd.grad(total, list(leaves.values()))
+        terms = OutputTerms(coupling=weights.get(COUPLING))
+        own = own_weights(weights)
+        now = base.model.read(own, piece.inputs, piece.targets, state, share, lambda _: terms)
+    want = torch.autograd.grad(now.total, list(leaves.values()))
     for name, g in zip(leaves, want, strict=True):
         assert float(g.abs().max()) > 1e-5, name
         torch.testing.assert_close(got[name], g, rtol=1e-7, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("related", [True, False])
-def test_the_lanes_keep_what_they_learned_when_the_bases_move(related: bool) -> None:
-    base = _base(related)
-    bases = Bases(base, 3)
+@pytest.mark.parametrize("together", [True, False])
+def test_the_lanes_keep_what_they_learned_when_the_bases_move(together: bool) -> None:
+    base = _base(together)
+    bases = BasisTrainer(base, 3)
     pieces = segments(base, (11, 23, 3, 1, 17), 3, 6)
     for k in (0, 2, 4):
         reader = bases.reader  # which reads on without a step
@@ -164,8 +169,8 @@ def _text() -> Text:
 
 def test_learning_bases_makes_reading_learn_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same rule gains more with learned bases; the static model and the Fisher stay."""
-    monkeypatch.setattr(warp, "PEAK", 5e-3)
-    monkeypatch.setattr(warp, "TOKENS", 10)
+    monkeypatch.setattr(learned_basis, "PEAK", 5e-3)
+    monkeypatch.setattr(learned_basis, "TOKENS", 10)
     base, text = _base(True), _text()
     found = learn_bases(base, text, 3000)
     again = learn_bases(base, text, 3000)
@@ -183,8 +188,12 @@ def test_learning_bases_makes_reading_learn_faster(monkeypatch: pytest.MonkeyPat
 
 
 def test_it_needs_a_matrix_with_a_basis_of_its_own() -> None:
-    with pytest.raises(UserError, match="basis-words needs a matrix"):
+    with pytest.raises(ValueError, match="no matrix adapts in a basis of its own"):
         learn_bases(tiny_base(("softmax.bias",)), _text(), 100)
+    for folded, known in (((), True), (("softmax",), False), (None, False)):
+        plan = Plan(("softmax.bias",), folded, ("rule",), "reverse", "none", False, ())
+        problems = LearnedBasis(words=100).problems(plan)
+        assert any("--learned-basis.words needs a matrix" in p for p in problems) == known
 
 
 def test_a_run_with_learned_bases(
@@ -194,7 +203,7 @@ def test_a_run_with_learned_bases(
     folder = finished.copy(tmp_path / "run")
     low = "--dynamic", "softmax.low,softmax.bias,lstm.*.input.low", "--rank", 99
     rules = "--train-rules", "three_levels", "--rules", "static", "three_levels"
-    words = ("--out", folder, *low, *rules, "--adapt.basis-words", 1000)
+    words = ("--out", folder, *low, *rules, "--learned-basis.words", 1000)
     done = command("train", *words, "--stages", "meta", "evaluate")
     assert done.code == 0, done.err
     made, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
@@ -208,7 +217,10 @@ def test_a_run_with_learned_bases(
     other = (*words[:-1], 900, "--stages", "evaluate")
     assert "was made with other settings of --adapt" in command("train", *other).error
     learn = "--stages", "meta", "--meta.learn", "rule", "theta_0"
-    assert "it goes with --meta.learn rule only" in command("train", *words, *learn).error
+    assert (
+        "--learned-basis.words goes with --meta.learn rule only"
+        in command("train", *words, *learn).error
+    )
     learned: list[int] = []
 
     def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool) -> AdaptationBase:
@@ -216,11 +228,11 @@ def test_a_run_with_learned_bases(
         return base
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage_meta, "learn_bases", learn_bases)
+        patch.setattr(learned_basis, "learn_bases", learn_bases)
         for number in (1000, 900, 900):
-            words = ("--out", folder, *low, *rules, "--adapt.basis-words", number)
+            words = ("--out", folder, *low, *rules, "--learned-basis.words", number)
             assert command("train", *words, "--stages", "meta").code == 0
     assert learned == [900]
-    lstm = "--out", folder, "--dynamic", "lstm", "--adapt.basis-words", 9, "--stages", "meta"
-    assert "--adapt.basis-words needs a matrix" in command("train", *lstm).error
-    assert "must not be negative" in command("train", "--adapt.basis-words", -1).error
+    lstm = "--out", folder, "--dynamic", "lstm", "--learned-basis.words", 9, "--stages", "meta"
+    assert "--learned-basis.words needs a matrix" in command("train", *lstm).error
+    assert "must be 0 or more" in command("train", "--learned-basis.words", -1).error

@@ -1,4 +1,4 @@
-"""N-gram embeddings: where the rows of phrases begin, learned by stage 1."""
+"""N-gram embeddings: rows of the corpus beside those of an article, learned by stage 1."""
 
 from __future__ import annotations
 
@@ -11,30 +11,29 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.ngram_embeddings import (
-    AFTER,
-    MOST,
-    NAMES,
-    ORDERS,
-    POWER,
-    STEP,
-    Learning,
-    NGrams,
-    fingerprint,
-    most_frequent,
-    ngrams_of,
-)
-from mlm.extensions.ngram_memory import phrases
 from through_world import as_usual, flags_through, through
 from tiny import as_flags
-from worlds import EOS, check_resumed, tiny_base
+from worlds import EOS, check_resumed, tiny_base, with_extensions
 
 from mlm.experimental.through import ThroughTrainer
+from mlm.extensions import Boundaries, Extensions, NGramEmbeddings, NGramMemory
 from mlm.extensions.boundaries import learn_boundaries
-from mlm.reading.scoring import score_articles, static_loss
+from mlm.extensions.ngram_embeddings import (
+    AFTER,
+    LENGTHS,
+    MOST_OF_MEAN,
+    POWER,
+    STEP,
+    NGrams,
+    NGramTrainer,
+    context_keys,
+    most_frequent,
+)
+from mlm.models.language_model import own_weights
+from mlm.reading.scoring import score_articles
+from mlm.reading.static import static_loss
 from mlm.reading.step import begin, step
 from mlm.rules.hand_made import RMS
-from mlm.runs.rules import seen_by
 from mlm.runs.run import open_run
 from mlm.store.models import load_base, load_lm
 from mlm.store.run_folder import RunFolder
@@ -44,10 +43,12 @@ from mlm.training.fisher import estimate_fisher
 from mlm.training.language_model import LMTrainer
 
 Context = tuple[int, ...]
+OWN = NGramEmbeddings(contexts=1)
+SCALE = NGramMemory().key("scale")
 
 
 def _prints(contexts: list[Context]) -> torch.Tensor:
-    found = [fingerprint([np.array([token]) for token in c])[0] for c in contexts]
+    found = [context_keys([np.array([token]) for token in c])[0] for c in contexts]
     return torch.tensor(found, dtype=torch.int64)
 
 
@@ -67,7 +68,7 @@ def _articles(lengths: tuple[int, ...]) -> list[np.ndarray]:
 def _contexts(article: np.ndarray, at: int) -> list[Context]:
     """Those of the token at `at`: what was read before it, `EOS` first."""
     line = [EOS, *map(int, article[:at])]
-    return [tuple(line[-k:]) for k in ORDERS if len(line) >= k]
+    return [tuple(line[-k:]) for k in LENGTHS if len(line) >= k]
 
 
 def test_fingerprints_tell_contexts_apart() -> None:
@@ -77,7 +78,7 @@ def test_fingerprints_tell_contexts_apart() -> None:
     assert len(set(_prints(list(seen)).tolist())) == len(seen)
     for c in [(7,), (300, 2), (49_999, 0, 49_999), (1, 2, 3, 4)]:
         (mine,) = _prints([c])
-        assert fingerprint([torch.tensor([t]) for t in c]) == mine
+        assert context_keys([torch.tensor([t]) for t in c]) == mine
 
 
 @pytest.mark.parametrize("number", [7, 60, 10_000])
@@ -104,26 +105,27 @@ def test_every_token_is_predicted_with_the_rows_of_its_contexts(
     some = [(0,), (1,), (0, 1), (1, 1), (2, 1), (1, 2, 1), (0, 1, 1), (1, 1, 1, 2), (2, 1, 1, 1)]
     some += [(0, 0), (1, 0), (0, 0, 1), (0, 0, 0)]  # over a border, behind padding or not
     ngrams, rows = _ngrams(some, base.model.embedding)
-    own = phrases(base.weights["embedding"], tokens, ngrams)
-    own = own._replace(steps=own.steps * 0)  # articles teach nothing
+    memory = NGramMemory(tokens=tokens, steps=(0.0,) * 9)  # articles teach nothing
     still = RMS().bind({"rate": torch.tensor(0.0), "decay": torch.tensor(0.0)}, base)
-    base = dataclasses.replace(base, phrases=own)
+    base = base.with_weights(OWN.weights(ngrams))
+    base = with_extensions(base, *([memory] if tokens else []), OWN)
     scores = score_articles(base, still, articles, EOS, 2)
     static = score_articles(base, None, articles, EOS, 2)
-    model = {n: w.float() for n, w in base.weights.items()}
-    model |= ngrams.to("cpu", torch.float32).tensors()
-    loss = static_loss(model, base.model, Text(articles, 85, EOS), 2, segment)
+    model = base.to("cpu", torch.float32).weights
+    text = Text(articles, 85, EOS)
+    loss = static_loss(model, base.model, text, 2, segment, extensions=(OWN,))
     assert loss == pytest.approx(static.total / 85, rel=1e-5)
     head, bias = base.weights["embedding"], base.weights["softmax.bias"]
-    none = torch.zeros(base.model.embedding).double()
+    none = torch.zeros(ngrams.rows.shape[1]).double()
+    shape, plain = tiny_base(layers=1).model, own_weights(base.weights)
     for article, found, alone in zip(articles, scores.nll, static.nll, strict=True):
         tokens_1T = torch.tensor([[EOS, *article[:-1]]])
-        state = base.model.initial_state(1, dtype=torch.float64)
+        state = shape.initial_state(1, dtype=torch.float64)
         said = [
             sum((rows.get(c, none) for c in _contexts(article, t)), none)
             for t in range(len(article))
         ]
-        output = base.model.run(base.weights, tokens_1T, state).output[0] + torch.stack(said)
+        output = shape.run(plain, tokens_1T, state).output[0] + torch.stack(said)
         log_p = (output @ head.t() + bias).log_softmax(-1)
         want = -log_p.gather(1, torch.from_numpy(article).unsqueeze(1)).squeeze(1)
         np.testing.assert_allclose(found, want.numpy(), rtol=1e-10)
@@ -134,18 +136,17 @@ def test_hand_made_rules_read_with_the_corpus_alone() -> None:
     """So is their Fisher made; what an article teaches behind a context is not for them."""
     base, text = tiny_base(layers=1), _articles((23, 30, 37))
     ngrams, _ = _ngrams([(1,), (0, 1), (1, 2, 1)], base.model.embedding)
-    weights = {**base.weights, **ngrams.tensors()}
-    fisher = estimate_fisher(weights, base.model, base.dynamic, Text(text, 90, EOS), 5, 90, lanes=2)
+    base = with_extensions(base.with_weights(OWN.weights(ngrams)), OWN)
+    bare = dataclasses.replace(base, rms={}, loss=0.0)
+    fisher = estimate_fisher(bare, Text(text, 90, EOS), 90, lanes=2)
     static = score_articles(fisher, None, text, EOS, 2)
     assert fisher.loss == pytest.approx(static.total / 90)
-    own = phrases(base.weights["embedding"], 100, ngrams)
-    base = dataclasses.replace(base, phrases=own)
-    alone = seen_by(RMS(), base)
-    assert alone.phrases is not None
-    assert alone.phrases.ngrams is ngrams
+    base = with_extensions(base, NGramMemory(tokens=100), OWN)
+    alone = base.for_rule(RMS())
+    assert alone.extensions == (OWN,)
     rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, base)
     found = [score_articles(m, rule, text, EOS, 2).total for m in (alone, base)]
-    none = score_articles(dataclasses.replace(base, phrases=None), rule, text, EOS, 2).total
+    none = score_articles(with_extensions(base), rule, text, EOS, 2).total
     assert len({*found, none}) == 3
 
 
@@ -154,19 +155,19 @@ def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
     base = tiny_base(layers=1, segment=5)
     width = base.model.embedding
     articles = _articles((40, 40))
-    learning = Learning.begin(most_frequent(articles, EOS, 20), torch.ones(width).double())
-    own = phrases(base.weights["embedding"], 100, learning.ngrams)
-    base = dataclasses.replace(base, phrases=own)
+    contexts = most_frequent(articles, EOS, 20)
+    learning = NGramTrainer(OWN, contexts, torch.ones(width).double(), 2)
+    base = with_extensions(base.with_weights(learning.weights()), NGramMemory(tokens=100), OWN)
+    scale = base.weights[SCALE]
     rule = RMS().bind({"rate": torch.tensor(0.01), "decay": torch.tensor(0.01)}, base)
     reader = begin(base, 2, rule)
     visits = [0] * 21
     for segment, _ in zip(LaneStream(articles, 2, 5, EOS), range(6), strict=False):
         now = step(base, rule, reader, segment)
-        assert now.before.history is not None
-        assert now.scored.heard is not None
-        at = own.known(learning.ngrams, now.before.history, segment.inputs)
+        assert now.scored.by_added is not None
+        at = now.scored.told.notes[OWN.name].clone()
         at[1, 2] = 20  # as if it did not teach
-        gradient = now.scored.heard.gradient * 5
+        gradient = now.scored.by_added * 5
         want = learning.ngrams.rows.clone()
         for row in at.flatten().tolist():
             visits[row] += row < 20
@@ -174,9 +175,9 @@ def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
             for row in at[b, t].tolist():
                 if row < 20:
                     again = sum(r == row for r in at.flatten().tolist())
-                    eta = min(STEP / (AFTER + visits[row]) ** POWER, MOST / again)
-                    want[row] -= eta * gradient[b, t] * own.scale
-        learning.learn(at, gradient, own.scale)
+                    eta = min(STEP / (AFTER + visits[row]) ** POWER, MOST_OF_MEAN / again)
+                    want[row] -= eta * gradient[b, t] * scale
+        learning.learn_rows(at, gradient, scale)
         torch.testing.assert_close(learning.ngrams.rows, want, rtol=1e-6, atol=1e-9)
         assert not bool(learning.ngrams.rows[20].any())
         np.testing.assert_allclose(learning.visits.tolist(), visits)
@@ -187,10 +188,11 @@ def test_rows_learn_by_steps_that_fall_with_the_visits() -> None:
 def test_without_adaptation_they_learn_from_the_model_and_themselves() -> None:
     """Against the gradients of a softmax layer that is written down here; over borders, too."""
     lines = [a - 1 for a in _articles((33, 2, 41, 17, 58, 26))]  # `EOS` ends lines and articles
-    trainer = as_usual(Text(lines, 177, EOS), ngrams=40, init=Path("some"))
+    trainer = as_usual(Text(lines, 177, EOS), contexts=40, init=Path("some"))
     trainer.weights["embedding"].data *= 8
-    assert trainer.ngrams is not None
-    ngrams = trainer.ngrams.ngrams
+    learning = trainer.learned[OWN.name]
+    assert isinstance(learning, NGramTrainer)
+    ngrams = learning.ngrams
     visits, rows = collections.Counter(), torch.zeros_like(ngrams.rows)
     keys = {key: at for at, key in enumerate(ngrams.contexts.tolist())}
     stream = LaneStream(trainer.text.articles, 4, 10, EOS, trainer.stream.seed)
@@ -205,7 +207,7 @@ def test_without_adaptation_they_learn_from_the_model_and_themselves() -> None:
         for b, t in np.ndindex(4, 10):
             line = before[b] = [] if segment.new[b] and not t else before[b]
             line.append(int(segment.inputs[b, t]))
-            mine = [_prints([tuple(line[-k:])]).item() for k in ORDERS if len(line) >= k]
+            mine = [_prints([tuple(line[-k:])]).item() for k in LENGTHS if len(line) >= k]
             read.append([keys[key] for key in mine if key in keys] if segment.mask[b, t] else [])
             for at in read[-1]:
                 output[b, t] += rows[at]
@@ -218,17 +220,17 @@ def test_without_adaptation_they_learn_from_the_model_and_themselves() -> None:
         w = model["embedding"].square().sum(1).mean()
         for (b, t), each in zip(np.ndindex(4, 10), read, strict=True):
             for at in each:
-                eta = min(STEP / (AFTER + visits[at]) ** POWER, MOST / now[at])
+                eta = min(STEP / (AFTER + visits[at]) ** POWER, MOST_OF_MEAN / now[at])
                 rows[at] -= eta * gradient[b, t] / w
         trainer.train_step()
         torch.testing.assert_close(ngrams.rows, rows, rtol=1e-4, atol=1e-6)
-    assert trainer.ngrams.visits.tolist() == [visits[at] for at in range(41)]
+    assert learning.visits.tolist() == [visits[at] for at in range(41)]
     assert bool(rows.any(1).sum() > 20)
 
 
 def _with_ngrams(make: Callable[..., LMTrainer]) -> LMTrainer:
     """Embeddings as long as a trained model's are."""
-    trainer = make(ngrams=40, init=Path("some"))
+    trainer = make(contexts=40, init=Path("some"))
     trainer.weights["embedding"].data *= 8
     if isinstance(trainer, ThroughTrainer):
         trainer.follow()
@@ -241,7 +243,7 @@ def test_the_rows_are_part_of_the_model(make: Callable[..., LMTrainer]) -> None:
     trainer = _with_ngrams(make)
     while trainer.step < trainer.steps:
         trainer.train_step()
-    ngrams = ngrams_of(trainer.model())
+    ngrams = OWN.of(trainer.model())
     assert ngrams is not None
     assert bool(ngrams.rows.any())
     mine = trainer.validation_loss(trainer.text)
@@ -252,7 +254,8 @@ def test_the_rows_are_part_of_the_model(make: Callable[..., LMTrainer]) -> None:
 @pytest.mark.parametrize("make", [through, as_usual])
 def test_training_resumes_bit_for_bit(make: Callable[..., LMTrainer], tmp_path: Path) -> None:
     check_resumed(lambda: _with_ngrams(make), tmp_path)
-    assert {*NAMES, "phrases.visits"} <= {*_with_ngrams(make).more_tensors()}, "compared there"
+    names = {OWN.key(name) for name in (*NGrams._fields, "visits")}
+    assert names <= {*_with_ngrams(make).more_tensors()}, "compared there"
 
 
 # ---------------------------------------------------------------- the command
@@ -266,16 +269,16 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     flags = flags_through(finished, tmp_path / "new")
     at = flags.index("--lm.through-run") + 1
     steps = "--stages", "meta", "--meta-steps", 1, "--train-rules", rule
-    adapt = "--adapt.phrases", 300, "--adapt.borders"
+    adapt = "--ngram-memory.tokens", 300, "--boundaries.on"
     done = command("train", "--out", own, *steps, *adapt)
     assert done.code == 0, done.err
     flags[at] = str(own)
-    done = command("train", *flags, "--lm.ngrams", 50)
+    done = command("train", *flags, "--ngram-embeddings.contexts", 50)
     assert done.code == 0, done.err
     new = RunFolder(tmp_path / "new")
     hash_ = load_tensors(new.checkpoint("lm"), "")[1]["vocabulary"]
     weights, shape, _ = load_lm(new.checkpoint("lm"), hash_)
-    ngrams = ngrams_of(weights)
+    ngrams = OWN.of(weights)
     assert ngrams is not None
     assert ngrams.rows.shape == (51, shape.embedding)
     evaluate = "--rules", "static", rule, "--train-rules", rule
@@ -283,11 +286,10 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
     done = command("train", *words, *adapt)
     assert done.code == 0, done.err
     text = open_run(new.load_config()).training_text(1)
-    borders = load_base(new.checkpoint("memory"), hash_).borders
-    assert borders is not None
-    torch.testing.assert_close(borders.weights, learn_boundaries(shape, weights, text).weights)
+    regression = load_base(new.checkpoint("memory"), hash_).weights[Boundaries().key("regression")]
+    torch.testing.assert_close(regression, learn_boundaries(shape, weights, text))
     kept = load_tensors(new.checkpoint("memory"), "")[0]
-    for name, mine in zip(NAMES, ngrams, strict=True):
+    for name, mine in OWN.weights(ngrams).items():
         assert torch.equal(kept[f"theta_0/{name}"], mine)
     flags[flags.index("--lm.init") + 1] = str(new.path)
     flags[flags.index("--out") + 1] = str(tmp_path / "third")
@@ -300,19 +302,25 @@ def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> No
 def test_they_need_a_trained_model_and_no_hand_made_rule(
     flags: list[str], command: Command, tmp_path: Path
 ) -> None:
-    done = command("train", "--out", tmp_path / "run", "--lm.ngrams", 50, *flags)
+    done = command("train", "--out", tmp_path / "run", "--ngram-embeddings.contexts", 50, *flags)
     assert done.code != 0
-    assert "--lm.ngrams is 50; they are learned by a language model that goes on" in done.err
+    assert (
+        "--ngram-embeddings.contexts is 50; they are learned by a language model that goes on"
+        in done.err
+    )
 
 
 def test_the_command_as_usual(finished: Finished, tmp_path: Path, command: Command) -> None:
     """Learned without adaptation; static, the model reads as its validation did."""
-    lm = dataclasses.replace(finished.config.lm, init=finished.folder, ngrams=50)
-    config = dataclasses.replace(finished.config, out=tmp_path / "new", stages=("lm",), lm=lm)
+    lm = dataclasses.replace(finished.config.lm, init=finished.folder)
+    own = Extensions(ngram_embeddings=NGramEmbeddings(contexts=50))
+    config = dataclasses.replace(
+        finished.config, out=tmp_path / "new", stages=("lm",), lm=lm, extensions=own
+    )
     done = command("train", *as_flags(config))
     assert done.code == 0, done.err
     new = RunFolder(tmp_path / "new")
     tensors, _ = load_tensors(new.checkpoint("lm"), "")
-    ngrams = ngrams_of(tensors)
+    ngrams = OWN.of(tensors)
     assert ngrams is not None
     assert bool(ngrams.rows.any(1).sum() > 20)

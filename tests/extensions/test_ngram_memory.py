@@ -1,4 +1,4 @@
-"""Phrases: a table of n-gram embeddings that learns by gradient descent beside the weights."""
+"""N-gram memory: a table of n-gram embeddings that learns by gradient descent beside weights."""
 
 from __future__ import annotations
 
@@ -11,29 +11,39 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.ngram_memory import ALIKE, ORDERS, Phrases, phrases
 from tiny import perplexities
-from worlds import EOS, TinyBase, bigram_base, segments, tiny_base
+from worlds import EOS, TinyBase, bigram_base, segments, tiny_base, with_extensions
 
 from mlm import kernels
-from mlm.extensions.boundaries import Borders
+from mlm.extensions import Boundaries, NGramMemory
+from mlm.extensions.ngram_memory import ALIKE, LONGEST_CONTEXT, STEPS, History
+from mlm.models.base import AdaptationBase
+from mlm.models.extension import Outcome, Told
+from mlm.models.language_model import OutputTerms
+from mlm.models.recurrent import RecurrentLM
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles, score_stream
 from mlm.reading.second_order import second_order
-from mlm.reading.step import begin, read, step
+from mlm.reading.step import Reader, begin, read, step
 from mlm.rules.family import start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
-from mlm.runs.rules import seen_by
-from mlm.text.streams import LaneStream
+from mlm.text.streams import LaneStream, Segment
 
 LENGTHS = (31, 53, 3, 1, 37)
+ORDERS = range(1, LONGEST_CONTEXT + 1)
+MEMORY = NGramMemory.name
 SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
 
 
 def _world(tokens: int = 1000, **world: Any) -> TinyBase:
-    base = tiny_base(**world)
-    return dataclasses.replace(base, phrases=phrases(base.weights["embedding"], tokens))
+    return with_extensions(tiny_base(**world), NGramMemory(tokens=tokens))
+
+
+def _history(reader: Reader) -> History:
+    found = reader.extras[MEMORY]
+    assert isinstance(found, History)
+    return found
 
 
 def _repetitive(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
@@ -44,7 +54,6 @@ def _repetitive(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:
 
 def _one_by_one(base: TinyBase, article: np.ndarray) -> list[float]:
     """Losses of an article, its table written row by row as the module's docstring says."""
-    assert base.phrases is not None
     bound = RMS().bind(SETTING, base)
     theta = {n: w.clone().unsqueeze(0) for n, w in base.start().items()}
     state = base.model.initial_state(1, dtype=torch.float64)
@@ -81,7 +90,7 @@ def _one_by_one(base: TinyBase, article: np.ndarray) -> list[float]:
         for t, own in enumerate(keys):
             for order, key in enumerate(own):
                 if key:
-                    eta = float(base.phrases.steps[order]) / (1 + visits.count(key))
+                    eta = float(base.weights[f"{MEMORY}/steps"][order]) / (1 + visits.count(key))
                     value = -eta / w * found[-1][0, t]
                     if order:
                         table[key] = table.get(key, none) + value
@@ -106,7 +115,7 @@ def test_words_are_predicted_with_the_rows_of_their_contexts(
     scores = score_articles(base, bound, texts, EOS, 2)
     for found, article in zip(scores.nll, texts, strict=True):
         np.testing.assert_allclose(found, _one_by_one(base, article), rtol=1e-9, atol=1e-11)
-    plain = dataclasses.replace(base, phrases=None)
+    plain = with_extensions(base)
     without = score_articles(plain, bound, texts, EOS, 2)
     assert all(
         abs(a - b).max() > 1e-3 for a, b in zip(scores.nll, without.nll, strict=True) if len(a) > 30
@@ -119,46 +128,57 @@ def test_what_is_long_ago_is_forgotten(engine: str) -> None:
     bound = RMS().bind(SETTING, tiny_base())
     base = _world(tokens=30)
     found = score_articles(base, bound, [article], EOS, 1).nll[0]
-    history, want = base.phrases and base.phrases.begin(1), []
+    history, want = begin(base, 1).extras[MEMORY], []
     reader = begin(base, 1, bound)
     for piece in LaneStream([article], 1, base.segment, EOS):
-        assert history is not None
-        assert base.phrases is not None
-        assert reader.history is not None
-        lo = max(0, reader.history.size - 30)
-        tensors = reader.history.tensors()
+        lo = max(0, _history(reader).size - 30)
+        tensors = _history(reader).tensors()
         short = [(tensors[0] - lo).clamp(min=0), *(t[:, lo:] for t in tensors[1:])]
-        reader, nll = read(base, bound, reader._replace(history=history.of(short)), piece)
+        window = reader._replace(extras={MEMORY: history.of(short)})
+        reader, nll = read(base, bound, window, piece)
         want += nll[piece.mask].tolist()
     np.testing.assert_allclose(found, want[: len(found)], rtol=1e-12, atol=1e-13)
     longer = score_articles(_world(tokens=31), bound, [article], EOS, 1).nll[0]
     assert abs(found - longer).max() > 1e-6
 
 
+def _piece(inputs: torch.Tensor) -> Segment:
+    lanes, length = inputs.shape
+    all_taught, none = torch.ones(lanes, length, dtype=torch.bool), np.zeros(lanes, np.int64)
+    new = torch.zeros(lanes, dtype=torch.bool)
+    return Segment(inputs, inputs, all_taught, new, none, none)
+
+
 def test_the_kernel_recalls_what_plain_operations_do() -> None:
     """In float32, with lanes that began their article at different places."""
     generator = torch.Generator().manual_seed(1)
-    own = phrases(torch.randn(9, 16, generator=generator), 60)
-    history = own.begin(3)
+    own = NGramMemory(tokens=60)
+    head = torch.randn(9, 16, generator=generator)
+    weights = {"embedding": head}
+    bare = AdaptationBase(RecurrentLM(9, 16, 16, 1), weights, tuple(weights), {}, 0.0, 7)
+    base = with_extensions(bare, own)
+    history = own.begin(base, 3)
+    nothing = Told(OutputTerms(), {})
     for k in range(20):
-        inputs = torch.randint(0, 3, (3, 7), generator=generator)
+        piece = _piece(torch.randint(0, 3, (3, 7), generator=generator))
         keys = torch.randn(3, 7, 16, generator=generator) / 4
-        recalled = own.recall(history, inputs, keys)
+        recalled = own.before(base.weights, history, piece, keys, nothing).notes[MEMORY]
         with kernels.eager():
-            plain = own.recall(history, inputs, keys)
+            plain = own.before(base.weights, history, piece, keys, nothing).notes[MEMORY]
         torch.testing.assert_close(recalled.rows, plain.rows, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(recalled.rates, plain.rates)
         torch.testing.assert_close(recalled.within, plain.within)
         assert bool(recalled.within.tril(-1).any())
         assert not bool(recalled.within.triu().any())
         assert k < 3 or float(recalled.rows.abs().sum()) > 0
-        heard = recalled.heard(torch.randn(3, 7, 16, generator=generator))
+        gradient = torch.randn(3, 7, 16, generator=generator)
         taught = torch.ones(3, 7, dtype=torch.bool)
         if k == 8:
             taught[1, :4] = False
-        history = own.learned(history, inputs, heard, taught)
+        history = own.after(base.weights, history, piece, recalled, Outcome(gradient, taught))
         if k == 5:
-            history = history.opened(torch.tensor([True, False, False]))
+            new = torch.tensor([True, False, False])
+            history = own.open(history, new, new)
         assert history.size - history.since.min() >= min(7 * (k + 1), 60)
     assert len(set(history.since.tolist())) > 1
 
@@ -201,28 +221,27 @@ def test_a_reader_is_kept_in_files_and_lanes_can_be_chosen() -> None:
     torch.testing.assert_close(one, want[2:], rtol=1e-12, atol=1e-13)
 
 
-def test_borders_open_another_table() -> None:
+def test_boundaries_open_another_table() -> None:
     """What is read from an article's first line on is all that is recalled."""
-    weights = torch.zeros(5).double()
-    weights[-1] = 9.0  # every line end is believed to be a border
-    base = dataclasses.replace(_world(), borders=Borders(weights, 4))
+    regression = torch.zeros(5).double()
+    regression[-1] = 9.0  # every line end is believed to be a boundary
+    told, memory = Boundaries(on=True), NGramMemory(tokens=1000)
+    plain = tiny_base().with_weights(told.weights(regression, 4))
+    base = with_extensions(plain, told, memory)
     bound = RMS().bind(SETTING, base)
     text = _repetitive((60,))[0]
     reader = begin(base, 1, bound)
     for piece in LaneStream([text], 1, base.segment, EOS):
-        before = reader
+        before = _history(reader)
         now = step(base, bound, reader, piece)
         reader = now.after
-        assert reader.history is not None
-        assert before.history is not None
-        own = int(reader.history.size - reader.history.since)
+        own = int(_history(reader).size - _history(reader).since)
         if bool(now.new):
             assert own == int(now.taught.sum())
         else:
-            assert own == int(before.history.size - before.history.since) + piece.inputs.shape[1]
+            assert own == int(before.size - before.since) + piece.inputs.shape[1]
     kept, dropped = (
-        score_stream(m, bound, [text], EOS).total
-        for m in (dataclasses.replace(base, borders=None), base)
+        score_stream(m, bound, [text], EOS).total for m in (with_extensions(base, memory), base)
     )
     assert kept != dropped
 
@@ -238,7 +257,7 @@ def test_all_ways_to_the_meta_gradient_agree(mode: Any, engine: str) -> None:
     assert found.loss == pytest.approx(want.loss, rel=1e-12)
     for name, value in want.gradients.items():
         torch.testing.assert_close(found.gradients[name], value, rtol=1e-8, atol=1e-10)
-    plain = dataclasses.replace(base, phrases=None)
+    plain = with_extensions(base)
     without = meta_gradient(plain, bound, phi, begin(plain, 3, bound), pieces)
     assert abs(without.loss - want.loss) > 1e-6
 
@@ -253,23 +272,25 @@ def test_the_second_order_reads_alike() -> None:
     assert found.loss == pytest.approx(first.loss, rel=1e-12)
 
 
-def test_only_learned_rules_remember_phrases() -> None:
+def test_only_learned_rules_remember_n_grams() -> None:
     base = _world()
-    assert seen_by(RMS(), base).phrases is None
-    assert isinstance(seen_by(LinearGates("three"), base).phrases, Phrases)
+    assert base.for_rule(RMS()).extensions == ()
+    assert base.for_rule(LinearGates("three")).extensions == (NGramMemory(tokens=1000),)
 
 
 def test_other_models_remember_none() -> None:
-    base = dataclasses.replace(bigram_base(), phrases=phrases(torch.ones(3, 2), 10))
-    with pytest.raises(ValueError, match="language models that stage 1 trains"):
+    own = {f"{MEMORY}/scale": torch.ones(2), f"{MEMORY}/steps": torch.tensor(STEPS)}
+    base = bigram_base().with_weights(own)
+    base = dataclasses.replace(base, extensions=(NGramMemory(tokens=10),))
+    with pytest.raises(ValueError, match="language model that stage 1 trains"):
         begin(base, 2)
 
 
-def test_a_run_with_phrases(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_run_with_n_gram_memory(finished: Finished, command: Command, tmp_path: Path) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
     rules = "--train-rules", "three_levels", "--rules", "static", "rms", "three_levels"
-    words = ("--out", folder, *rules, "--adapt.phrases")
+    words = ("--out", folder, *rules, "--ngram-memory.tokens")
     found = {}
     for tokens in ("500", "0"):
         done = command("train", *words, tokens, "--stages", "meta", "evaluate")
@@ -277,4 +298,5 @@ def test_a_run_with_phrases(finished: Finished, command: Command, tmp_path: Path
         found[tokens] = perplexities(folder)
     for key, value in found["0"].items():
         assert (found["500"][key] == value) == (key[1] != "three_levels")
-    assert "--adapt.phrases is -1; it must not be negative" in command("train", *words, "-1").error
+    error = command("train", *words, "-1").error
+    assert "--ngram-memory.tokens is -1; it must be 0 or more and finite" in error

@@ -1,4 +1,4 @@
-"""The read-out of phrases: through what what is recalled enters the softmax."""
+"""The n-gram read-out: through what what is recalled enters the softmax."""
 
 from __future__ import annotations
 
@@ -10,43 +10,52 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.ngram_memory import AGAIN, SAID, STEPS, ReadOut, phrases
-from mlm.extensions.ngram_read_out import (
-    NAMES,
-    UNITS,
-    Learner,
-    learn_read_out,
-    nothing_learned,
-    read_out_of,
-    taken,
-    with_read_out,
-)
 from tiny import perplexities
-from worlds import EOS, TinyBase, tiny_base
+from worlds import EOS, Base, TinyBase, tiny_base, with_extensions
 
 from mlm.base.errors import UserError
-from mlm.models.language_model import Weights
+from mlm.extensions import NGramMemory, NGramReadOut, SurpriseWeighting
+from mlm.extensions.ngram_memory import STEPS
+from mlm.extensions.ngram_read_out import (
+    UNITS,
+    ReadOut,
+    ReadOutTrainer,
+    learn_read_out,
+    nothing_learned,
+)
+from mlm.models.base import AdaptationBase
+from mlm.models.language_model import OutputTerms, own_weights
 from mlm.reading.scoring import score_articles
-from mlm.reading.step import prepared, recollection, score_segment
+from mlm.reading.step import Extras, Telling, begin, prepared, score_segment
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
 from mlm.runs.identity import identity
-from mlm.runs.rules import load_learned, seen_by
+from mlm.runs.rules import BESIDE, load_learned, parted
 from mlm.runs.run import open_run
 from mlm.runs.stages import run_stages
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
-from mlm.text.streams import LaneStream, Text
+from mlm.text.streams import LaneStream, Segment, Text
+from mlm.training.meta import EXTENSION_GAIN
 
 ORDERS = len(STEPS)
+OWN = NGramReadOut(words=1)
+KEYS = [OWN.key(name) for name in ReadOut._fields]
 SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).double()}
 
 
-def _world(**world: Any) -> TinyBase:
+def _world(surprise: float = 0.25, **world: Any) -> TinyBase:
+    # steps that are made for wide embeddings
+    memory = NGramMemory(tokens=1000, steps=tuple(step / 10 for step in STEPS))
     base = tiny_base(layers=1, **world)
-    told = phrases(base.weights["embedding"], 1000)  # whose steps are made for wide embeddings
-    told = told._replace(steps=told.steps / 10)
-    return dataclasses.replace(base, phrases=told, surprise=0.25)
+    return with_extensions(base, memory, OWN, SurpriseWeighting(share=surprise))
+
+
+def _with(base: Base, read_out: ReadOut) -> Base:
+    """The base with a read-out."""
+    found = base.with_weights(OWN.weights(read_out))
+    assert isinstance(found, type(base))
+    return found
 
 
 def _articles(number: int, seed: int, length: int = 60) -> list[np.ndarray]:
@@ -86,77 +95,85 @@ def _equal(one: ReadOut, other: ReadOut) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def _told(base: AdaptationBase, extras: Extras, piece: Segment, hidden: torch.Tensor) -> Any:
+    """What is recalled, and what is added to the hidden states."""
+    telling = Telling(base, base.weights, extras, piece)
+    added = telling(hidden).added
+    return telling.told.notes[NGramMemory.name], added
+
+
 def test_what_is_recalled_is_read_through_it(engine: str) -> None:
     """The article's rows alone, and what is written stays as it was."""
     base = _world()
     bound = RMS().bind(SETTING, base)
-    able = with_read_out(base, _some(base.model.embedding))
-    read_out = read_out_of(able)
-    assert able.phrases is not None
-    assert base.phrases is not None
+    able = _with(base, _some(base.model.embedding))
+    read_out = OWN.of(able.weights)
     assert read_out is not None
-    learner = Learner(base, bound, 2)
+    learner = ReadOutTrainer(base, bound, 2)
     stream = LaneStream(_articles(2, 0), 2, base.segment, EOS)
     for _ in range(6):
         learner.gradient(next(stream))
     reader, piece = learner.reader, next(stream)
-    assert reader.history is not None
-    weights: Weights = {**base.weights, **reader.weights}
+    weights = own_weights({**base.weights, **reader.weights})
     plainly = base.model.read(weights, piece.inputs, piece.targets, reader.state)
     state = plainly.output.detach()
-    plain, found = (
-        m.phrases.recall(reader.history, piece.inputs, state) for m in (base, able) if m.phrases
-    )
-    assert torch.equal(plain.own, plain.rows)
-    assert torch.equal(found.own, plain.own)
+    plain, rows = _told(base, reader.extras, piece, state)
+    found, added = _told(able, reader.extras, piece, state)
+    assert torch.equal(plain.rows, rows)
+    assert torch.equal(found.rows, plain.rows)
     assert torch.equal(found.within, plain.within)
-    assert float(found.own.abs().max()) > 1e-3
+    assert float(found.rows.abs().max()) > 1e-3
     visited = 1 - found.rates
     gate = 1 + (state * read_out.gate).sum(2, keepdim=True)
     assert float((gate - 1).abs().median()) > 1e-2
-    seen = torch.cat([state, plain.own, visited], 2)
+    seen = torch.cat([state, plain.rows, visited], 2)
     by_hand = (
-        gate * (plain.own + plain.own @ read_out.map.t())
+        gate * (plain.rows + plain.rows @ read_out.map.t())
         + visited @ read_out.known.t()
         + state * (visited @ read_out.hold.t())
         + visited.max(2, keepdim=True).values
         * ((seen @ read_out.inner.t()).clamp(min=0) @ read_out.outer.t())
     )
-    torch.testing.assert_close(found.rows, by_hand)
+    torch.testing.assert_close(added.detach(), by_hand)
     first = next(LaneStream(_articles(1, 5), 1, base.segment, EOS))
-    start = learner.base.phrases and learner.base.phrases.begin(1)
-    assert start is not None
-    new = able.phrases.recall(start, first.inputs, state[:1])
+    new, by_new = _told(able, begin(able, 1, bound).extras, first, state[:1])
     new_T = (new.rates == 1).all(2)
     assert bool(new_T.any())
-    assert not bool(new.rows[new_T].any()), "nothing is added where all contexts are new"
-    idle = nothing_learned(able.phrases)
+    assert not bool(by_new[new_T].any()), "nothing is added where all contexts are new"
+    idle = nothing_learned(able)
     assert bool(idle.inner.any())
-    torch.testing.assert_close(idle.said(plain.own, visited, state), plain.own)
+    torch.testing.assert_close(idle.said(plain.rows, visited, state), plain.rows)
     losses, gradients = [], []
     for hand in (False, True):
         theta = {n: w.clone().requires_grad_() for n, w in reader.weights.items()}
-        full = {**base.weights, **theta}
-        told = recollection(able, reader, piece)
-        if hand:
-            full, told = {**full, SAID: by_hand, AGAIN: found.within}, None
-        now = able.shape.read(full, piece.inputs, piece.targets, reader.state, recall=told)
+        full = {**able.weights, **theta}
+        telling = Telling(able, full, reader.extras, piece)
+        terms = OutputTerms(added=by_hand)
+        now = able.model.read(
+            own_weights(full),
+            piece.inputs,
+            piece.targets,
+            reader.state,
+            tell=(lambda _, terms=terms: terms) if hand else telling,
+        )
         losses.append(now.nll.detach())
         gradients.append(torch.autograd.grad(now.nll.sum(), list(theta.values())))
     torch.testing.assert_close(*losses)
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
-    assert read_out_of(dataclasses.replace(base, phrases=None)) is None
-    assert with_read_out(tiny_base(), read_out).phrases is None
+    assert OWN.of(base.weights) is None
+    alone = with_extensions(_with(tiny_base(), read_out), OWN)
+    told = Telling(alone, alone.weights, {}, piece)(state)
+    assert told == OutputTerms(), "nothing is recalled without n-gram memory"
 
 
 @pytest.mark.parametrize("surprise", [0.0, 0.25])
 def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     """Of the tokens' own losses, what lanes have learned so far being a constant."""
-    base = dataclasses.replace(_world(), surprise=surprise)
+    base = _world(surprise)
     bound = RMS().bind(SETTING, base)
     start = _some(base.model.embedding)
-    learner = Learner(with_read_out(base, start), bound, 3)
+    learner = ReadOutTrainer(_with(base, start), bound, 3)
     stream = LaneStream(_articles(4, 1, 23), 3, base.segment, EOS)
     for _ in range(5):
         learner.gradient(next(stream))
@@ -167,7 +184,7 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     way, small = _some(base.model.embedding, 8), 1e-5
     losses = []
     for factor in (-small, 0.0, small):
-        moved = with_read_out(learner.base, _moved(start, way, factor))
+        moved = _with(learner.base, _moved(start, way, factor))
         losses.append(float(score_segment(moved, reader, piece).nll.sum()))
     assert losses[1] == pytest.approx(total, rel=1e-12)
     slope = (losses[2] - losses[0]) / (2 * small)
@@ -176,9 +193,9 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     assert sum(each) == pytest.approx(slope, rel=1e-6)
 
 
-def test_it_learns_what_phrases_are_worth(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_what_n_grams_are_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Articles that it did not learn from are predicted better; the seed decides the order."""
-    monkeypatch.setattr("mlm.extensions.read_out.TOKENS", 60)
+    monkeypatch.setattr("mlm.extensions.ngram_read_out.TOKENS", 60)
     base = _world()
     bound = RMS().bind(SETTING, base)
     texts, held = _articles(12, 9), _text(500, 2)
@@ -187,10 +204,10 @@ def test_it_learns_what_phrases_are_worth(engine: str, monkeypatch: pytest.Monke
     assert _equal(some, same)
     assert not _equal(some, other)
     without, with_it = (
-        score_articles(m, bound, texts, EOS, 4).total for m in (base, with_read_out(base, found))
+        score_articles(m, bound, texts, EOS, 4).total for m in (base, _with(base, found))
     )
     assert with_it < 0.992 * without
-    further = learn_read_out(with_read_out(base, found), bound, held, 1000, seed=0)
+    further = learn_read_out(_with(base, found), bound, held, 1000, seed=0)
     assert 0 < _most(_moved(further, found, -1)) < 0.2 * _most(found)
 
 
@@ -198,26 +215,27 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
     base = _world()
     broken = dataclasses.replace(base, weights={**base.weights})
     broken.weights["softmax.bias"] = broken.weights["softmax.bias"] * float("nan")
-    with pytest.raises(UserError, match="read-out-words: after"):
+    with pytest.raises(UserError, match=r"--ngram-read-out.words: after"):
         learn_read_out(broken, RMS().bind(SETTING, broken), _text(3, 2), 100, seed=0)
 
 
-def test_only_where_phrases_are_remembered() -> None:
+def test_only_where_n_grams_are_remembered() -> None:
     base = tiny_base()
-    with pytest.raises(ValueError, match="none are remembered"):
-        Learner(base, RMS().bind(SETTING, base), 1)
-    able = with_read_out(_world(), _some(4))
-    assert read_out_of(seen_by(LinearGates("three"), able)) is not None
-    assert read_out_of(seen_by(RMS(), able)) is None
+    with pytest.raises(ValueError, match="n-gram memory, and there is none"):
+        ReadOutTrainer(base, RMS().bind(SETTING, base), 1)
+    able = _with(_world(), _some(4))
+    assert OWN in able.for_rule(LinearGates("three")).extensions
+    assert able.for_rule(RMS()).extensions == ()
+    assert NGramReadOut().active(able.weights), "what was learned counts without the setting"
+    assert not NGramReadOut().active(_world().weights)
 
 
 def test_it_learns_in_place_and_only_from_what_is_recalled(engine: str) -> None:
     """The lanes read with the very tensors that move."""
     base = _world()
     bound = RMS().bind(SETTING, base)
-    learner = Learner(base, bound, 1)
-    assert learner.base.phrases is not None
-    assert learner.base.phrases.read_out is learner.read_out
+    learner = ReadOutTrainer(base, bound, 1)
+    assert all(learner.base.weights[k] is t for k, t in zip(KEYS, learner.read_out, strict=True))
     assert prepared(base, bound) is base
     before = ReadOut(*(t.clone() for t in learner.read_out))
     article = np.array([1, 2, 3, 4, 5, 6])
@@ -230,20 +248,21 @@ def test_a_run_learns_it_and_keeps_it_where_it_gains(
 ) -> None:
     folder = finished.copy(tmp_path / "run")
     rules = "--train-rules", "three_levels", "--rules", "static", "three_levels"
-    words = ("--out", folder, *rules, "--adapt.phrases")
+    words = ("--out", folder, *rules, "--ngram-memory.tokens")
     found = {}
     for number in ("0", "3000"):
         stages = "--stages", "meta", "evaluate"
-        done = command("train", *words, "500", "--meta.read-out-words", number, *stages)
+        done = command("train", *words, "500", "--ngram-read-out.words", number, *stages)
         assert done.code == 0, done.err
         found[number] = perplexities(folder)
         tensors, about = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
         rows = RunFolder(folder).rows()
-        gains = [r["read_out_gain_per_word"] for r in rows if "read_out_gain_per_word" in r]
+        gains = [r[EXTENSION_GAIN] for r in rows if r.get("extension") == OWN.name]
         assert len(gains) == (number != "0")
         best = max(r["gain_per_word"] for r in rows if "gain_per_word" in r)
-        kept, others = taken(tensors)
-        assert len(tensors) - len(others) == (0 if kept is None else len(NAMES))
+        others, own = parted(tensors)
+        kept = OWN.of(own)
+        assert len(tensors) - len(others) == (0 if kept is None else len(KEYS))
         assert (kept is not None) == (number != "0" and gains[0] > best)
     assert kept is not None
     assert about["gain"] > 0
@@ -252,17 +271,17 @@ def test_a_run_learns_it_and_keeps_it_where_it_gains(
     run = open_run(RunFolder(folder).load_config(), quiet=True)
     learned = load_learned(run, "three_levels", run.base)
     assert learned.parameters.keys() == others.keys()
-    mine = read_out_of(learned.base)
+    mine = OWN.of(learned.base.weights)
     assert mine is not None
     assert _equal(mine, kept)
-    again = "500", "--meta.read-out-words", "3000", "--stages", "meta", "--resume"
+    again = "500", "--ngram-read-out.words", "3000", "--stages", "meta", "--resume"
     assert command("train", *words, *again).code == 0
     rows = RunFolder(folder).rows()
-    assert [r["read_out_gain_per_word"] for r in rows if "read_out_gain_per_word" in r] == gains
+    assert [r[EXTENSION_GAIN] for r in rows if r.get("extension") == OWN.name] == gains
     once_more, _ = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
     assert all(torch.equal(t, tensors[n]) for n, t in once_more.items())
-    error = command("train", *words, "0", "--meta.read-out-words", "10").error
-    assert "--meta.read-out-words is 10; it reads phrases out, and none are remembered" in error
+    error = command("train", *words, "0", "--ngram-read-out.words", "10").error
+    assert "--ngram-read-out.words is 10; it reads n-gram memory out, and there is none" in error
 
 
 def test_a_rule_trained_on_goes_on_from_its_read_out(
@@ -270,15 +289,19 @@ def test_a_rule_trained_on_goes_on_from_its_read_out(
 ) -> None:
     """Whether it learns more or not; and settings without one are what they were."""
     folder = finished.copy(tmp_path / "run")
-    words = "--out", folder, "--train-rules", "three_levels", "--adapt.phrases", "500"
-    done = command("train", *words, "--meta.read-out-words", "3000", "--stages", "meta")
+    words = "--out", folder, "--train-rules", "three_levels", "--ngram-memory.tokens", "500"
+    done = command("train", *words, "--ngram-read-out.words", "3000", "--stages", "meta")
     assert done.code == 0, done.err
-    first, _ = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
+    first, about = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
     config = RunFolder(folder).load_config()
-    meta = dataclasses.replace(config.meta, start="three_levels", steps=0, read_out_words=0)
-    again = dataclasses.replace(config, meta=meta, stages=("meta",), overwrite=True)
+    meta = dataclasses.replace(config.meta, start="three_levels", steps=0)
+    extensions = dataclasses.replace(config.extensions, ngram_read_out=NGramReadOut(words=0))
+    again = dataclasses.replace(
+        config, meta=meta, extensions=extensions, stages=("meta",), overwrite=True
+    )
     assert identity(open_run(config, quiet=True)) != identity(open_run(again, quiet=True))
     run_stages(again, quiet=True)
-    second, _ = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
-    for name in NAMES:
-        assert torch.equal(first[name], second[name])
+    second, again_about = load_tensors(RunFolder(folder).checkpoint("three_levels"), "")
+    for name in KEYS:
+        assert torch.equal(first[BESIDE + name], second[BESIDE + name])
+    assert again_about["gain"] == pytest.approx(about["gain"]), "it is judged with what it has"

@@ -1,8 +1,8 @@
-"""Surprise: what was not expected teaches more, and only learned rules, and never the objective."""
+"""Surprise weighting: what was not expected teaches more, but learned rules only, and never the
+objective."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import pytest
 import torch
 from conftest import Command, Finished
 from tiny import perplexities
-from worlds import bigram_base, segments, tiny_base
+from worlds import bigram_base, segments, tiny_base, with_extensions
 
+from mlm.extensions import SurpriseWeighting
 from mlm.models.base import AdaptationBase
+from mlm.models.language_model import own_weights
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.second_order import second_order
 from mlm.reading.step import begin, score_segment, step
@@ -20,7 +22,6 @@ from mlm.rules.family import start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS, SGD
 from mlm.rules.protocol import Parameters, Signal
-from mlm.runs.rules import seen_by
 from mlm.text.streams import Segment
 
 S = 0.4
@@ -32,7 +33,7 @@ SETTING = {"rate": torch.tensor(0.02).double(), "decay": torch.tensor(0.05).doub
 
 
 def _surprised(base: AdaptationBase) -> AdaptationBase:
-    return dataclasses.replace(base, surprise=S)
+    return with_extensions(base, SurpriseWeighting(share=S))
 
 
 def _weights_of_tokens(base: AdaptationBase, nll: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ def _own_gradient(base: AdaptationBase, reader: Any, piece: Segment, weigh: bool
     theta = {n: reader.weights[n].clone().requires_grad_() for n in base.dynamic}
     full = {**base.weights, **theta}
     share = piece.mask.double() / base.segment
-    now = base.model.read(full, piece.inputs, piece.targets, reader.state)
+    now = base.model.read(own_weights(full), piece.inputs, piece.targets, reader.state)
     if weigh:
         share = share * _weights_of_tokens(base, now.nll)
     found = torch.autograd.grad((now.nll * share).sum(), list(theta.values()), allow_unused=True)
@@ -157,15 +158,17 @@ def test_the_second_order_meta_gradient_is_that_of_finite_differences() -> None:
 
 def test_hand_made_rules_read_as_published() -> None:
     base = _surprised(tiny_base())
-    assert seen_by(RMS(), base).surprise == seen_by(SGD(), base).surprise == 0
-    assert seen_by(LinearGates("three"), base).surprise == S
+    assert base.for_rule(RMS()).extensions == base.for_rule(SGD()).extensions == ()
+    assert base.for_rule(LinearGates("three")).extensions == (SurpriseWeighting(share=S),)
 
 
-def test_a_run_with_surprise(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_run_with_surprise_weighting(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")
     rules = "--train-rules", "three_levels", "--rules", "static", "rms", "three_levels"
-    words = ("--out", folder, *rules, "--adapt.surprise")
+    words = ("--out", folder, *rules, "--surprise-weighting.share")
     found = {}
     for s in ("0.5", "0"):
         done = command("train", *words, s, "--stages", "meta", "evaluate")
@@ -173,4 +176,5 @@ def test_a_run_with_surprise(finished: Finished, command: Command, tmp_path: Pat
         found[s] = perplexities(folder)
     for key, value in found["0"].items():
         assert (found["0.5"][key] == value) == (key[1] != "three_levels")
-    assert "--adapt.surprise is 2.0; it must be in [0, 1]" in command("train", *words, "2").error
+    error = command("train", *words, "2").error
+    assert "--surprise-weighting.share is 2.0; it must be in [0, 1]" in error

@@ -1,7 +1,9 @@
-"""Related words: the same static model, whose output layer moves words together."""
+"""Word coupling: the same static model, whose output layer moves words together."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from mlm.extensions.word_coupling import relate, coupling_of
-from worlds import EOS, TinyBase, articles, segments, tiny_base
+from worlds import EOS, TinyBase, articles, segments, tiny_base, with_extensions
 
 from mlm import kernels
-from mlm.base.errors import UserError
-from mlm.models.base import RELATED, choose_dynamic, lanes_of
-from mlm.models.recurrent import RecurrentLM, initial_state, score
+from mlm.extensions import WordCoupling
+from mlm.extensions.word_coupling import COUPLING, couple, coupling_of
+from mlm.models.base import choose_dynamic, lanes_of
+from mlm.models.extension import Plan
+from mlm.models.language_model import OutputTerms, Weights, own_weights
+from mlm.models.low_rank import folds
+from mlm.models.recurrent import RecurrentLM, RecurrentState, initial_state, score
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import begin
@@ -34,19 +39,31 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _base(related: torch.Tensor | None, **shape: Any) -> TinyBase:
+def _base(coupling: torch.Tensor | None, **shape: Any) -> TinyBase:
     plain = tiny_base((), **shape)
     text = Text(articles((11, 23, 9)), 43, EOS)
-    weights = add_low_rank(plain.weights, plain.shape, DYNAMIC, 99, text, 1000)
-    if related is not None:
-        weights = relate(weights, DYNAMIC, related)
+    weights = add_low_rank(plain.weights, plain.model, DYNAMIC, 99, text, 1000)
+    if coupling is not None:
+        bare = dataclasses.replace(plain, weights=weights, dynamic=DYNAMIC)
+        weights = couple(bare, coupling).weights
     rms = {n: _random(*weights[n].shape, seed=50 + k).abs() for k, n in enumerate(DYNAMIC)}
-    return TinyBase(plain.shape, weights, DYNAMIC, rms, 2.3, plain.segment)
+    found = TinyBase(plain.model, weights, DYNAMIC, rms, 2.3, plain.segment)
+    return found if coupling is None else with_extensions(found, WordCoupling(directions=3))
 
 
 @pytest.fixture
 def q_VS() -> torch.Tensor:
     return torch.linalg.qr(_random(12, 3))[0] * torch.tensor([1.0, 0.5, 2.0]).double()
+
+
+def _read(
+    weights: Weights, shape: RecurrentLM, ids: torch.Tensor, state: RecurrentState, share: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses with the coupling among the weights, and, with a share of one, their sum."""
+    terms = OutputTerms(coupling=weights.get(COUPLING))
+    ones = torch.ones(ids.shape, dtype=torch.float64) if share else None
+    now = shape.read(own_weights(weights), ids, ids, state, ones, lambda _: terms)
+    return now.nll, now.total
 
 
 @pytest.mark.parametrize("path", ["compiled", "eager"])
@@ -68,12 +85,14 @@ def test_theta_0_is_the_same_model_and_lanes_move_by_t_times_t(
             base.weights,
             base.weights | lanes_of(base.start(), 3),
         ):
-            torch.testing.assert_close(score(weights, shape, ids, ids, state)[0], want, **EXACT)
+            nll, _ = _read(weights, shape, ids, state, share=False)
+            torch.testing.assert_close(nll, want, **EXACT)
     own = {n: w + 0.1 * _random(3, *w.shape) for n, w in base.start().items()}
     leaves = {n: w.clone().requires_grad_() for n, w in own.items()}
-    nll, _ = score(base.weights | leaves, shape, ids, ids, state)
-    got = torch.autograd.grad(nll.sum(), list(leaves.values()))
-    # the same lanes without related words: L' = T L, so dL = T dL'
+    nll, total = _read(base.weights | leaves, shape, ids, state, share=True)
+    torch.testing.assert_close(total, nll.sum(), **EXACT)
+    got = torch.autograd.grad(total, list(leaves.values()))
+    # the same lanes without coupling: L' = T L, so dL = T dL'
     t_VV = torch.eye(12, dtype=torch.float64) + q_VS @ q_VS.t()
     straight = plain.weights["embedding"] @ torch.linalg.inv(plain.weights["softmax.directions"])
     other = own | {"softmax.low": t_VV @ own["softmax.low"] - straight}
@@ -143,9 +162,16 @@ def test_words_that_occur_together_are_related() -> None:
     assert coupling_of(Text([np.array([1, 2])], 1, EOS), 12, 5).shape[0] == 12, "short text"
 
 
+def _problems(names: tuple[str, ...], rank: int, cutoffs: tuple[int, ...]) -> Sequence[str]:
+    """What a run is told before anything is trained."""
+    sizes = {n: tuple(w.shape) for n, w in tiny_base((), cutoffs=cutoffs).weights.items()}
+    plan = Plan(names, folds(sizes, names, rank), ("rule",), "reverse", "none", False, ())
+    return WordCoupling(directions=3).problems(plan)
+
+
 def test_names_and_errors(q_VS: torch.Tensor) -> None:
     base = _base(q_VS)
-    assert RELATED not in base.static
+    assert COUPLING not in base.static
     assert choose_dynamic(base.weights, "all") == choose_dynamic(_base(None).weights, "all")
     low = "softmax.low"
     for names, rank, cutoffs in (
@@ -156,33 +182,37 @@ def test_names_and_errors(q_VS: torch.Tensor) -> None:
     ):
         plain = tiny_base((), cutoffs=cutoffs)
         text = Text(articles((11, 23, 9)), 43, EOS)
-        weights = add_low_rank(plain.weights, plain.shape, names, rank, text, 1000)
-        with pytest.raises(UserError, match="related needs"):
-            relate(weights, names, q_VS)
-    assert base.weights[RELATED].shape == (12, 3)
+        weights = add_low_rank(plain.weights, plain.model, names, rank, text, 1000)
+        with pytest.raises(ValueError, match="does not adapt in a basis of its own"):
+            couple(dataclasses.replace(plain, weights=weights, dynamic=names), q_VS)
+        (problem,) = _problems(names, rank, cutoffs)
+        assert "--word-coupling.directions needs --dynamic softmax.low" in problem
+    assert not _problems(DYNAMIC, 99, ())
+    assert base.weights[COUPLING].shape == (12, 3)
 
 
-def test_a_run_with_related_words(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_a_run_with_word_coupling(finished: Finished, command: Command, tmp_path: Path) -> None:
     """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
+    directions = "--word-coupling.directions"
     folder = finished.copy(tmp_path / "run")
     words = ("--out", folder, "--dynamic", "softmax.low,softmax.bias", "--rank", 99)
     rules = ("--train-rules", "three_levels", "--rules", "static", "rms", "three_levels")
     meta = ("--stages", "meta", "evaluate")
-    done = command("train", *words, "--adapt.related", 4, *rules, *meta)
+    done = command("train", *words, directions, 4, *rules, *meta)
     assert done.code == 0, done.err
     base, _ = load_tensors(folder / "checkpoints" / "memory.safetensors", "")
-    assert base["theta_0/softmax.related"].shape[1] == 4
+    assert base[f"theta_0/{COUPLING}"].shape[1] == 4
     losses = (folder / "losses.parquet").read_bytes()
     assert command("evaluate", folder, "--no-draw").code == 0
     assert (folder / "losses.parquet").read_bytes() == losses
-    error = command("train", *words, "--adapt.related", 0, "--stages", "evaluate").error
-    assert "was made with --adapt.related, but the settings say otherwise" in error
-    error = command("train", *words, "--adapt.related", 3, "--stages", "evaluate").error
-    assert "was made with other settings of --adapt" in error
+    error = command("train", *words, directions, 0, "--stages", "evaluate").error
+    assert "was made with other settings of --adapt, --text or an extension" in error
+    error = command("train", *words, directions, 3, "--stages", "evaluate").error
+    assert "was made with other settings of --adapt, --text or an extension" in error
     learn = ("--meta.learn", "rule", "theta_0")
-    error = command("train", *words, "--adapt.related", 4, *learn, "--stages", "meta").error
-    assert "--adapt.related is 4; it goes with --meta.learn rule only" in error
-    lstm = ("--out", folder, "--dynamic", "lstm", "--adapt.related", 4)
+    error = command("train", *words, directions, 4, *learn, "--stages", "meta").error
+    assert "--word-coupling.directions goes with --meta.learn rule only" in error
+    lstm = ("--out", folder, "--dynamic", "lstm", directions, 4)
     error = command("train", *lstm, "--stages", "meta").error
-    assert "--adapt.related needs --dynamic softmax.low" in error
-    assert "--adapt.related is -1" in command("train", "--adapt.related", -1).error
+    assert "--word-coupling.directions needs --dynamic softmax.low" in error
+    assert "--word-coupling.directions is -1" in command("train", directions, -1).error

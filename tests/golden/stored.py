@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,15 @@ def machine() -> dict[str, str]:
         return {**found, "numba": "none"}
     target = numba.config.CPU_NAME or llvmlite.binding.get_host_cpu_name()  # type: ignore[attr-defined]
     return {**found, "numba": f"{numba.__version__} for {target}"}
+
+
+def kernels_from_cache() -> bool:
+    """Whether no kernel that ran in this process was compiled in it."""
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith(("mlm.kernels", "mlm.rules"))
+    ]
+    kernels = [f for m in modules for f in vars(m).values() if hasattr(f, "stats")]
+    return not any(sum(kernel.stats.cache_misses.values()) for kernel in kernels)
 
 
 def _key(line: str) -> str:

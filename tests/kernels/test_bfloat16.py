@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from mlm.extensions.ngram_memory import phrases
-from mlm.extensions.word_coupling import relate
 from worlds import EOS, articles
 
+from mlm.extensions import Extensions, IntraSegment, NGramMemory, SurpriseWeighting, WordCoupling
+from mlm.extensions.ngram_memory import STEPS
+from mlm.extensions.word_coupling import couple
 from mlm.kernels import bfloat16
 from mlm.kernels.bfloat16 import lowered, product
-from mlm.models.base import AdaptationBase, turned
+from mlm.models.base import AdaptationBase, fold_low_rank
 from mlm.models.recurrent import RecurrentLM, initial_weights
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import prepared
@@ -91,12 +91,18 @@ def _world() -> tuple[AdaptationBase, list[np.ndarray]]:
     texts = [np.tile(random.integers(1, 50, size=20), n) for n in (9, 4, 6)]
     text = Text(articles((30, 40)), 70, EOS)
     own = add_low_rank(weights, shape, DYNAMIC, 99, text, 1000)
-    own = relate(own, DYNAMIC, torch.linalg.qr(_random(50, 4))[0])
+    bare = AdaptationBase(shape, own, DYNAMIC, {}, 3.9, 10)
+    own = couple(bare, torch.linalg.qr(_random(50, 4))[0]).weights
     rms = {n: _random(*own[n].shape, seed=k).abs() * 0.1 + 0.05 for k, n in enumerate(DYNAMIC)}
-    base = turned(AdaptationBase(shape, own, DYNAMIC, rms, 3.9, 10))
-    learned = phrases(weights["embedding"], 100)
-    learned = learned._replace(steps=learned.steps / 10)  # words are hardly told apart here
-    return dataclasses.replace(base, at_once=True, surprise=0.25, phrases=learned), texts
+    wanted = Extensions(
+        word_coupling=WordCoupling(directions=4),
+        intra_segment=IntraSegment(on=True),
+        # words are hardly told apart here
+        ngram_memory=NGramMemory(tokens=100, steps=tuple(step / 10 for step in STEPS)),
+        surprise_weighting=SurpriseWeighting(share=0.25),
+    )
+    base = AdaptationBase(shape, own, DYNAMIC, rms, 3.9, 10, extensions=wanted.enabled())
+    return fold_low_rank(base).derived(), texts
 
 
 def test_reading_in_half_precision_is_nearly_reading() -> None:

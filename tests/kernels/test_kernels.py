@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mlm.models.softmax import Layer, supports, weighted_nll
 from torch import Tensor
 from worlds import segments, tiny_base
 
 from mlm import kernels
 from mlm.kernels import buffers
-from mlm.models import softmax
+from mlm.models import output_layer
+from mlm.models.output_layer import Layer, fused_nll, supports
 from mlm.models.recurrence import LaneRecurrence
 from mlm.reading.step import begin, read
 from mlm.rules.hand_made import SGD, relax_weights
@@ -67,7 +67,7 @@ def test_time_loop_equals_its_eager_twin(hidden: int, shared: bool, dtype, close
 def test_softmax_equals_cross_entropy(head_own, bias_own, low_own, group, monkeypatch) -> None:
     """Losses, their weighted sum and every gradient; one lane at a time, two, all."""
     lanes, steps, width, size, rank = 3, 5, 4, 11, 2
-    monkeypatch.setattr(softmax, "LOGITS", group * steps * size)
+    monkeypatch.setattr(output_layer, "LOGITS", group * steps * size)
 
     def tensor(own: bool, *shape: int, seed: int) -> Tensor:
         return _random(*((lanes,) if own else ()), *shape, seed=seed).requires_grad_(own)
@@ -82,7 +82,7 @@ def test_softmax_equals_cross_entropy(head_own, bias_own, low_own, group, monkey
     weights[1, 2:] = 0
     layer = Layer(head, bias, low)
     assert supports(output, layer)
-    nll, total = weighted_nll(output, layer, along, targets, weights)
+    nll, total = fused_nll(output, layer, along, targets, weights)
     logits = output @ head.transpose(-1, -2) + (bias.unsqueeze(1) if bias_own else bias)
     if low is not None and along is not None:
         logits = logits + along @ low.transpose(-1, -2)
@@ -101,7 +101,7 @@ def test_softmax_without_gradients_leaves_leaves_alone() -> None:
     assert not supports(output, layer)
     with torch.no_grad():
         assert supports(output, layer)
-        nll, total = weighted_nll(output, layer, None, targets, torch.ones(2, 3))
+        nll, total = fused_nll(output, layer, None, targets, torch.ones(2, 3))
     assert not total.requires_grad
     expected = F.cross_entropy(
         (output @ layer.head.t() + layer.bias).flatten(0, 1), targets.view(-1)
@@ -113,7 +113,7 @@ def test_softmax_of_large_logits_is_finite_and_of_nan_is_nan() -> None:
     output = torch.tensor([[[300.0]], [[float("nan")]], [[-300.0]]])
     layer = Layer(torch.tensor([[3.0], [-3.0]]), torch.zeros(2))
     targets = torch.tensor([[0], [0], [0]])
-    nll, _ = weighted_nll(output, layer, None, targets, torch.ones(3, 1))
+    nll, _ = fused_nll(output, layer, None, targets, torch.ones(3, 1))
     assert nll[0, 0] == 0
     assert nll[1, 0].isnan()
     assert float(nll[2, 0]) == pytest.approx(1800)
@@ -141,7 +141,7 @@ def test_exp_is_exact_to_single_precision() -> None:
     layer = Layer(torch.tensor([[0.0], [-1.0]]), torch.zeros(2))
     targets = torch.zeros(len(x), 1, dtype=torch.int64)
     leaf = output.clone().requires_grad_()
-    _, total = weighted_nll(leaf, layer, None, targets, torch.ones(len(x), 1))
+    _, total = fused_nll(leaf, layer, None, targets, torch.ones(len(x), 1))
     (gradient,) = torch.autograd.grad(total, leaf)
     expected = -torch.exp(-x.double()) / (1 + torch.exp(-x.double()))
     torch.testing.assert_close(gradient.flatten().double(), expected, rtol=5e-7, atol=0)
@@ -239,8 +239,7 @@ def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
 
     with pytest.MonkeyPatch.context() as monkey:
         plain = weights(1 << 40, monkey)
-        for name in ("give", "release"):
-            monkey.setattr(buffers, name, spoil)
+        monkey.setattr(buffers, "release", spoil)
         reused = weights(0, monkey)
         for name in base.dynamic:  # gradients, and weights of before a lane was reset
             w = base.weights[name]

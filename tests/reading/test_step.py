@@ -163,7 +163,9 @@ def test_gradient_of_a_short_end_weighs_its_tokens() -> None:
     base = tiny_base(("softmax.bias",))
     text = articles((3,))
     piece = next(LaneStream(text, 1, base.segment, EOS))
-    scored = score_segment(base, open_articles(base.start(), begin(base, 1), piece.new), piece)
+    scored = score_segment(
+        base, open_articles(base, base.start(), begin(base, 1), piece.new), piece
+    )
     # d sum(nll) / d bias = sum over tokens of (softmax - one-hot): its entries sum to zero, and
     # the hit entries are at most count / M below zero.
     g = scored.gradients["softmax.bias"][0]

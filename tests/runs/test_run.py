@@ -24,6 +24,7 @@ from mlm.settings.config import Config
 from mlm.settings.presets import settings
 from mlm.settings.sections import EvaluationConfig
 from mlm.store.run_folder import RunFolder
+from mlm.store.versions import FORMAT
 from mlm.text.corpora import count_words, open_corpus
 from mlm.training.language_model import LMTrainer
 from mlm.training.meta import MetaTrainer
@@ -91,7 +92,8 @@ def test_run_folder_holds_what_scripts_outside_read(finished: Finished) -> None:
 
 def test_config_explains_the_run(finished: Finished) -> None:
     record = json.loads((finished.folder / "config.json").read_text(encoding="utf-8"))
-    assert set(record) == {"config", "command", "versions", "machine", "commit"}
+    assert set(record) == {"format", "config", "command", "versions", "machine", "commit"}
+    assert record["format"] == FORMAT
     assert record["versions"]["torch"] == torch.__version__
     assert RunFolder(finished.folder).load_config() == finished.config
 
@@ -206,6 +208,7 @@ def test_a_rule_named_is_given_to_the_language_model_that_is_there(
     best, own = settings("tiny", "best"), RunFolder(folder).load_config()
     assert (seen[0].size, seen[0].rule) == ("tiny", "best")
     assert seen[0].adapt == best.adapt
+    assert seen[0].extensions == best.extensions != own.extensions
     assert seen[0].meta == dataclasses.replace(best.meta, steps=3)
     assert seen[0].evaluation == best.evaluation
     assert (seen[0].text, seen[0].model, seen[0].lm) == (own.text, own.model, own.lm)

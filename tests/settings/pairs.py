@@ -7,15 +7,18 @@ import random
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
+import torch
 from tiny import tiny_config
 
 from mlm.base.errors import UserError
 from mlm.cli.flags import Setting, settings_of
+from mlm.extensions.ngram_memory import LONGEST_CONTEXT
 from mlm.runs.checks import check_folder, check_plan, check_text
 from mlm.runs.run import Run
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced
+from mlm.settings.sections import TextConfig
 from mlm.store.run_folder import RunFolder
 from mlm.text.tokens import Prepared
 
@@ -33,10 +36,12 @@ NAMED: dict[str, tuple[Any, ...]] = {
     "model.cutoffs": ((40, 100),),
     "model.adaptive_above": (100,),
     "adapt.rank": (4,),
+    "meta.steps": (0, 2),
     "model.layers": (2,),
     "threads": (2,),
     "text.train_words": (1500,),
     "text.vocabulary_size": (300, 140),
+    "extensions.ngram_memory.steps": ((1.0,) * LONGEST_CONTEXT,),
 }
 """Values of settings whose type does not say which make sense. The rank is full by default."""
 
@@ -92,26 +97,31 @@ class World(NamedTuple):
     """What configurations are checked against."""
 
     base: Config
-    data: Prepared
-    """Its text, encoded."""
+    other: Path
+    """The folder of a finished run with these settings."""
+    texts: dict[TextConfig, Prepared]
+    """Text that was encoded before, by its settings."""
+
+    def placed(self, config: Config) -> Config:
+        """In the folder of the finished run, where its language model is asked for."""
+        return config if "lm" in config.stages else replaced(config, {"out": self.other})
 
     def run(self, config: Config) -> Run:
         """A run of these settings; its text is not read again where it is the same."""
-        import torch
-
         assert config.out is not None
         run = Run(config, RunFolder(config.out), torch.device("cpu"), quiet=True)
-        if config.text == self.base.text:
-            run.__dict__["data"] = self.data
+        if config.text not in self.texts:
+            self.texts[config.text] = run.data
+        run.__dict__["data"] = self.texts[config.text]
         return run
 
     def refusal(self, config: Config, texts: bool = True) -> str | None:
         """What the checks before training say; None = nothing. `texts`: the text's, too."""
         try:
             validate(config)
-            run = self.run(config)
+            run = self.run(self.placed(config))
+            check_folder(run)
             if texts:
-                check_folder(run)
                 check_text(run)
             check_plan(run)
         except UserError as error:

@@ -25,6 +25,7 @@ from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
+from mlm.settings.flags import replaced
 from mlm.settings.sections import LMTrainingConfig, MetaConfig, ModelConfig
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
@@ -256,7 +257,7 @@ def test_the_running_fisher_is_the_mean_of_squared_gradients() -> None:
 
 def test_dropout_is_refused_through_the_adaptation() -> None:
     with pytest.raises(UserError, match="without dropout"):
-        _through(dropout_output=0.1)
+        validate(replaced(Config(), {"lm.through": "rms", "lm.dropout_output": 0.1}))
 
 
 def test_the_hand_made_rule_rests_until_there_is_a_fisher() -> None:
@@ -285,6 +286,7 @@ def test_every_rule_is_trained_and_scored_by_its_name(
     flags = as_flags(dataclasses.replace(finished.config, out=folder))
     learned = [r for r in LEARNED if r != "mlp"]
     flags += ["--meta.hidden", "2", "--meta-steps", "1", "--meta.unroll", "3"]
+    flags += ["--max-articles", "2"]
     done = command(
         "train", *flags, "--stages", "meta", "evaluate",
         "--train-rules", *learned, "--rules", *rules,
@@ -325,4 +327,4 @@ def test_a_start_that_is_not_trained_yet_is_named(
     shutil.copytree(finished.folder, folder)
     flags = as_flags(dataclasses.replace(finished.config, out=folder))
     done = command("train", *flags, "--stages", "meta", "--meta.start", "lstm")
-    assert "lstm.safetensors is missing" in done.error
+    assert "--meta.start lstm: this rule is not trained in" in done.error

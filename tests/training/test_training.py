@@ -15,7 +15,7 @@ from mlm.base.schedule import cosine
 from mlm.models.output_layer import token_nll
 from mlm.models.recurrent import RecurrentLM, initial_state, run_lstm
 from mlm.reading.scoring import score_protocol
-from mlm.reading.step import score_static
+from mlm.reading.static import StaticReader
 from mlm.rules.hand_made import RMS, SGD
 from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig, ModelConfig
@@ -38,7 +38,7 @@ def test_objective_adds_ar_and_tar_over_real_tokens_only() -> None:
     config = Config(model=ModelConfig(embedding=4, hidden=6, layers=2), lm=lm)
     trainer = LMTrainer(config, shape_of(config, 12), _text((6, 3)), torch.device("cpu"))
     segment = next(trainer.stream)
-    objective, loss, _ = trainer.loss(segment)
+    objective, loss, _ = trainer.loss(segment, [])
     zero = trainer.shape.initial_state(2)
     hidden = trainer.shape.run(trainer.weights, segment.inputs, zero)
     nll = token_nll(trainer.weights, trainer.shape, hidden.output, segment.targets)
@@ -78,7 +78,7 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
     """One lane, written out: the gradient of every whole segment, ragged ends left out."""
     base = tiny_base(("softmax.bias", "lstm.1.recurrent"))
     text = _text((13,))  # two whole segments of 5 and an end of 3
-    found = estimate_fisher(base.weights, base.model, base.dynamic, text, 5, 13)
+    found = estimate_fisher(base, text, 13)
     state = initial_state(base.model, 1, dtype=torch.float64)
     leaves = {n: w.clone().requires_grad_() for n, w in base.start().items()}
     tokens = torch.tensor(text.articles[0])
@@ -104,8 +104,8 @@ def test_fisher_is_the_mean_square_of_segment_gradients() -> None:
 def test_a_prior_keeps_the_fisher_of_unseen_words_off_zero() -> None:
     """Every weight: (1 - prior) times its own mean square and prior times its tensor's."""
     base = tiny_base(("embedding", "softmax.bias"))
-    rest = base.weights, base.model, base.dynamic, _text((13,)), 5, 13
-    plain, mixed = estimate_fisher(*rest), estimate_fisher(*rest, prior=0.25)
+    text = _text((13,))
+    plain, mixed = estimate_fisher(base, text, 13), estimate_fisher(base, text, 13, prior=0.25)
     for n, rms in plain.rms.items():
         want = 0.75 * rms.square() + 0.25 * rms.square().mean()
         torch.testing.assert_close(mixed.rms[n].square(), want, rtol=1e-10, atol=1e-16)
@@ -115,7 +115,7 @@ def test_a_prior_keeps_the_fisher_of_unseen_words_off_zero() -> None:
 def test_fisher_needs_one_whole_segment() -> None:
     base = tiny_base(("softmax.bias",))
     with pytest.raises(UserError, match="as long as one segment"):
-        estimate_fisher(base.weights, base.model, base.dynamic, _text((4, 3)), 5, 7)
+        estimate_fisher(base, _text((4, 3)), 7)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -171,9 +171,8 @@ def test_exploding_settings_count_what_they_cost() -> None:
     """Reading resets such a lane before every segment: it knows nothing but theta_0."""
     base = tiny_base()
     text = TuneText(articles((60,)), EOS, 1)
-    zero = base.model.initial_state(1, dtype=torch.float64)
     pieces = LaneStream(text.articles, 1, base.segment, EOS)
-    want = sum(float(score_static(base, zero, piece)[0].sum()) for piece in pieces)
+    want = sum(float((StaticReader(base, 1).read(p).nll * p.mask).sum()) for p in pieces)
     for protocol in ("article", "stream"):
         settings = [{"rate": math.inf}, {"rate": 1e-3}]
         exploding, small = losses_of(base, SGD(), settings, text, protocol)
