@@ -24,8 +24,8 @@ from mlm.report.losses import LossTable
 BETTER, NEUTRAL, WORSE = (0x43, 0x93, 0xC3), (0xFF, 0xFF, 0xFF), (0xD6, 0x60, 0x4D)
 
 
-#: The colour of a difference d is (|d| / range) ** POWER of the way from white: the many small
-#: differences stay visible beside the few large ones.
+#: The colour of a difference d is (|d| / range) ** COLOUR_POWER of the way from white: the many
+#: small differences stay visible beside the few large ones.
 COLOUR_POWER = 0.6
 
 
