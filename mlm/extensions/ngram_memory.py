@@ -159,7 +159,13 @@ class NGramMemory(Extension):
         )
 
     def derived(self, base: AdaptationBase) -> Weights:
-        """1 / w of the embedding as it is now, and eta, made once."""
+        """1 / w of the embedding as it is now, and eta, made once.
+
+        Raises:
+            ValueError: the model's hidden states are not known before its output layer reads.
+        """
+        if not hasattr(base.model, "run"):
+            raise ValueError("n-gram memory needs a language model that stage 1 trains")
         scale = inverse_square_length(base.weights["embedding"])
         found = {self.key(SCALE): scale}
         if self.key(ETA) not in base.weights:
@@ -167,13 +173,7 @@ class NGramMemory(Extension):
         return found
 
     def begin(self, base: AdaptationBase, lanes: int) -> History:
-        """Lanes that have read nothing.
-
-        Raises:
-            ValueError: the model's hidden states are not known before its output layer reads.
-        """
-        if not hasattr(base.model, "run"):
-            raise ValueError("n-gram memory needs a language model that stage 1 trains")
+        """Lanes that have read nothing."""
         some, orders = base.weights[self.key(SCALE)], len(self.steps)
         inputs = torch.zeros(lanes, 0, dtype=torch.int64, device=some.device)
         keys, values, rates = (some.new_zeros(lanes, 0, n) for n in (len(some), len(some), orders))

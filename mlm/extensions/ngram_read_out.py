@@ -20,6 +20,7 @@ Letters: B lanes, T tokens, E width of what the softmax sees, K orders, U units.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -162,8 +163,12 @@ class ReadOutTrainer:
             ValueError: it has no n-gram memory.
         """
         own = NGramReadOut()
-        if all(extension.name != NGramMemory.name for extension in base.extensions):
+        parts = [e for e in base.extensions if not isinstance(e, NGramReadOut)]
+        memory = [k for k, extension in enumerate(parts) if isinstance(extension, NGramMemory)]
+        if not memory:
             raise ValueError("a read-out is of n-gram memory, and there is none")
+        parts.insert(memory[0] + 1, own)
+        base = dataclasses.replace(base, extensions=tuple(parts))
         start = own.of(base.weights) or nothing_learned(base, seed)
         self.read_out = ReadOut(*(t.clone() for t in start))
         first, *others = self.read_out

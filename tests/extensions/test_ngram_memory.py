@@ -16,7 +16,7 @@ from worlds import EOS, TinyBase, bigram_base, segments, tiny_base, with_extensi
 
 from mlm import kernels
 from mlm.extensions import Boundaries, NGramMemory
-from mlm.extensions.ngram_memory import ALIKE, LONGEST_CONTEXT, STEPS, History
+from mlm.extensions.ngram_memory import ALIKE, LONGEST_CONTEXT, History
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome, Told
 from mlm.models.language_model import OutputTerms
@@ -279,11 +279,9 @@ def test_only_learned_rules_remember_n_grams() -> None:
 
 
 def test_other_models_remember_none() -> None:
-    own = {f"{MEMORY}/scale": torch.ones(2), f"{MEMORY}/steps": torch.tensor(STEPS)}
-    base = bigram_base().with_weights(own)
-    base = dataclasses.replace(base, extensions=(NGramMemory(tokens=10),))
+    base = dataclasses.replace(bigram_base(), extensions=(NGramMemory(tokens=10),))
     with pytest.raises(ValueError, match="language model that stage 1 trains"):
-        begin(base, 2)
+        base.derived()
 
 
 def test_a_run_with_n_gram_memory(finished: Finished, command: Command, tmp_path: Path) -> None:
