@@ -66,7 +66,7 @@ def _hash(run: Run, keys: dict[str, Any]) -> str:
     if run.config.lm.through == "learned" and run.config.lm.through_run is not None:
         other = RunFolder(run.config.lm.through_run).checkpoint("memory")
         keys["through"] = load_about(other, "make it first (`--stages meta`)").get("identity")
-    keys["constants"] = constants(of_model=False)
+    keys["constants"] = constants(of_model=False, tensors=())
     path = run.folder.checkpoint("lm")
     weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
     return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
