@@ -115,7 +115,7 @@ def base_of_through_run(run: Run) -> AdaptationBase:
             f"long-term memory it needs, but {', '.join(differ)} differ from the settings there; "
             "use the same ones"
         )
-    return other.base
+    return other.folded(other.stored_base)
 
 
 def made_from(path: Path, mark: str) -> bool:

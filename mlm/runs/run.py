@@ -143,7 +143,16 @@ class Run:
 
     @cached_property
     def base(self) -> AdaptationBase:
-        """theta_0 and Fisher from the run folder.
+        """The adaptation base from the run folder, as this run reads with it.
+
+        Raises:
+            UserError: see `stored_base`.
+        """
+        return self.ready(self.stored_base)
+
+    @cached_property
+    def stored_base(self) -> AdaptationBase:
+        """The adaptation base as the run folder holds it: without what follows from settings.
 
         Raises:
             UserError: made for other dynamic weights, extensions, M or rank than the settings say.
@@ -159,16 +168,18 @@ class Run:
                 f"{', '.join(wanted)}; run `--stages meta` again"
             )
         check_rank(path, base.weights, adapt.rank)
-        return self.ready(base)
+        return base
 
     def ready(self, base: AdaptationBase) -> AdaptationBase:
         """A long-term memory as this run reads with it: guarded, and in its fastest form."""
-        base = guarded(base, self.config.adapt, self.vocabulary.size)
-        # What else is learned, or was, is stored in terms of the plain form.
-        if set(self.config.meta.learn) <= {"rule"}:
-            base = fold_low_rank(base)
+        base = self.folded(guarded(base, self.config.adapt, self.vocabulary.size))
         extensions = self.config.extensions.active(base.weights)
         return dataclasses.replace(base, extensions=extensions).derived()
+
+    def folded(self, base: AdaptationBase) -> AdaptationBase:
+        """A base in its fastest form."""
+        # What else is learned, or was, is stored in terms of the plain form.
+        return fold_low_rank(base) if set(self.config.meta.learn) <= {"rule"} else base
 
 
 def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:

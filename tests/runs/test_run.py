@@ -18,9 +18,13 @@ from safetensors.torch import load_file
 from tiny import as_flags, tiny_config, write_corpus
 
 from mlm.base.names import PROTOCOLS
+from mlm.extensions.ngram_memory import LONGEST_CONTEXT, NGramMemory
 from mlm.kernels.processor import trains_bfloat16
+from mlm.runs.base import base_of_through_run
+from mlm.runs.run import Run
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
+from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.settings.sections import EvaluationConfig
 from mlm.store.run_folder import RunFolder
@@ -215,6 +219,25 @@ def test_a_rule_named_is_given_to_the_language_model_that_is_there(
     assert seen[0].corpus == own.corpus
     assert command("train", *words).code == 0
     assert (seen[1].rule, seen[1].adapt) == (own.rule, own.adapt)
+
+
+def test_a_base_taken_from_another_run_holds_nothing_that_follows_from_its_settings(
+    finished: Finished, tmp_path: Path
+) -> None:
+    """Such as the steps of n-gram memory: those of the run that takes it count."""
+    there = RunFolder(finished.copy(tmp_path / "there"))
+    config = replaced(finished.config, {"extensions.ngram_memory.tokens": 50})
+    there.save_config(config)
+    steps = tuple(k / 10 for k in range(LONGEST_CONTEXT))
+    own = {
+        "lm.through": "learned",
+        "lm.through_run": there.path,
+        "extensions.ngram_memory.steps": steps,
+    }
+    run = Run(replaced(config, own), RunFolder(tmp_path / "here"), torch.device("cpu"), quiet=True)
+    base = run.ready(base_of_through_run(run))
+    found = base.weights[NGramMemory().key("steps")]
+    assert found.tolist() == pytest.approx(steps)
 
 
 def test_another_seed_gives_another_model(finished: Finished, tmp_path: Path) -> None:
