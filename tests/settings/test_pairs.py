@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from conftest import Finished
 from settings.pairs import World, all_choices, all_pairs, base_config, covering
 
 from mlm import kernels
+from mlm.base.errors import UserError
 from mlm.extensions import Extensions
 from mlm.kernels.bfloat16 import use_bfloat16
 from mlm.kernels.compile import use_kernels
@@ -138,9 +140,10 @@ def test_best_is_refused_with_an_adaptive_softmax() -> None:
     assert any("no adaptive softmax" in problem for problem in problems_of(config, shape))
 
 
-def test_stage_1_is_not_begun_in_vain(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was once refused after stage 1 is refused before it, and nothing is written."""
-    monkeypatch.setattr("mlm.runs.stages.stage_lm", lambda _: pytest.fail("stage 1 began"))
+def test_what_stage_2_needs_is_asked_before_stage_1(world: World) -> None:
+    """Settings that were once refused only after stage 1."""
+    assert world.base.out is not None
+    shutil.rmtree(world.base.out, ignore_errors=True)  # of an earlier test
     plain = {"adapt.dynamic": "lstm"}
     cases: list[tuple[dict[str, Any], str]] = [
         ({**plain, "extensions.intra_segment.on": True}, "--intra-segment.on needs"),
@@ -157,3 +160,6 @@ def test_stage_1_is_not_begun_in_vain(world: World, monkeypatch: pytest.MonkeyPa
         error = world.refusal(replaced(world.base, chosen))
         assert error is not None, chosen
         assert words in error
+        with pytest.raises(UserError, match=re.escape(words)):
+            run_stages(replaced(world.base, chosen), quiet=True)
+        assert not world.base.out.exists()
