@@ -144,6 +144,8 @@ def test_what_stage_2_needs_is_asked_before_stage_1(world: World) -> None:
     """Settings that were once refused only after stage 1."""
     assert world.base.out is not None
     shutil.rmtree(world.base.out, ignore_errors=True)  # of an earlier test
+    assert world.base.out is not None
+    shutil.rmtree(world.base.out, ignore_errors=True)  # other tests run there
     plain = {"adapt.dynamic": "lstm"}
     cases: list[tuple[dict[str, Any], str]] = [
         ({**plain, "extensions.intra_segment.on": True}, "--intra-segment.on needs"),
