@@ -191,10 +191,11 @@ def test_setup_is_what_ci_does() -> None:
 
 
 @pytest.mark.timeout(900)  # thirty commands, on cores that other work may share
+@pytest.mark.parametrize("and_docs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_command_runs(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    and_docs: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """README's, then those of docs/, in an empty folder, on a tiny corpus and with tiny settings.
+    """README's (and then those of docs/), in an empty folder, on a tiny corpus, with tiny settings.
 
     Pictures are drawn by `visualize.py`; the others, for which that would be most of the time,
     leave it out.
@@ -207,7 +208,8 @@ def test_every_command_runs(
     for where in ("evaluate", "stages"):
         monkeypatch.setattr(f"mlm.runs.{where}.draw", lambda folder, split=None: None)
     ran = []
-    for line in commands_in("\n\n".join(page.read_text(encoding="utf-8") for page in RUN)):
+    shown = RUN if and_docs else [README]
+    for line in commands_in("\n\n".join(page.read_text(encoding="utf-8") for page in shown)):
         if line.startswith("cp -r "):
             source, copy = line.split()[2:]
             shutil.copytree(source, copy)

@@ -212,6 +212,7 @@ def test_seeds_are_seeds_and_their_mean_is_shown(tmp_path: Path) -> None:
     np.testing.assert_allclose(table.loss("rms", "article"), table.loss("rms, all", "article"))
 
 
+@pytest.mark.slow
 def test_every_reading_is_a_run_made_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

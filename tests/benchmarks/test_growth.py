@@ -204,6 +204,7 @@ def test_the_expected_copies_follow_the_mode() -> None:
     assert formula("forward", 200, tangent) == formula("forward", 2, tangent) == 6
 
 
+@pytest.mark.slow
 def test_a_fresh_process_measures_alone() -> None:
     found = growth_unroll.probe_alone("reverse", 40, 1, number=1)
     assert found.seconds is not None

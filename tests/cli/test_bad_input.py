@@ -814,6 +814,7 @@ def start(*words: object) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_real_process(finished: Finished, tmp_path: Path) -> None:
     """SIGINT in the middle of stage 1: exit code 130, a checkpoint, and --resume ends it."""
     out = tmp_path / "run"
