@@ -155,6 +155,7 @@ def test_live_bytes_see_what_autograd_keeps() -> None:
         assert meter.live == 0
 
 
+@pytest.mark.slow
 def test_the_axis_of_unrolls_has_a_row_for_every_length(
     unroll_rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_text_and_static_loss(finished: Finished) -> None:
     assert bench.gain(float("inf")) is None
 
 
+@pytest.mark.slow
 def test_rows_are_measured_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

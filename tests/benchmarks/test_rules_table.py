@@ -27,6 +27,7 @@ def test_every_rule_has_a_row_and_every_row_makes_sense(finished: Finished) -> N
         assert set(config.meta.rules) == {r for r in row.rules if r in LEARNED}
 
 
+@pytest.mark.slow
 def test_a_row_is_a_run_measured_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -275,6 +275,7 @@ def test_files(base: AdaptationBase, tmp_path: Path) -> None:
     assert load_base(path, "x").weights.keys() == own.keys()
 
 
+@pytest.mark.slow
 def test_a_run_that_sees_borders(finished: Finished, command: Command, tmp_path: Path) -> None:
     """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
     folder = finished.copy(tmp_path / "run")

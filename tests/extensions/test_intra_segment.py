@@ -279,6 +279,7 @@ def test_hand_made_rules_read_as_published() -> None:
     assert on(LinearGates("three"))
 
 
+@pytest.mark.slow
 def test_a_run_that_adapts_within_segments(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

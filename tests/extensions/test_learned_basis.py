@@ -196,6 +196,7 @@ def test_it_needs_a_matrix_with_a_basis_of_its_own() -> None:
         assert any("--learned-basis.words needs a matrix" in p for p in problems) == known
 
 
+@pytest.mark.slow
 def test_a_run_with_learned_bases(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -261,6 +261,7 @@ def test_training_resumes_bit_for_bit(make: Callable[..., LMTrainer], tmp_path: 
 # ---------------------------------------------------------------- the command
 
 
+@pytest.mark.slow
 def test_the_command(finished: Finished, tmp_path: Path, command: Command) -> None:
     """Trained, kept beside the language model, read with, by hidden states of which borders are
     known anew; and refused where they do not fit."""
@@ -310,6 +311,7 @@ def test_they_need_a_trained_model_and_no_hand_made_rule(
     )
 
 
+@pytest.mark.slow
 def test_the_command_as_usual(finished: Finished, tmp_path: Path, command: Command) -> None:
     """Learned without adaptation; static, the model reads as its validation did."""
     lm = dataclasses.replace(finished.config.lm, init=finished.folder)

@@ -284,6 +284,7 @@ def test_other_models_remember_none() -> None:
         base.derived()
 
 
+@pytest.mark.slow
 def test_a_run_with_n_gram_memory(finished: Finished, command: Command, tmp_path: Path) -> None:
     """A rule scored with and without; hand-made rules stay as they are."""
     folder = finished.copy(tmp_path / "run")

@@ -162,6 +162,7 @@ def test_hand_made_rules_read_as_published() -> None:
     assert base.for_rule(LinearGates("three")).extensions == (SurpriseWeighting(share=S),)
 
 
+@pytest.mark.slow
 def test_a_run_with_surprise_weighting(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

@@ -191,6 +191,7 @@ def test_names_and_errors(q_VS: torch.Tensor) -> None:
     assert base.weights[COUPLING].shape == (12, 3)
 
 
+@pytest.mark.slow
 def test_a_run_with_word_coupling(finished: Finished, command: Command, tmp_path: Path) -> None:
     """Stage 2 and a later `evaluate.py`; the settings must agree with what was made."""
     directions = "--word-coupling.directions"

@@ -395,6 +395,7 @@ def test_what_is_turned() -> None:
         assert fold_low_rank(kept).weights.keys() == kept.weights.keys()
 
 
+@pytest.mark.slow
 def test_a_run_turns_where_only_the_rule_is_learned(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

@@ -227,6 +227,7 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
     assert not [path for path in run.rglob(".*") if path.is_file()]  # nothing half-written
 
 
+@pytest.mark.slow
 def test_drawing_twice_gives_the_same_bytes(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
     for kind in (figure2, gain_by_position):
@@ -263,6 +264,7 @@ def visualize(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_paths(tmp_path: Path):
     make_run(tmp_path, lengths=(60, 50), rules=("static", "rms"), protocols=("article",))
     result = subprocess.run(

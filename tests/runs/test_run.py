@@ -251,6 +251,7 @@ def test_another_seed_gives_another_model(finished: Finished, tmp_path: Path) ->
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow
 def test_draw_alone(finished: Finished, command: Command, tmp_path: Path) -> None:
     folder = finished.copy(tmp_path / "run")
     for name in ("words.html", "figures/figure2.png"):
