@@ -21,7 +21,7 @@ def recall_phrases(
     lo, hi, inputs, keys, values, rates, size, first, since, new_BT, new_keys_BTE, steps, apart,
     rows_BTE, new_rates_BTK, within_BTT,
 ):  # fmt: skip
-    """Lanes lo..hi of `mlm.extensions.phrases.Phrases.recall`.
+    """Lanes lo..hi of the look-up of n-gram memory.
 
     `rows_BTE` are added to, and hold 0, as `within_BTT` do. `apart` (1,): kappa is the exponential
     of so much times a squared distance.

@@ -83,9 +83,9 @@ def _learned_by_extensions(
     """What extensions learn with the best rule, where it gains on validation, and the gain then."""
     parameters, own = parted(best)
     base, rule = trainer.base.with_weights(own), trainer.rule
+    bound = rule.bind(parameters, base)  # which weights of extensions do not change
     kept: Weights = {}
     for extension in base.extensions:
-        bound = rule.bind(parameters, base)
         found = extension.after_rule(base, bound, text, run.config.seed + 4, run.quiet)
         if not found:
             continue
