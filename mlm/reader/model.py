@@ -187,6 +187,8 @@ class TrainedModel:
             found = list(self._read_many(documents, names, lanes, bool(stats)))
         tables = []
         for number, (text, prices, after, details) in enumerate(found):
+            if not text.words:
+                continue
             batch = Batch(number, 0, text.words, text.first, len(text.tokens))
             tables.append(rows(of, batch, prices, after, details, self._names))
         return pa.concat_tables([of.empty_table(), *tables])
