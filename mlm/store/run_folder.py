@@ -123,7 +123,11 @@ class RunFolder:
             record = json.loads(self.config_file.read_text(encoding="utf-8"))
             written = record.get("format", "of an earlier version")
             if written != FORMAT:
-                way = "install that version" if RELEASE in record else "train again with another --out"
+                way = (
+                    "install that version"
+                    if RELEASE in record
+                    else "train again with another --out"
+                )
                 raise UserError(
                     f"{self.path} was made by another version of mlm (format {written}, now "
                     f"{FORMAT}); {way}"
