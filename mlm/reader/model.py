@@ -67,8 +67,15 @@ class TrainedModel(HubModel):
         name: str | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         threads: int = 0,
+        **how: Any,
     ) -> Self:
-        """The model of a run folder or a released model; see `load`."""
+        """The model of a run folder or a released model; see `load`.
+
+        Raises:
+            UserError: `how` holds anything.
+        """
+        if how:
+            raise UserError(f"no such setting of a model to load: {', '.join(how)}")
         config = RunFolder(folder).load_config()
         threads = threads or config.threads
         config = dataclasses.replace(
