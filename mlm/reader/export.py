@@ -30,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.settings.record import to_dict
 from mlm.store.card import Card, card_text
 from mlm.store.models import save_base
-from mlm.store.released import RELEASE, portable, sign_files
+from mlm.store.released import RELEASE, check_empty, portable, sign_files
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about, load_tensors, save_tensors
 
@@ -63,16 +63,6 @@ def export(
         else:
             _write(_source(source, config), RunFolder(place), rules, card or Card(folder.name))
     return folder
-
-
-def check_empty(folder: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        UserError: it does, or is a file.
-    """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is there already and not empty; choose another folder")
 
 
 @contextlib.contextmanager

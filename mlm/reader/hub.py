@@ -7,8 +7,7 @@ from typing import Any, Self
 
 from huggingface_hub import ModelHubMixin
 
-from mlm.reader.export import check_empty, export
-from mlm.store.released import find_model
+from mlm.store.released import check_empty, find_model
 
 
 class HubModel(ModelHubMixin):
@@ -42,6 +41,8 @@ class HubModel(ModelHubMixin):
         return super().save_pretrained(save_directory, **more)
 
     def _save_pretrained(self, save_directory: Path) -> None:
+        from mlm.reader.export import export  # with statistics and tables, which reading needs not
+
         export(self.folder, save_directory)
 
     @classmethod

@@ -104,6 +104,16 @@ def is_released(folder: Path) -> bool:
         return False
 
 
+def check_empty(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        UserError: it does, or is a file.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty; choose another folder")
+
+
 def released_models() -> tuple[str, ...]:
     """Names of the models that come with the package."""
     return tuple(sorted(file.parent.name for file in FOLDER.glob("*/config.json")))
