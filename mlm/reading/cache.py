@@ -79,6 +79,32 @@ class Cache:
         some.keys_BSE, some.words_BS = self.keys_BSE[lanes], self.words_BS[lanes]
         return some
 
+    def copy(self) -> Cache:
+        """The same cache; what either remembers, the other does not notice."""
+        return self.select(torch.arange(len(self.words_BS), device=self.words_BS.device))
+
+    @torch.no_grad()
+    def spread(self, log_p_BMV: Tensor, output_BME: Tensor, segment: Segment) -> list[Tensor]:
+        """Log-probabilities (B, M, V) of each setting's mixture; nothing is remembered.
+
+        Args:
+            log_p_BMV: the model's own.
+            output_BME, segment: as in `mix`.
+        """
+        ahead = self.copy()
+        age_MS = ahead._write(output_BME, segment)
+        scores_BMS = output_BME @ ahead.keys_BSE.transpose(1, 2)
+        words_BMS = ahead.words_BS.clamp(min=0).unsqueeze(1).expand_as(scores_BMS)
+        found = []
+        for setting in self.settings:
+            seen_BMS = (age_MS <= setting.window) & (ahead.words_BS != EMPTY).unsqueeze(1)
+            logits_BMS = (setting.theta * scores_BMS).masked_fill(~seen_BMS, -math.inf)
+            p_BMS = logits_BMS.softmax(2).nan_to_num(0)
+            cache_BMV = torch.zeros_like(log_p_BMV).scatter_add_(2, words_BMS, p_BMS)
+            mixed_BMV = (1 - setting.weight) * log_p_BMV.exp() + setting.weight * cache_BMV
+            found.append(mixed_BMV.log().where(seen_BMS.any(2, keepdim=True), log_p_BMV))
+        return found
+
     @torch.no_grad()
     def mix(self, nll_BM: Tensor, output_BME: Tensor, segment: Segment) -> list[Tensor]:
         """Losses (B, M) in nats of each setting's mixture; the segment is remembered.
