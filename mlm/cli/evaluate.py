@@ -32,6 +32,7 @@ folder on-<corpus> in it.
 examples:
   {script} runs/pydocs --split test
   {script} runs/pydocs --corpus path/to/text --rules static rms three_levels
+  {script} runs/pydocs --split test --audit
 
 Defaults are in brackets; those of RUN count instead, but the split is valid unless it is named.
 """
@@ -47,6 +48,8 @@ class Options:
     """The text to score; by default the run's own."""
     draw: bool = True
     """Draw the pictures afterwards."""
+    audit: bool = False
+    """Score nothing, but check what the numbers rest on; exit code 1 if a check fails."""
 
 
 def _settings(config: Config) -> list[Setting]:
@@ -76,6 +79,11 @@ def main() -> None:
     found = parse(script, words, _settings(config), positional=("run",))
     options = {field.name: found.pop(field.name) for field in dataclasses.fields(Options)}
     config = replaced(config, {**found, "out": run, "stages": ("evaluate",)})
+    if options["audit"]:
+        from mlm.cli.audit import audit_run
+
+        audit_run(validate(config), options["corpus"])
+        return
     from mlm.runs.evaluate import evaluate_run
 
     evaluate_run(validate(config), options["corpus"], options["draw"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,10 +43,18 @@ class Source:
     text: str = ""
     split_on: re.Pattern[str] | None = None
 
-    def chunks(self) -> Iterator[tuple[bool, str]]:
-        """The text in pieces, each with whether it begins a document."""
+    def read(self) -> Iterator[Iterator[str]]:
+        """The documents one after the other, each in pieces that must be taken in turn."""
         lines = _lines(self.text) if self.path is None else read_lines(self.path)
-        return _chunks(lines, self.split_on)
+        count = 0
+
+        def number(piece: tuple[bool, str]) -> int:
+            nonlocal count
+            count += piece[0]
+            return count
+
+        for _, pieces in itertools.groupby(_chunks(lines, self.split_on), number):
+            yield (chunk for _, chunk in pieces)
 
 
 def compiled(pattern: str | None) -> re.Pattern[str] | None:
@@ -71,7 +80,9 @@ def open_sources(
     chosen = list(names) or [STDIN]
     if chosen.count(STDIN) > 1:
         raise UserError("standard input (-) can be read only once; name it once")
-    return [_standard_input(form, split_on) if n == STDIN else _file(n, form, split_on) for n in chosen]
+    return [
+        _standard_input(form, split_on) if n == STDIN else _file(n, form, split_on) for n in chosen
+    ]
 
 
 def _file(name: str, form: str, split_on: re.Pattern[str] | None) -> Source:
@@ -144,9 +155,7 @@ def _form(path: Path | None, form: str, start: str) -> str:
     return guess_form(start)
 
 
-def _chunks(
-    lines: Iterable[str], split_on: re.Pattern[str] | None
-) -> Iterator[tuple[bool, str]]:
+def _chunks(lines: Iterable[str], split_on: re.Pattern[str] | None) -> Iterator[tuple[bool, str]]:
     """Lines put together to pieces of about `CHUNK` characters, and whether each begins a document.
 
     A line in which `split_on` is found begins a document; blank text before the first such line

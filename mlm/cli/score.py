@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,9 @@ from mlm.cli.inputs import Source, compiled, open_sources
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from mlm.reader import Reader, TrainedModel
+    from mlm.reader import DocumentReader, TrainedModel
     from mlm.reader.outputs import Write
+    from mlm.spelling import Word
 
 HELP = """\
 usage: {script} [FILE ...] [FLAGS]
@@ -152,22 +154,43 @@ def score(options: Options, sources: Sequence[Source]) -> None:
     """Read the texts, write files as rows come, print the summary."""
     from mlm.reader import load
     from mlm.reader.summary import Summary
-    from mlm.runs.run import use_threads
 
-    titles: dict[int, str] = {}
+    model = load(options.model, device=options.device, threads=options.threads)
+    rules = list(dict.fromkeys(model.best if rule == "best" else rule for rule in options.rules))
+    summary, titles = Summary(rules[0], rules[1:]), dict[int, str]()
     with contextlib.ExitStack() as stack:
-        model = load(options.model, device=options.device)
-        use_threads(options.threads)
-        rules = model.named(options.rules)
-        summary = Summary(rules[0], rules[1:])
         writers = [summary.add, *_writers(options, rules[0], titles, stack)]
         reading = Reading(model, rules, options, writers, titles)
-        size = sum(source.size for source in sources)
-        reading.bar = stack.enter_context(_bar(size))
+        reading.bar = stack.enter_context(_bar(sum(source.size for source in sources)))
         for source in sources:
             reading.read(source)
         reading.finish()
-    print("\n".join(_report(options, model, sources, summary, reading)), flush=True)
+        reading.save()
+    for line in _head(options, model, sources):
+        print(line)
+    for line in summary.lines(reading.size, options.units):
+        print(line)
+    if model.vocabulary.kind == "word":
+        share = 100 * reading.unknown / summary.words
+        print(f"\nunknown words (outside the vocabulary): {reading.unknown:,}, {share:.2f} %")
+    for path in (options.out, options.nc, options.page, options.save_memory):
+        if path is not None:
+            print(path)
+
+
+def _head(options: Options, model: TrainedModel, sources: Sequence[Source]) -> list[str]:
+    """What was read, and how."""
+    forms: dict[str, list[str]] = {}
+    for source in sources:
+        forms.setdefault(source.form, []).append(source.name)
+    how = "guessed; --form sets it" if options.form == "auto" else "as asked for"
+    memory = f", memory {options.memory}" if options.memory else ""
+    frozen = ", frozen" if options.frozen else ""
+    lines = [f"model {model.name}, protocol {options.protocol}{memory}{frozen}"]
+    for form, names in forms.items():
+        shown = names[0] if len(names) == 1 else f"{len(names)} files"
+        lines.append(f"{shown}: form {form} ({how})")
+    return lines
 
 
 def _bar(size: int) -> Any:
@@ -215,6 +238,7 @@ class Reading:
         writers: Sequence[Write],
         titles: dict[int, str],
     ) -> None:
+        """`titles` is filled with the documents' names."""
         stats = tuple(dict.fromkeys([*options.stats, *(["entropy"] if options.nc else [])]))
         self.model, self.options, self.writers, self.titles = model, options, writers, titles
         self.how: dict[str, Any] = {
@@ -224,49 +248,49 @@ class Reading:
             "stats": stats,
         }
         self.bar: Any = None
-        self.documents = 0
-        """Those whose rows have been written."""
-        self.bytes = 0
-        """UTF-8 bytes of the canonical text of those."""
+        self.size = 0
+        """UTF-8 bytes of what was read, in canonical spelling."""
         self.unknown = 0
-        """Words outside the vocabulary among them."""
+        """Words outside the vocabulary."""
+        self._documents = 0  # whose rows have been written
         self._held: list[str] = []
         self._form = ""
-        self._readers: dict[str, Reader] = {}
+        self._readers: dict[str, DocumentReader] = {}
         alone = options.protocol == "stream" or options.memory or options.save_memory
         self._side_by_side = not alone and options.lanes > 1
 
     def read(self, source: Source) -> None:
-        """Read a text; documents that are read side by side may be held back."""
-        number = 0
-        for chunks in source.read():
-            number += 1
-            title = source.name if source.documents == 1 else f"{source.name}, {number}"
-            self.titles[self.documents + len(self._held)] = title
-            self._document(source, chunks)
-
-    def _document(self, source: Source, chunks: Iterator[str]) -> None:
-        if source.form != self._form or sum(map(len, self._held)) >= BATCH:
+        """Read a text; short documents may be held back until there are enough of them."""
+        if source.form != self._form:
             self.finish()
         self._form = source.form
-        start: list[str] = []
+        several = source.documents > 1
+        for number, chunks in enumerate(source.read(), 1):
+            title = f"{source.name}, {number}" if several else source.name
+            self.titles[self._documents + len(self._held)] = title
+            self._document(self._counted(chunks))
+
+    def _document(self, chunks: Iterator[str]) -> None:
+        """Hold a short document back, read a long one."""
+        start, length = list[str](), 0
         if self._side_by_side:
             for chunk in chunks:
                 start.append(chunk)
-                if sum(map(len, start)) >= BATCH:
+                length += len(chunk)
+                if length >= BATCH:
                     break
             else:
                 self._held.append("".join(start))
+                if sum(map(len, self._held)) >= BATCH:
+                    self.finish()
                 return
             self.finish()
-        reader = self._reader(source.form)
-        for part in (start, chunks):
-            for chunk in part:
-                self._write(reader.read(chunk), alone=True)
-                self.bar.update(len(chunk.encode()))
+        reader = self._reader()
+        for chunk in itertools.chain(start, chunks):
+            self._write(reader.read(chunk), alone=True)
+            self.bar.update(len(chunk.encode()))
         self._write(reader.finish(), alone=True)
-        self._count(reader)
-        self.documents += 1
+        self._documents += 1
 
     def finish(self) -> None:
         """Read the documents that are held back, side by side."""
@@ -275,30 +299,50 @@ class Reading:
         texts, self._held = self._held, []
         lanes = min(self.options.lanes, len(texts))
         self._write(self.model.score_many(texts, lanes=lanes, form=self._form, **self.how))
-        self.documents += len(texts)
+        self._documents += len(texts)
         self.bar.update(sum(len(text.encode()) for text in texts))
 
-    def _reader(self, form: str) -> Reader:
-        """The reader of this form of text."""
-        if form not in self._readers:
-            reader = self.model.reader(form=form, memory=self.options.memory, **self.how)
-            self._readers[form] = reader.freeze() if self.options.frozen else reader
-        return self._readers[form]
-
     def save(self) -> None:
-        """Write what has been learned."""
+        """Write what has been learned, if that was asked for."""
         if self.options.save_memory:
-            self._readers[self._form].save(self.options.save_memory)
+            self._reader().save(self.options.save_memory)
+
+    def _reader(self) -> DocumentReader:
+        """The reader of texts of the present form."""
+        if self._form not in self._readers:
+            memory = self.options.memory
+            reader = self.model.reader(form=self._form, memory=memory, **self.how)
+            self._readers[self._form] = reader.freeze() if self.options.frozen else reader
+        return self._readers[self._form]
+
+    def _counted(self, chunks: Iterator[str]) -> Iterator[str]:
+        """A document's chunks; their words and bytes are counted as they pass."""
+        from mlm.spelling import WordFeed
+
+        feed = WordFeed(self._form)
+        for chunk in chunks:
+            self._count(feed.read(chunk))
+            yield chunk
+        self._count(feed.finish())
+        self.size += feed.canonical_bytes
+
+    def _count(self, words: Sequence[Word]) -> None:
+        from mlm.reader.reader import spell
+
+        vocabulary = self.model.vocabulary
+        if vocabulary.kind == "word":
+            costs = (spell(word, vocabulary, self._form == "wikitext")[1] for word in words)
+            self.unknown += sum(any(cost) for cost in costs)
 
     def _write(self, table: pa.Table, alone: bool = False) -> None:
-        """Hand on rows: of one document read alone, or of documents numbered from 0."""
+        """Hand on rows: of one document read `alone`, or of documents numbered from 0."""
         import pyarrow as pa
 
         if not table.num_rows:
             return
         place = table.schema.get_field_index("doc_id")
-        first = table["doc_id"].to_numpy() * (not alone) + self.documents
-        numbers = pa.array(first, table.schema.field(place).type)
-        table = table.set_column(place, table.schema.field(place), numbers)
+        field = table.schema.field(place)
+        numbers = table["doc_id"].to_numpy() * (not alone) + self._documents
+        table = table.set_column(place, field, pa.array(numbers, field.type))
         for write in self.writers:
             write(table)

@@ -1,4 +1,4 @@
-"""Does a model keep the promises on which its numbers rest? Checks on the user's own model and text.
+"""Does a model keep the promises on which its numbers rest? Checks on one's own model and text.
 
 Each check states what it did and on how much text. One that cannot be done says so, and why.
 Letters: W words, M tokens per segment, V vocabulary, G n-grams.
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
-from mlm.base.names import rule_label
+from mlm.base.names import PROTOCOLS, STATIC, rule_label
+from mlm.kernels.switches import computing
+from mlm.reader.reader import spell
+from mlm.reader.tracks import Track
 from mlm.spelling import Word, WordFeed
+from mlm.text.articles import count_words
+from mlm.text.streams import LaneStream, Segment
 
 if TYPE_CHECKING:
     from mlm.reader import TrainedModel
@@ -27,7 +34,10 @@ PLACES = 5
 """Places at which the text is changed, for each rule."""
 
 GRAM = 13
-"""Words of an n-gram that two texts share only if one was copied (Brown et al. 2020, appendix C)."""
+"""Words of an n-gram that two texts hardly share by chance (Brown et al. 2020, appendix C)."""
+
+PIECES = 12
+"""Pieces that are read at such a place, one instead of the other."""
 
 SHARED = 0.25
 """A document stands in the training text if that share of its n-grams does."""
@@ -35,8 +45,6 @@ SHARED = 0.25
 SUM, LOSS, TOTAL = 1e-5, 1e-4, 1e-5
 """Largest deviations that count as rounding: of a sum of probabilities from one, of a loss from
 that of the distribution in nats, of a document's loss with other lanes, relative."""
-
-_MARKS = 1 << 16  # training n-grams that are looked up at once
 
 
 class Check(NamedTuple):
@@ -79,25 +87,27 @@ def check_causal(
         rule=rule, protocol=protocol, form=document.form, stats=("entropy", "top_k")
     )
     words = spelled(document)
-    usual = reader.score(document.text)
+    usual = reader.copy().score(document.text)
     generator = np.random.default_rng(seed)
     places = generator.choice(np.arange(1, len(words)), min(PLACES, len(words) - 1), replace=False)
     worst, compared = 0.0, 0
     for k in sorted(places.tolist()):
         changed = document._replace(text=_changed(document.text, words, k, generator))
-        other = reader.score(changed.text)
+        other = reader.copy().score(changed.text)
         alike = _alike(words, spelled(changed))
         compared += alike
         for name in ("surprisal", "surprisal_plain", "surprisal_static"):
             worst = max(worst, _difference(usual[name][:alike], other[name][:alike]))
         if alike < min(len(usual), len(other)):
-            worst = max(worst, _difference(usual["entropy"][: alike + 1], other["entropy"][: alike + 1]))
+            worst = max(
+                worst, _difference(usual["entropy"][: alike + 1], other["entropy"][: alike + 1])
+            )
             if usual["top_k"][alike] != other["top_k"][alike]:
                 worst = max(worst, _likeliest(usual, other, alike))
     return Check(
         f"causal: {_named(rule, protocol)}",
         worst == 0.0,
-        f"{worst:.1e} bits",
+        _exactly(worst),
         f"text shuffled from {len(places)} places on; {compared:,} losses before them and the "
         "predictions there compared bit for bit",
     )
@@ -141,6 +151,110 @@ def _likeliest(usual: pa.Table, other: pa.Table, row: int) -> float:
     return max(abs(x["bits"] - y["bits"]) for x, y in zip(a, b, strict=True))
 
 
+# -- probabilities --------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """M tokens as they were predicted."""
+
+    targets: np.ndarray
+    """(M,) the tokens that came."""
+    nll: np.ndarray
+    """(M,) what they cost, nats."""
+    log_p: np.ndarray
+    """(M, V) of every token, before it was read."""
+
+
+def predictions(
+    model: TrainedModel, rule: str, protocol: str, documents: Sequence[Document]
+) -> Iterator[Prediction]:
+    """What is predicted while the documents are read, with the extensions and cache of the rule."""
+    vocabulary, own = model.vocabulary, model._track(rule, protocol, 1)
+    texts = []
+    for document in documents:
+        wikitext = document.form == "wikitext"
+        tokens = [t for word in spelled(document) for t in spell(word, vocabulary, wikitext)[0]]
+        texts.append(np.array(tokens, dtype=np.int64))
+    if protocol == "stream":
+        texts = [np.concatenate(texts)]
+    for tokens in texts:
+        track = own.copy()
+        for segment in LaneStream([tokens], 1, model.segment, vocabulary.eos_id):
+            with computing(model._switches):
+                nll, log_p = _read(track, segment)
+            count = int(segment.mask.sum())
+            parts = (segment.targets, nll, log_p)
+            yield Prediction(*(part[0, :count].double().cpu().numpy() for part in parts))
+
+
+def _read(track: Track, segment: Segment) -> tuple[Tensor, Tensor]:
+    """Losses and log-probabilities of a segment, which is learned from."""
+    now = track.lanes.read(segment, full=True)
+    nll, log_p = track._mixed(now, segment)
+    if track.setting and track.cache is not None:
+        track.cache.mix(now.nll, now.output, segment)
+    return nll, log_p
+
+
+def check_sums(
+    model: TrainedModel, rule: str, protocol: str, documents: Sequence[Document]
+) -> list[Check]:
+    """Every prediction sums to one over the vocabulary, and a loss is what was predicted."""
+    sums = losses = 0.0
+    tokens = size = 0
+    for targets, nll, log_p in predictions(model, rule, protocol, documents):
+        sums = max(sums, _worst(np.exp(log_p).sum(1) - 1.0))
+        mine = log_p[np.arange(len(targets)), targets.astype(np.int64)]
+        losses = max(losses, _worst(nll + mine))
+        tokens, size = tokens + len(targets), log_p.shape[1]
+    name = _named(rule, protocol)
+    return [
+        Check(
+            f"sums to one: {name}",
+            sums <= SUM,
+            f"{sums:.1e}",
+            f"{tokens:,} predictions summed over {size:,} pieces; within {SUM:.0e}",
+        ),
+        Check(
+            f"loss as predicted: {name}",
+            losses <= LOSS,
+            f"{losses:.1e} nats",
+            f"{tokens:,} losses compared with those predictions; within {LOSS:.0e}",
+        ),
+    ]
+
+
+def _worst(values: np.ndarray) -> float:
+    """The largest magnitude; infinite where one is not a number."""
+    return float(np.abs(values).max(initial=0.0)) if np.isfinite(values).all() else math.inf
+
+
+def check_blind(model: TrainedModel, rule: str, document: Document, seed: int = 0) -> Check:
+    """What is predicted does not depend on what comes: any piece that is read costs what was
+    predicted before."""
+    words, generator = spelled(document), np.random.default_rng(seed)
+    places = generator.choice(len(words), min(PLACES, len(words)), replace=False)
+    reader = model.reader(rule=rule, form=document.form)
+    worst, at = 0.0, 0
+    for k in sorted(places.tolist()):
+        reader.read(document.text[at : words[k].start])
+        at = max(at, words[k].start)
+        log_p = reader.next_log_p()
+        some = [int(log_p.argmax()), *generator.integers(len(log_p), size=PIECES - 1).tolist()]
+        worst = max(worst, _worst(reader.next_losses(some) + log_p[some]))
+    return Check(
+        f"blind to what comes: {rule_label(rule)}",
+        worst <= LOSS,
+        f"{worst:.1e} nats",
+        f"at {len(places)} places each of {PIECES} pieces read next, and its loss compared with "
+        f"the prediction of before; within {LOSS:.0e}",
+    )
+
+
+def _exactly(bits: float) -> str:
+    return "no difference" if bits == 0 else f"{bits:.1e} bits"
+
+
 # -- lanes, chunks, order -------------------------------------------------------------------------
 
 
@@ -149,8 +263,7 @@ def check_chunks(
 ) -> Check:
     """A text read in pieces of any length has the losses of the text read at once, bit for bit."""
     reader = model.reader(rule=rule, protocol=protocol, form=document.form)
-    usual = reader.score(document.text)
-    reader = model.reader(rule=rule, protocol=protocol, form=document.form)
+    usual = reader.copy().score(document.text)
     generator, at, parts = np.random.default_rng(seed), 0, []
     while at < len(document.text):
         size = int(generator.integers(1, 400))
@@ -166,7 +279,7 @@ def check_chunks(
     return Check(
         f"chunks: {_named(rule, protocol)}",
         worst == 0.0,
-        f"{worst:.1e} bits",
+        _exactly(worst),
         f"{len(usual):,} words read in {pieces} pieces and at once, compared bit for bit",
     )
 
@@ -206,16 +319,16 @@ def check_lanes(model: TrainedModel, rule: str, documents: Sequence[Document]) -
 # -- counts ---------------------------------------------------------------------------------------
 
 
-def check_counts(model: TrainedModel, documents: Sequence[Document], rule: str) -> Check:
+def check_counts(model: TrainedModel, documents: Sequence[Document]) -> Check:
     """Every word and byte of the text is counted, once: recounted from the text itself.
 
-    Rows in order with the white space between them are the text; there are as many as
-    `str.split` finds, and line ends.
+    Rows in order with the white space between them are the text; there are as many words as
+    `str.split` finds, and as many line ends as newlines stand behind words.
     """
     wrong: list[str] = []
     words = size = 0
     for document in documents:
-        table = model.reader(rule=rule, form=document.form).score(document.text)
+        table = model.reader(rule=STATIC, form=document.form).score(document.text)
         found = _miscounted(document, table)
         wrong += [f"{document.title}: {found}"] if found else []
         words += len(table)
@@ -238,8 +351,8 @@ def _miscounted(document: Document, table: pa.Table) -> str:
             return f"{word!r} does not stand at characters {start} to {end}"
         if text[at:start].strip():
             return f"{text[at:start].strip()!r} is no row"
-        ends += word.isspace()
-        plain += not word.isspace()
+        ends += not word.strip()
+        plain += bool(word.strip())
         at = end
     if text[at:].strip():
         return f"{text[at:].strip()[:40]!r} is no row"
@@ -254,7 +367,7 @@ def _miscounted(document: Document, table: pa.Table) -> str:
 def line_ends(document: Document) -> int | None:
     """Line ends, counted from the text alone; None for forms in which they follow the layout."""
     if document.form == "wikitext":
-        return document.text.count("\n")
+        return count_words(document.text) - len(document.text.split())
     if document.form == "plain":
         return len(re.findall(r"\S\s*?[\r\n]", document.text))
     return None
@@ -345,6 +458,34 @@ def _forms(words: Sequence[Word]) -> list[str]:
 # -- all together ---------------------------------------------------------------------------------
 
 
+def audit(
+    model: TrainedModel,
+    documents: Sequence[Document],
+    rules: Sequence[str],
+    protocols: Sequence[str] = PROTOCOLS,
+    training: Training | None = None,
+    words: int = WORDS,
+    seed: int = 0,
+) -> Iterator[Check]:
+    """All checks, one after the other.
+
+    Args:
+        documents: what is scored; the checks that read take its first `words` words, those of
+            counts and of the training text all of it.
+        training: the model's training text; None = not available.
+    """
+    some = cut(documents, words)
+    yield check_counts(model, some)
+    for rule in rules:
+        yield check_blind(model, rule, some[0], seed)
+        yield check_lanes(model, rule, some)
+        for protocol in protocols:
+            yield check_causal(model, rule, protocol, some[0], seed)
+            yield from check_sums(model, rule, protocol, some)
+            yield check_chunks(model, rule, protocol, some[0], seed)
+    yield check_training_text(documents, training)
+
+
 def cut(documents: Sequence[Document], words: int) -> list[Document]:
     """The first documents, of so many words together; the last is cut behind a word."""
     found, left = [], words
@@ -363,15 +504,16 @@ def _named(rule: str, protocol: str) -> str:
     return f"{rule_label(rule)}, {protocol}"
 
 
-def format_checks(checks: Sequence[Check]) -> str:
-    """The checks as a table for the terminal: verdict, worst deviation, what was done."""
-    verdicts = {True: "pass", False: "FAIL", None: "not checked"}
-    width = max(len(check.name) for check in checks) + 2
-    lines = []
-    for check in checks:
-        lines.append(f"{verdicts[check.passed]:<13}{check.name:<{width}}worst: {check.worst}")
-        lines.append(f"{'':<13}{check.about}")
+def format_check(check: Check) -> str:
+    """A check as two lines for the terminal: verdict and worst deviation, then what was done."""
+    verdict = {True: "pass", False: "FAIL", None: "not checked"}[check.passed]
+    about = textwrap.wrap(check.about, 84, initial_indent=" " * 13, subsequent_indent=" " * 13)
+    return "\n".join([f"{verdict:<13}{check.name}; worst: {check.worst}", *about])
+
+
+def format_verdict(checks: Sequence[Check]) -> str:
+    """How many checks failed or could not be done."""
     failed = sum(check.passed is False for check in checks)
     unknown = sum(check.passed is None for check in checks)
-    lines += ["", f"{len(checks)} checks, {failed} failed, {unknown} not available"]
-    return "\n".join(lines)
+    passed = len(checks) - failed - unknown
+    return f"{passed} passed, {failed} failed, {unknown} not checked"

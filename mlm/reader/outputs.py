@@ -41,8 +41,9 @@ def in_nats(table: pa.Table) -> pa.Table:
             new = _top_k_in_nats(column)
         else:
             continue
-        metadata = {**(field.metadata or {}), b"unit": b"nats"}
-        table = table.set_column(place, pa.field(field.name, new.type, metadata=metadata), new)
+        metadata = {k: v.replace(b"bits", b"nats") for k, v in (field.metadata or {}).items()}
+        field = field.with_type(new.type).with_metadata(metadata)
+        table = table.set_column(place, field, new)
     return table
 
 
@@ -166,7 +167,7 @@ class _NeuralComplexity:
             if self.here != (document, sentence):
                 self.here, self.position = (document, sentence), 0
                 self.sentence += 1
-            shown = EOS if word.isspace() else word
+            shown = word if word.strip() else EOS
             cells = (shown, self.sentence, self.position, len(shown), bits, entropy)
             self.file.write(self.separator.join(map(str, cells)) + "\n")
             self.position += 1
@@ -188,7 +189,7 @@ def page_file(path: Path, rule: str, protocol: str, titles: dict[int, str]) -> I
 
     yield write
     whole = pa.concat_tables(held)
-    words = [EOS if word.isspace() else word for word in whole["word"].to_pylist()]
+    words = [word if word.strip() else EOS for word in whole["word"].to_pylist()]
     losses = {
         column_name(r, protocol): whole[column].to_numpy() * math.log(2)
         for r, column in ((STATIC, "surprisal_static_plain"), (rule, "surprisal_plain"))

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlm.base.names import STATIC, rule_label
+from mlm.reader.words import column
 from mlm.report.evaluation import bootstrap_interval, mean_gain, perplexity, position_edges
 
 CELL = 20
@@ -86,10 +87,11 @@ class Summary:
 
     def __init__(self, rule: str, also: Sequence[str] = (), seed: int = 0) -> None:
         """`rule` and `also` are the rules of the table: the main one and the others."""
-        self.rule, self.also, self.seed = rule, tuple(r for r in also if r != STATIC), seed
+        self.rule, self.seed = rule, seed
+        self.also = tuple(r for r in dict.fromkeys(also) if r not in (STATIC, rule))
         self.words_D: list[int] = []
-        self._columns = {STATIC: f"surprisal_{STATIC}_plain", _MAIN: "surprisal_plain"}
-        self._columns |= {r: f"surprisal_{r}_plain" for r in self.also}
+        self._columns = {STATIC: f"{column(STATIC)}_plain", _MAIN: "surprisal_plain"}
+        self._columns |= {r: f"{column(r)}_plain" for r in self.also}
         if rule == STATIC:
             del self._columns[_MAIN]
         self._bits_D: dict[str, list[float]] = {name: [] for name in self._columns}
@@ -109,7 +111,7 @@ class Summary:
         longest = int(table["word_id"].to_numpy().max()) + 1
         edges = position_edges(longest)
         bin_N = np.searchsorted(edges, table["word_id"].to_numpy(), side="right") - 1
-        bits = {name: table[column].to_numpy() for name, column in self._columns.items()}
+        bits = {name: table[where].to_numpy() for name, where in self._columns.items()}
         _extend(self.words_D, np.diff([*first_D, len(document_N)]), goes_on)
         self._words_P += np.bincount(bin_N, minlength=_BINS)
         for name, bits_N in bits.items():
@@ -180,7 +182,7 @@ class Summary:
         for rule, label in names.items():
             ppl = perplexity(self.bits(rule) * math.log(2), words)
             lines.append(
-                f"{label:<{width}}{'–' if ppl is None else f'{ppl:,.1f}':>11}"
+                f"{label:<{width}}{_perplexity(ppl):>11}"
                 f"{self.bits(rule) / max(1, size):>11.3f}   {self._gain_text(rule, scale)}".rstrip()
             )
         if len(names) > 1:
@@ -212,7 +214,11 @@ class Summary:
             numbers = [each[rule] * scale for rule in names]
             numbers.append((each[STATIC] - each[self.rule]) * scale)
             cells.append(
-                (f"{start:,}–{stop:,}", f"{words:,}", *(f"{n:.2f}".replace("-", "−") for n in numbers))
+                (
+                    f"{start:,}–{stop:,}",
+                    f"{words:,}",
+                    *(f"{n:.2f}".replace("-", "−") for n in numbers),
+                )
             )
         widths = [max(len(row[k]) for row in cells) + 2 for k in range(len(cells[0]))]
         title = f"by position in the document, {units} per word:"
@@ -226,6 +232,13 @@ def _extend(sums_D: list, more: np.ndarray, goes_on: bool) -> None:
     if goes_on:
         sums_D[-1] += values.pop(0)
     sums_D += values
+
+
+def _perplexity(value: float | None) -> str:
+    """A perplexity in at most nine characters."""
+    if value is None:
+        return "–"
+    return f"{value:,.1f}" if value < 1e6 else f"{value:.1e}"
 
 
 def _noun(word: str, number: int) -> str:
