@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,18 @@ class Cache:
     def copy(self) -> Cache:
         """The same cache; what either remembers, the other does not notice."""
         return self.select(torch.arange(len(self.words_BS), device=self.words_BS.device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered, for files."""
+        return {"keys": self.keys_BSE, "words": self.words_BS, "at": torch.tensor(self.at)}
+
+    @staticmethod
+    def of(settings: Sequence[CacheSetting], tensors: Mapping[str, Tensor]) -> Cache:
+        """The cache that remembers these `tensors`."""
+        found = Cache(settings, tensors["keys"][:, :1])
+        found.keys_BSE, found.words_BS = tensors["keys"], tensors["words"]
+        found.at = int(tensors["at"])
+        return found
 
     @torch.no_grad()
     def spread(self, log_p_BMV: Tensor, output_BME: Tensor, segment: Segment) -> list[Tensor]:

@@ -139,8 +139,9 @@ class AdaptingLanes:
         return Predicted(now.nll * segment.mask, now.output, [], now.log_p)
 
 
-def lanes_under(
-    base: AdaptationBase, rule: Bound | None, lanes: int
-) -> StaticLanes | AdaptingLanes:
+Lanes = StaticLanes | AdaptingLanes
+
+
+def lanes_under(base: AdaptationBase, rule: Bound | None, lanes: int) -> Lanes:
     """`lanes` lanes that have read nothing; `rule` None = static."""
     return StaticLanes(base, lanes) if rule is None else AdaptingLanes(base, rule, lanes)

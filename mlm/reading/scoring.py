@@ -6,7 +6,7 @@ Letters: B lanes, A articles, M tokens per segment, E width of what the softmax 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,6 +42,20 @@ class Scores(NamedTuple):
         return total if np.isfinite(total) else float("inf")
 
 
+def busy_segments(stream: LaneStream) -> Iterator[tuple[Segment, Tensor | None]]:
+    """The segments of the lanes that still read.
+
+    With each come the places, among the lanes before, of those that go on, where some have no next
+    article; None = all go on.
+    """
+    lanes_left = np.arange(stream.lanes)
+    for full in stream:
+        busy = full.article[lanes_left] >= 0
+        keep = None if busy.all() else torch.from_numpy(np.flatnonzero(busy))
+        lanes_left = lanes_left[busy]
+        yield full.select(lanes_left), keep
+
+
 def score_articles(
     base: AdaptationBase,
     rule: Bound | None,
@@ -69,15 +83,10 @@ def score_articles(
     clock, mixing = time.perf_counter(), 0.0
     tokens = sum(len(a) for a in articles)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:
-        lanes_left = np.arange(stream.lanes)
-        for full in stream:
-            busy = full.article[lanes_left] >= 0
-            if not busy.all():  # lanes without a next article: nothing to compute there any more
-                keep = torch.from_numpy(np.flatnonzero(busy)).to(device)
-                lanes_left = lanes_left[busy]
-                readers.select(keep)
-                caches = caches.select(keep) if caches else None
-            raw = full.select(lanes_left)
+        for raw, keep in busy_segments(stream):
+            if keep is not None:
+                readers.select(keep.to(device))
+                caches = caches.select(keep.to(device)) if caches else None
             segment = raw.to(device)
             now = readers.read(segment)
             counts = raw.mask.sum(1).tolist()
