@@ -39,7 +39,7 @@ GRAM = 13
 PIECES = 12
 """Pieces that are read at such a place, one instead of the other."""
 
-SHARED = 0.25
+SHARED = 0.5
 """A document stands in the training text if that share of its n-grams does."""
 
 SUM, LOSS, TOTAL = 1e-5, 1e-4, 1e-5
