@@ -140,7 +140,7 @@ def test_unknown_command(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    message = "error: mlm tarin: no such command; choose from train, evaluate, show\n"
+    message = "error: mlm tarin: no such command; choose from train, evaluate, show, export\n"
     assert capsys.readouterr().err == message
 
 

@@ -48,6 +48,11 @@ COMMANDS = (
         "draw the pictures of a run folder and its page of coloured words",
         "mlm show runs/pydocs",
     ),
+    Command(
+        "export",
+        "write a run folder as a released model: compact, checked, only read",
+        "mlm export runs/pydocs models/mine --rules static rms three_levels",
+    ),
 )
 _NAMES = ", ".join(command.name for command in COMMANDS)
 

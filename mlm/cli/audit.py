@@ -64,12 +64,12 @@ def main() -> None:
     audit_model(Options(**parse(script, words, settings, positional=("model",))))
 
 
-def audit_run(config: Config, corpus: str | None) -> None:
+def audit_run(model: str, config: Config, corpus: str | None) -> None:
     """What `evaluate.py RUN --audit` does: all checks with the rules and texts of an evaluation."""
     evaluation = config.evaluation
     audit_model(
         Options(
-            str(config.out),
+            model,
             corpus,
             evaluation.split,
             tuple(dict.fromkeys(["static", *evaluation.rules])),
