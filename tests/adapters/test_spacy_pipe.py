@@ -54,7 +54,7 @@ def test_tokens_of_a_word_add_up_to_it(nlp: Any) -> None:
             assert sum(bits) == pytest.approx(row["surprisal"]), row["word"]
             if len(own) > 1:
                 assert bits[0] != pytest.approx(row["surprisal"])
-    assert doc[0]._.surprisal != doc[0]._.static_bits or doc[8]._.surprisal != doc[8]._.static_bits
+    assert any(token._.surprisal < token._.static_bits for token in doc), "something is learned"
 
 
 def test_spans_are_sums(nlp: Any) -> None:
