@@ -97,7 +97,7 @@ class Track:
             chosen = log_p.gather(-1, segment.targets.unsqueeze(-1))
             best, pieces = log_p.topk(min(BEST, log_p.shape[-1]), -1)
             entropy = -(log_p.exp() * log_p).nan_to_num(0).sum(-1)
-            parts = entropy, (log_p > chosen).sum(-1) + 1, pieces, -best
+            parts = entropy, (log_p > chosen).sum(-1) + 1, segment.targets, pieces, -best
             arrays = [part.cpu().numpy() for part in parts]
             found = [Details(*(a[lane] for a in arrays)) for lane in range(len(log_p))]
         return Said(nll.double().cpu().numpy(), boundary.double().cpu().numpy(), found)

@@ -26,8 +26,9 @@ import pyarrow as pa
 from mlm.base.names import CACHE, STATIC
 from mlm.spelling import Word
 
-STATS = ("entropy", "rank", "top_k")
-"""What a table may tell besides, of the distribution of each word's first piece."""
+STATS = ("entropy", "rank", "top_k", "pieces")
+"""What a table may tell besides: of the distribution of each word's first piece, and what each of
+its pieces costs."""
 BEST = 5
 """Pieces of `top_k`."""
 
@@ -69,6 +70,8 @@ class Details(NamedTuple):
     """(T,) nats."""
     rank: np.ndarray
     """(T,) of the piece that came; 1 = the most likely."""
+    came: np.ndarray
+    """(T,) the piece that came."""
     pieces: np.ndarray
     """(T, K) the most likely ones."""
     best: np.ndarray
@@ -120,6 +123,8 @@ def schema(main: str, also: Sequence[str], stats: Sequence[str], about: Mapping[
             "most likely first pieces",
         ),
     }
+    piece = [("piece", pa.string()), ("bits", pa.float64()), ("rank", pa.int32())]
+    kinds["pieces"] = (pa.list_(pa.struct(piece)), "every piece: bits, and rank")
     fields += [field(name, *kinds[name]) for name in STATS if name in stats]
     return pa.schema(fields, metadata={"mlm": json.dumps(dict(about))})
 
@@ -180,5 +185,13 @@ def rows(
             ]
             for t in first
         ]
+        if "pieces" in of.names:
+            main = next(iter(prices.values()))
+            came = [
+                {"piece": names[int(p)], "bits": float(b) / bit, "rank": int(r)}
+                for p, b, r in zip(details.came, main.nll, details.rank, strict=True)
+            ]
+            ends = np.append(first[1:], len(came))
+            data["pieces"] = [came[i:j] for i, j in zip(first, ends, strict=True)]
     arrays = [pa.array(data[field.name], type=field.type) for field in of]
     return pa.Table.from_arrays(arrays, schema=of)
