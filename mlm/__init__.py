@@ -12,7 +12,7 @@ from mlm.base.lazy import lazily
 if TYPE_CHECKING:
     from mlm.base.errors import UserError
     from mlm.models.module import ModuleModel
-    from mlm.reader import load
+    from mlm.reader.model import TrainedModel, load
     from mlm.reading.scoring import score_articles
     from mlm.runs.stages import run_stages
     from mlm.settings.config import Config
@@ -28,6 +28,7 @@ __all__ = [
     "Config",
     "ModuleModel",
     "RunFolder",
+    "TrainedModel",
     "UserError",
     "load",
     "run_stages",
@@ -39,7 +40,7 @@ __getattr__, __dir__ = lazily(
     {
         "base.errors": "UserError",
         "models.module": "ModuleModel",
-        "reader": "load",
+        "reader.model": "TrainedModel load",
         "reading.scoring": "score_articles",
         "runs.stages": "run_stages",
         "settings.config": "Config",

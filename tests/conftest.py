@@ -17,7 +17,7 @@ from tiny import tiny_config, write_corpus
 
 from mlm import kernels
 from mlm.base.errors import run_cli
-from mlm.kernels.bfloat16 import use_bfloat16
+from mlm.kernels.switches import use
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
 
@@ -83,7 +83,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 0 if stop.code is None else 1
         finally:
-            use_bfloat16(False)  # of the process, which ends with a command but for tests
+            use(bfloat16=False)  # of the process, which ends with a command but for tests
         out, err = capsys.readouterr()
         return Outcome(code, out, err)
 

@@ -25,6 +25,8 @@ from mlm.cli import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+#: Extras that nothing else needs and that no test installs.
+ADAPTERS = {"harness", "spacy", "test-adapters"}
 LITTLE = {
     "lm__epochs": 0.3,
     "lm__validations": 1,
@@ -187,9 +189,14 @@ def _needs(lines: list[str]) -> dict[str, Requirement]:
 
 
 def test_requirements_are_the_packages() -> None:
-    """requirements.txt is pyproject's dependencies and extras, in the same words but for pins."""
+    """requirements.txt is pyproject's dependencies and extras, in the same words but for pins.
+
+    It leaves out the libraries that adapters are for.
+    """
     project = PYPROJECT["project"]
-    groups = (project["dependencies"], *project["optional-dependencies"].values())
+    extras = project["optional-dependencies"]
+    asked_for = {name: needs for name, needs in extras.items() if name not in ADAPTERS}
+    groups = (project["dependencies"], *asked_for.values())
     asked = _needs([line for group in groups for line in group])
     listed = _needs((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
     assert set(asked) == set(listed)
@@ -200,10 +207,16 @@ def test_requirements_are_the_packages() -> None:
         assert need.extras == asked[name].extras, name
 
 
-def test_every_library_used_is_asked_for() -> None:
-    """Imports of the package outside the standard library are dependencies; none is unused."""
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_library_used_is_asked_for(adapters: bool) -> None:
+    """Imports of the package outside the standard library are dependencies; none is unused.
+
+    Those of its adapters may be extras.
+    """
     used = set()
     for file in (ROOT / "mlm").rglob("*.py"):
+        if adapters != (file.parent.name == "adapters"):
+            continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 used.add((node.module or "").split(".")[0])
@@ -211,4 +224,10 @@ def test_every_library_used_is_asked_for() -> None:
                 used |= {alias.name.split(".")[0] for alias in node.names}
     libraries = used - sys.stdlib_module_names - {"mlm"}
     with_datasets = {"huggingface_hub"}  # it comes with datasets, whose downloads it does
-    assert libraries - with_datasets == set(_needs(PYPROJECT["project"]["dependencies"]))
+    needed = set(_needs(PYPROJECT["project"]["dependencies"]))
+    if adapters:
+        extras = PYPROJECT["project"]["optional-dependencies"]
+        optional = set(_needs(extras["harness"] + extras["spacy"]))
+        assert optional <= libraries <= optional | needed
+    else:
+        assert libraries - with_datasets == needed

@@ -34,6 +34,16 @@ COMMANDS = (
         "mlm evaluate runs/pydocs --split test",
     ),
     Command(
+        "score",
+        "score any text, word by word, with a model that learns while it reads",
+        "mlm score README.md",
+    ),
+    Command(
+        "audit",
+        "check a model's promises on a text: causal, normalised, every word counted",
+        "mlm audit runs/pydocs",
+    ),
+    Command(
         "show",
         "draw the pictures of a run folder and its page of coloured words",
         "mlm show runs/pydocs",

@@ -37,6 +37,7 @@ examples:
   {script} runs/pydocs --split test
   {script} runs/pydocs --corpus path/to/text --rules static rms three_levels
   {script} wikipedia-small --corpus path/to/text
+  {script} runs/pydocs --split test --audit
 
 Defaults are in brackets; those of RUN count instead, but the split is valid unless it is named.
 """
@@ -54,6 +55,8 @@ class Options:
     """Where results go; by default the run folder, or runs/NAME of a released model."""
     draw: bool = True
     """Draw the pictures afterwards."""
+    audit: bool = False
+    """Score nothing, but check what the numbers rest on; exit code 1 if a check fails."""
 
 
 def _settings(config: Config) -> list[Setting]:
@@ -110,6 +113,11 @@ def main() -> None:
             f"{run}: the text {config.corpus} that it was trained with is not a part of it; name "
             "a text to score with --corpus"
         )
+    if options["audit"]:
+        from mlm.cli.audit import audit_run
+
+        audit_run(str(run), validate(config), corpus)
+        return
     from mlm.runs.evaluate import evaluate_run
 
     evaluate_run(validate(config), corpus, options["draw"], results)

@@ -37,8 +37,7 @@ from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension, Plan, Told
-from mlm.models.language_model import Weights
-from mlm.models.output_layer import gradient_share
+from mlm.models.language_model import Weights, gradient_share
 from mlm.reading.step import begin, prepared, step
 from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Bound

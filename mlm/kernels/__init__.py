@@ -1,6 +1,6 @@
 """Compiled loops, each beside its eager twin; threads, the buffer pool, bfloat16 products."""
 
-from mlm.kernels.compile import eager, numba, share_out, usable, use_kernels
+from mlm.kernels.compile import eager, numba, share_out, usable
 from mlm.kernels.ngram import recall_phrases
 from mlm.kernels.recurrent import (
     lstm_backward,
@@ -10,10 +10,13 @@ from mlm.kernels.recurrent import (
     qrnn_forward,
 )
 from mlm.kernels.softmax import softmax_rows, teach_rows
+from mlm.kernels.switches import Switches, computing, switches, use
 from mlm.kernels.update import TILE, pull_back, push_forward, relax, relax_both, tiles
 
 __all__ = [
     "TILE",
+    "Switches",
+    "computing",
     "eager",
     "lstm_backward",
     "lstm_forward",
@@ -28,8 +31,9 @@ __all__ = [
     "relax_both",
     "share_out",
     "softmax_rows",
+    "switches",
     "teach_rows",
     "tiles",
     "usable",
-    "use_kernels",
+    "use",
 ]

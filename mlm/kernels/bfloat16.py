@@ -16,28 +16,19 @@ import torch
 from torch import Tensor
 
 from mlm.kernels import buffers
-
-_state = {"on": False}
-
-
-def use_bfloat16(on: bool) -> None:
-    """Switch bfloat16 products on or off for the whole process."""
-    _state["on"] = on
+from mlm.kernels.switches import computing, switches
 
 
 @contextlib.contextmanager
 def bfloat16_products(on: bool = True) -> Iterator[None]:
     """bfloat16 products (or not) inside the block, for tests and comparisons."""
-    before, _state["on"] = _state["on"], on
-    try:
+    with computing(bfloat16=on):
         yield
-    finally:
-        _state["on"] = before
 
 
 def lowered(x: Tensor) -> Tensor:
     """`x` in bfloat16 where products are made so, else `x` itself; see `release_lowered`."""
-    if not (_state["on"] and x.dtype == torch.float32 and x.device.type == "cpu"):
+    if not (switches().bfloat16 and x.dtype == torch.float32 and x.device.type == "cpu"):
         return x
     if not x.is_contiguous() and x.mT.is_contiguous():
         return lowered(x.mT).mT

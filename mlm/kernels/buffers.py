@@ -4,11 +4,12 @@ Weights and gradients of all lanes are blocks of tens of MB, needed in the same 
 segment. The C library returns such blocks to the system and the system clears them page by page
 when they come back, which took up to half of the time to score a segment (2 layers of 650, 16
 lanes). Whoever is done with a tensor may `release` it; `acquire` then finds it. What is not
-released is freed as usual. On a GPU PyTorch's own allocator does this.
+released is freed as usual. On a GPU PyTorch's own allocator does this. Every thread has its own.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 
 import torch
@@ -21,7 +22,12 @@ MIN_BYTES = 1 << 20
 _Key = tuple[tuple[int, ...], torch.dtype]
 
 
-_free: dict[_Key, list[Tensor]] = {}
+class _Pool(threading.local):
+    def __init__(self) -> None:
+        self.free: dict[_Key, list[Tensor]] = {}
+
+
+_pool = _Pool()
 
 
 def acquire(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,7 +38,7 @@ def acquire(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = No
     """
     if like.device.type != "cpu":
         return like.new_empty(shape, dtype=dtype)
-    found = _free.get((shape[1:], dtype or like.dtype), [])
+    found = _pool.free.get((shape[1:], dtype or like.dtype), [])
     if found and found[0].shape != shape:
         found.clear()
     return found.pop() if found else like.new_empty(shape, dtype=dtype)
@@ -44,7 +50,7 @@ def release(tensors: Iterable[Tensor]) -> None:
         large = tensor.numel() * tensor.itemsize >= MIN_BYTES
         if large and tensor.device.type == "cpu" and tensor.is_contiguous():
             key = (tuple(tensor.shape[1:]), tensor.dtype)
-            found = _free.setdefault(key, [])
+            found = _pool.free.setdefault(key, [])
             if found and found[0].shape != tensor.shape:
                 found.clear()
             found.append(tensor.detach())
@@ -52,4 +58,4 @@ def release(tensors: Iterable[Tensor]) -> None:
 
 def clear() -> None:
     """Free everything that was released."""
-    _free.clear()
+    _pool.free.clear()

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlm.kernels.switches import computing, switches
+
 try:
     import numba
     from numba.extending import overload
@@ -35,27 +37,18 @@ _FLAGS = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and products fused; NaN and infinity keep their meaning."""
 
 
-_state = {"on": numba is not None}
-
-
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
     """Work without the kernels, for tests and comparisons."""
-    before, _state["on"] = _state["on"], False
-    try:
+    with computing(kernels=False):
         yield
-    finally:
-        _state["on"] = before
-
-
-def use_kernels(on: bool) -> None:
-    """Switch the kernels on (if numba is there) or off for the whole process."""
-    _state["on"] = on and numba is not None
 
 
 def usable(*tensors: Tensor) -> bool:
     """Whether these tensors can go through a kernel: on the CPU, float32 or float64."""
-    return _state["on"] and all(
+    if numba is None or not switches().kernels:
+        return False
+    return all(
         t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors
     )
 

@@ -79,6 +79,18 @@ class OutputTerms(NamedTuple):
     """(2,), x and y: tokens weigh x + y * loss in the gradient of the total."""
 
 
+def weighted_total(nll_BT: Tensor, share_BT: Tensor, slope: Tensor | None) -> Tensor:
+    """Sum of share F(nll), F(l) = x l + y l^2 / 2; F(l) = l without a slope (x, y)."""
+    if slope is None:
+        return (nll_BT * share_BT).sum()
+    return (nll_BT * share_BT * (slope[0] + slope[1] / 2 * nll_BT)).sum()
+
+
+def gradient_share(nll_BT: Tensor, share_BT: Tensor, slope: Tensor | None) -> Tensor:
+    """share F'(nll): what each token's gradient weighs in `weighted_total`."""
+    return share_BT if slope is None else share_BT * (slope[0] + slope[1] * nll_BT)
+
+
 Tell = Callable[[Tensor], OutputTerms]
 """From a segment's hidden states (B, T, E), not to be written, to terms for its output layer."""
 
@@ -94,6 +106,8 @@ class Read(NamedTuple):
     """(B, T, E): the last layer's hidden states."""
     state: State
     """Short-term memory after the segment."""
+    log_p: Tensor | None = None
+    """(B, T, V): log-probabilities of every token, where they were asked for."""
 
 
 class LanguageModel(Protocol):
@@ -113,6 +127,7 @@ class LanguageModel(Protocol):
         state: Any,
         share_BT: Tensor | None = None,
         tell: Tell | None = None,
+        full: bool = False,
     ) -> Read:
         """Predict a segment.
 
@@ -122,5 +137,6 @@ class LanguageModel(Protocol):
             state: `initial_state`, or what the segment before left (`Read.state`).
             share_BT: of every token's loss in `Read.total`; None = no total is needed.
             tell: given the hidden states, the terms of the output layer; None = none.
+            full: whether `Read.log_p` is wanted.
         """
         ...

@@ -122,3 +122,8 @@ def folds(
         if whole and rank >= inputs and base not in dynamic and not name.endswith(".recurrent"):
             found.append(name)
     return tuple(found)
+
+
+def coupled(x_V: Tensor, coupling: Tensor | None) -> Tensor:
+    """T x for rows x (..., V), T = I + Q Q^T."""
+    return x_V if coupling is None else x_V + (x_V @ coupling) @ coupling.t()

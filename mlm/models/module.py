@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mlm.base.errors import UserError
-from mlm.models.language_model import OutputTerms, Read, Tell, Weights
+from mlm.models.language_model import OutputTerms, Read, Tell, Weights, weighted_total
 from mlm.models.low_rank import BASIS, DIRECTIONS, LOW
-from mlm.models.output_layer import weighted_total
 
 CONTRACT = (
     "a language model of your own needs initial_state(lanes) -> tuple of tensors, lanes first, and "
@@ -117,6 +116,7 @@ class ModuleModel:
         state: ModuleState,
         share_BT: Tensor | None = None,
         tell: Tell | None = None,
+        full: bool = False,
     ) -> Read:
         """See `LanguageModel.read`; `Read.output` is (B, T, 0) where the module gives none.
 
@@ -151,7 +151,8 @@ class ModuleModel:
         total = nll.new_zeros(())
         if share_BT is not None:
             total = weighted_total(nll, share_BT, terms.slope)
-        return Read(nll, total, output_BTE, state.of(parts))
+        log_p = logits_BTV.detach().log_softmax(-1) if full else None
+        return Read(nll, total, output_BTE, state.of(parts), log_p)
 
     def _forward(
         self, weights: Weights, tokens_BT: Tensor, state: tuple[Tensor, ...]

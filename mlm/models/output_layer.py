@@ -17,30 +17,19 @@ from torch import Tensor
 from mlm import kernels
 from mlm.kernels.bfloat16 import lowered, product, release_lowered
 from mlm.kernels.buffers import acquire, release
-from mlm.models.language_model import OutputTerms, Weights, WithinSegment
-from mlm.models.low_rank import along_directions, is_folded, linear, low_rank_product
+from mlm.models.language_model import (
+    OutputTerms,
+    Weights,
+    WithinSegment,
+    gradient_share,
+    weighted_total,
+)
+from mlm.models.low_rank import along_directions, coupled, is_folded, linear, low_rank_product
 from mlm.models.recurrence import is_plain
 
 NO_TERMS = OutputTerms()
 MOST_TAUGHT = 10.0
 """Nats by which a logit falls at most within a segment."""
-
-
-def weighted_total(nll_BT: Tensor, share_BT: Tensor, slope: Tensor | None) -> Tensor:
-    """Sum of share F(nll), F(l) = x l + y l^2 / 2; F(l) = l without a slope (x, y)."""
-    if slope is None:
-        return (nll_BT * share_BT).sum()
-    return (nll_BT * share_BT * (slope[0] + slope[1] / 2 * nll_BT)).sum()
-
-
-def gradient_share(nll_BT: Tensor, share_BT: Tensor, slope: Tensor | None) -> Tensor:
-    """share F'(nll): what each token's gradient weighs in `weighted_total`."""
-    return share_BT if slope is None else share_BT * (slope[0] + slope[1] * nll_BT)
-
-
-def coupled(x_V: Tensor, coupling: Tensor | None) -> Tensor:
-    """T x for rows x (..., V), T = I + Q Q^T."""
-    return x_V if coupling is None else x_V + (x_V @ coupling) @ coupling.t()
 
 
 # -- words that teach the words behind them in a segment ----------------------------------------
@@ -418,12 +407,8 @@ def token_nll(
         fused = _fused(weights, shape, output_BTE, targets_BT, share, terms)
         if fused is not None:
             return fused[0]
-    logits = _logits(weights, shape, output_BTE, terms.coupling)
+    logits = token_logits(weights, shape, output_BTE, targets_BT, share, terms)
     if not shape.cutoffs:
-        keys = along_directions(weights, "softmax", output_BTE)
-        by = None if keys is None else teaching(weights, terms)
-        if keys is not None and by is not None:
-            logits = corrected(logits, targets_BT, keys, by, share)
         flat = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), reduction="none")
         return flat.view_as(targets_BT)
     first = shape.cutoffs[0]
@@ -437,10 +422,30 @@ def token_nll(
     return nll
 
 
+def token_logits(
+    weights: Weights,
+    shape: OutputShape,
+    output_BTE: Tensor,
+    targets_BT: Tensor,
+    share_BT: Tensor,
+    terms: OutputTerms,
+) -> Tensor:
+    """(B, T, V), of an adaptive softmax those of its head; arguments as in `token_nll`.
+
+    A token's logits depend on the targets before it only, which teach within the segment.
+    """
+    logits = _logits(weights, shape, output_BTE, terms.coupling)
+    keys = None if shape.cutoffs else along_directions(weights, "softmax", output_BTE)
+    by = None if keys is None else teaching(weights, terms)
+    if keys is None or by is None:
+        return logits
+    return corrected(logits, targets_BT, keys, by, share_BT)
+
+
 def _logits(
     weights: Weights, shape: OutputShape, output_BTE: Tensor, coupling: Tensor | None
 ) -> Tensor:
-    """(B, T, V), of an adaptive softmax those of its head."""
+    """`token_logits` before words teach within the segment."""
     bias = weights["softmax.bias"]
     head = weights["embedding"]
     if shape.cutoffs:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mlm.models.language_model import OutputTerms, Read, State, Tell, Weights
 from mlm.models.low_rank import dense, is_folded, linear, low_rank_product
-from mlm.models.output_layer import token_nll, weighted_nll
+from mlm.models.output_layer import token_logits, token_nll, weighted_nll
 from mlm.models.recurrence import is_plain, lane_lstm, lane_qrnn
 
 Layout = dict[str, tuple[tuple[int, ...], float]]
@@ -137,16 +137,22 @@ class BaseModel(ABC):
         state: Any,
         share_BT: Tensor | None = None,
         tell: Tell | None = None,
+        full: bool = False,
     ) -> Read:
         """See `LanguageModel.read`."""
         hidden = self.run(weights, tokens_BT, state)
         terms = OutputTerms() if tell is None else tell(hidden.output.detach())
         output = hidden.output if terms.added is None else hidden.output + terms.added
+        log_p = None
+        if full:
+            share = torch.full_like(output[..., 0], 1 / tokens_BT.shape[1])
+            share = share if share_BT is None else share_BT
+            log_p = log_probabilities(weights, self, output.detach(), targets_BT, share, terms)
         if share_BT is None:
             nll = token_nll(weights, self, output, targets_BT, terms=terms)
-            return Read(nll, nll.new_zeros(()), hidden.output, hidden.state)
+            return Read(nll, nll.new_zeros(()), hidden.output, hidden.state, log_p)
         nll, total = weighted_nll(weights, self, output, targets_BT, share_BT, terms)
-        return Read(nll, total, hidden.output, hidden.state)
+        return Read(nll, total, hidden.output, hidden.state, log_p)
 
 
 @dataclass(frozen=True)
@@ -219,6 +225,31 @@ class RecurrentLM(BaseModel):
     ) -> Hidden[RecurrentState]:
         """See `run_lstm`."""
         return run_lstm(weights, self, tokens_BT, state, dropout, generator)
+
+
+@torch.no_grad()
+def log_probabilities(
+    weights: Weights,
+    shape: BaseModel,
+    output_BTE: Tensor,
+    targets_BT: Tensor,
+    share_BT: Tensor,
+    terms: OutputTerms,
+) -> Tensor:
+    """(B, T, V): log-probabilities of every token, whose entries at the targets are minus
+    `token_nll`, to rounding; arguments as there."""
+    head = token_logits(weights, shape, output_BTE, targets_BT, share_BT, terms).log_softmax(-1)
+    if not shape.cutoffs:
+        return head
+    first = shape.cutoffs[0]
+    parts = [head[..., :first]]
+    for k in range(1, len(shape.clusters())):
+        names = (f"projection.tail{k}", f"embedding.tail{k}", f"softmax.tail{k}.bias")
+        projection, table, bias = (weights[name] for name in names)
+        rows = (output_BTE @ projection) @ table.mT
+        inside = (rows + (bias if bias.dim() == 1 else bias.unsqueeze(1))).log_softmax(-1)
+        parts.append(inside + head[..., first + k - 1 : first + k])
+    return torch.cat(parts, -1)
 
 
 class RecurrentState(NamedTuple):

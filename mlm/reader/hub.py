@@ -24,7 +24,7 @@ class HubModel(ModelHubMixin):
         return object.__new__(cls)
 
     @classmethod
-    def load_folder(cls, folder: Path, **how: Any) -> Self:
+    def load_folder(cls, folder: Path, name: str | None = None, **how: Any) -> Self:
         """The model of a run folder or a released model."""
         raise NotImplementedError
 

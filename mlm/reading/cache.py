@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +78,44 @@ class Cache:
         some = copy.copy(self)
         some.keys_BSE, some.words_BS = self.keys_BSE[lanes], self.words_BS[lanes]
         return some
+
+    def copy(self) -> Cache:
+        """The same cache; what either remembers, the other does not notice."""
+        return self.select(torch.arange(len(self.words_BS), device=self.words_BS.device))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is remembered, for files."""
+        return {"keys": self.keys_BSE, "words": self.words_BS, "at": torch.tensor(self.at)}
+
+    @staticmethod
+    def of(settings: Sequence[CacheSetting], tensors: Mapping[str, Tensor]) -> Cache:
+        """The cache that remembers these `tensors`."""
+        found = Cache(settings, tensors["keys"][:, :1])
+        found.keys_BSE, found.words_BS = tensors["keys"], tensors["words"]
+        found.at = int(tensors["at"])
+        return found
+
+    @torch.no_grad()
+    def spread(self, log_p_BMV: Tensor, output_BME: Tensor, segment: Segment) -> list[Tensor]:
+        """Log-probabilities (B, M, V) of each setting's mixture; nothing is remembered.
+
+        Args:
+            log_p_BMV: the model's own.
+            output_BME, segment: as in `mix`.
+        """
+        ahead = self.copy()
+        age_MS = ahead._write(output_BME, segment)
+        scores_BMS = output_BME @ ahead.keys_BSE.transpose(1, 2)
+        words_BMS = ahead.words_BS.clamp(min=0).unsqueeze(1).expand_as(scores_BMS)
+        found = []
+        for setting in self.settings:
+            seen_BMS = (age_MS <= setting.window) & (ahead.words_BS != EMPTY).unsqueeze(1)
+            logits_BMS = (setting.theta * scores_BMS).masked_fill(~seen_BMS, -math.inf)
+            p_BMS = logits_BMS.softmax(2).nan_to_num(0)
+            cache_BMV = torch.zeros_like(log_p_BMV).scatter_add_(2, words_BMS, p_BMS)
+            mixed_BMV = (1 - setting.weight) * log_p_BMV.exp() + setting.weight * cache_BMV
+            found.append(mixed_BMV.log().where(seen_BMS.any(2, keepdim=True), log_p_BMV))
+        return found
 
     @torch.no_grad()
     def mix(self, nll_BM: Tensor, output_BME: Tensor, segment: Segment) -> list[Tensor]:

@@ -6,7 +6,7 @@ Letters: B lanes, A articles, M tokens per segment, E width of what the softmax 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,8 +18,7 @@ from mlm.base.errors import UserError
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import Cache, CacheSetting
-from mlm.reading.static import StaticReader
-from mlm.reading.step import begin, prepared, step
+from mlm.reading.lanes import lanes_under
 from mlm.rules.protocol import Bound
 from mlm.text.streams import LaneStream, Segment
 
@@ -43,56 +42,18 @@ class Scores(NamedTuple):
         return total if np.isfinite(total) else float("inf")
 
 
-class _Predicted(NamedTuple):
-    """A segment as it was predicted."""
+def busy_segments(stream: LaneStream) -> Iterator[tuple[Segment, Tensor | None]]:
+    """The segments of the lanes that still read.
 
-    nll: Tensor
-    """(B, M) nats."""
-    output: Tensor
-    """(B, M, E): the last layer's hidden states."""
-    flushed: list[int]
-    """Lanes that the guard reset."""
-
-
-class _Static:
-    """Lanes that read under theta_0."""
-
-    def __init__(self, base: AdaptationBase, lanes: int) -> None:
-        self.reader = StaticReader(base, lanes)
-        self.select = self.reader.select
-
-    def read(self, segment: Segment) -> _Predicted:
-        """Predict a segment, without a gradient."""
-        now = self.reader.read(segment)
-        return _Predicted(now.nll * segment.mask, now.output, [])
-
-
-class _Adapting:
-    """Lanes whose weights a rule rewrites, in two sets of buffers by turns."""
-
-    def __init__(self, base: AdaptationBase, rule: Bound, lanes: int) -> None:
-        self.base, self.rule = prepared(base, rule), rule
-        self.reader = begin(base, lanes, rule)
-        weights = self.reader.weights
-        self.spare, self.other = (
-            {n: torch.empty_like(w) for n, w in weights.items()} for _ in range(2)
-        )
-
-    def select(self, lanes: Tensor) -> None:
-        """Go on with some of the lanes (their indices)."""
-        self.reader = self.reader.select(lanes)
-        self.spare, self.other = (
-            {n: w[: len(lanes)] for n, w in some.items()} for some in (self.spare, self.other)
-        )
-
-    def read(self, segment: Segment) -> _Predicted:
-        """Predict a segment, then learn from it."""
-        now = step(self.base, self.rule, self.reader, segment, self.spare)
-        now.release(self.reader)
-        self.reader = now.after
-        self.spare, self.other = self.other, self.spare
-        flushed = now.flushed.nonzero().flatten().tolist()
-        return _Predicted(now.scored.nll, now.scored.output, flushed)
+    With each come the places, among the lanes before, of those that go on, where some have no next
+    article; None = all go on.
+    """
+    lanes_left = np.arange(stream.lanes)
+    for full in stream:
+        busy = full.article[lanes_left] >= 0
+        keep = None if busy.all() else torch.from_numpy(np.flatnonzero(busy))
+        lanes_left = lanes_left[busy]
+        yield full.select(lanes_left), keep
 
 
 def score_articles(
@@ -117,20 +78,15 @@ def score_articles(
         return _scores(columns, 0.0, 0.0, flushes)
     device = base.weights[base.dynamic[0]].device
     stream = LaneStream(articles, min(lanes, filled), base.segment, eos)
-    readers = _Static(base, stream.lanes) if rule is None else _Adapting(base, rule, stream.lanes)
+    readers = lanes_under(base, rule, stream.lanes)
     caches: Cache | None = None
     clock, mixing = time.perf_counter(), 0.0
     tokens = sum(len(a) for a in articles)
     with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:
-        lanes_left = np.arange(stream.lanes)
-        for full in stream:
-            busy = full.article[lanes_left] >= 0
-            if not busy.all():  # lanes without a next article: nothing to compute there any more
-                keep = torch.from_numpy(np.flatnonzero(busy)).to(device)
-                lanes_left = lanes_left[busy]
-                readers.select(keep)
-                caches = caches.select(keep) if caches else None
-            raw = full.select(lanes_left)
+        for raw, keep in busy_segments(stream):
+            if keep is not None:
+                readers.select(keep.to(device))
+                caches = caches.select(keep.to(device)) if caches else None
             segment = raw.to(device)
             now = readers.read(segment)
             counts = raw.mask.sum(1).tolist()

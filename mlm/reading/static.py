@@ -31,13 +31,18 @@ class StaticReader:
         self.extras = {n: value.select(lanes) for n, value in self.extras.items()}
 
     @torch.no_grad()
-    def read(self, segment: Segment) -> Read:
-        """Predict a segment, without a gradient; losses of padding count, too."""
+    def read(self, segment: Segment, full: bool = False) -> Read:
+        """Predict a segment, without a gradient; losses of padding count, too.
+
+        `full`: whether the log-probabilities of all tokens are wanted (`Read.log_p`).
+        """
         state = self.state.keep(~segment.new)
         extras = open_extras(self.base, self.extras, segment.new, segment.new)
         telling = Telling(self.base, self.base.weights, extras, segment)
         tell = telling if self.base.extensions else None
-        now = self.base.model.read(self.weights, segment.inputs, segment.targets, state, tell=tell)
+        now = self.base.model.read(
+            self.weights, segment.inputs, segment.targets, state, tell=tell, full=full
+        )
         self.state = now.state
         outcome = Outcome(None, segment.mask)
         self.extras = carry_extras(self.base, extras, segment, telling.told, outcome)

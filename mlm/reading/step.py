@@ -181,6 +181,8 @@ class Scored(NamedTuple):
     """What extensions told the output layer."""
     by_added: Tensor | None
     """(B, M, E): of the same sum by what extensions added to the hidden states, if anything."""
+    log_p: Tensor | None
+    """(B, M, V): log-probabilities of all tokens, where they were asked for."""
 
     def of_all_lanes(self, name: str) -> Tensor:
         """That gradient by a shared weight, or the sum over lanes by one that each has."""
@@ -195,6 +197,7 @@ def score_segment(
     learn: Sequence[str] = (),
     taught: Tensor | None = None,
     plain: bool = False,
+    full: bool = False,
 ) -> Scored:
     """Loss and gradient of one segment, every lane under its own weights.
 
@@ -202,18 +205,19 @@ def score_segment(
     short end of an article moves the weights by as much as its tokens weigh. Of the weights in
     `learn` those that the lanes share get a gradient too. `taught` (B, M) names the tokens that
     teach, which gradient and mean loss are of; None = all. Where an extension weighs tokens, the
-    gradient follows it, unless a `plain` one is asked for.
+    gradient follows it, unless a `plain` one is asked for. `full`: whether `log_p` is wanted.
     """
     taught = segment.mask if taught is None else segment.mask & taught
     with torch.enable_grad():
         theta = {n: reader.weights[n].detach().requires_grad_() for n in base.dynamic}
         fixed = {n: base.weights[n].detach().requires_grad_() for n in learn if n not in theta}
-        full = {**base.weights, **fixed, **theta}
-        telling = Telling(base, full, reader.extras, segment)
+        weights = {**base.weights, **fixed, **theta}
+        telling = Telling(base, weights, reader.extras, segment)
         telling.plain = plain
         share = taught.to(reader.age.dtype) / segment.inputs.shape[1]
+        own = own_weights(weights)
         now = base.model.read(
-            own_weights(full), segment.inputs, segment.targets, reader.state, share, telling
+            own, segment.inputs, segment.targets, reader.state, share, telling, full=full
         )
         # A tail of the adaptive softmax that no token of the segment touches has no gradient.
         found = torch.autograd.grad(
@@ -228,7 +232,7 @@ def score_segment(
     gradients = dict(zip([*theta, *fixed], found, strict=False))
     shared = {name: gradients.pop(name) for name in fixed}
     state, output = now.state.detach(), now.output.detach()
-    return Scored(nll, loss, gradients, state, output, shared, telling.told, by_added)
+    return Scored(nll, loss, gradients, state, output, shared, telling.told, by_added, now.log_p)
 
 
 class Step(NamedTuple):
@@ -262,12 +266,14 @@ def step(
     segment: Segment,
     out: Weights | None = None,
     learn: Sequence[str] = (),
+    full: bool = False,
 ) -> Step:
     """One step of reading: predict, score, update, carry.
 
     Lanes flagged `segment.new` are reset first. Where an extension finds that an article begins
     unmarked, the weights go back to theta_0 at once: what follows is read again, from there
-    (`Restart`). `out` receives the new weights (for speed; it must not be the reader's own).
+    (`Restart`). `out` receives the new weights (for speed; it must not be the reader's own);
+    `full` asks for the log-probabilities of all tokens (`Scored.log_p`).
 
     The guard: lanes above `base.limit` nats per token are scored as they are and reset before the
     next segment; lanes with non-finite weights, or without a finite loss (which shows before any
@@ -277,14 +283,14 @@ def step(
     start = rule.start()
     new = segment.new | reader.exploded
     reader = open_articles(base, start, reader, new)
-    scored = score_segment(base, reader, segment, learn)
+    scored = score_segment(base, reader, segment, learn, full=full)
     some = [w for n, w in reader.weights.items() if not n.endswith("/slow")]  # part of the weights
     whole = torch.stack([w.flatten(1).sum(1).isfinite() for w in some]).all(0)
     broken = ~(whole & scored.loss.isfinite() & _finite(scored.gradients))
     if bool(broken.any()):
         reader = open_articles(base, start, reader, broken)
         buffers.release(scored.gradients.values())
-        scored = score_segment(base, reader, segment, learn)
+        scored = score_segment(base, reader, segment, learn, full=full)
         new = new | broken
     restart, reader = find_restart(base, reader, segment)
     taught = segment.mask
@@ -292,7 +298,8 @@ def step(
         taught = taught & restart.taught
         reader = open_articles(base, start, reader, torch.zeros_like(new), restart.lanes)
         buffers.release(scored.gradients.values())
-        scored = _joined(restart, scored, score_segment(base, reader, segment, learn, taught))
+        again = score_segment(base, reader, segment, learn, taught, full=full)
+        scored = _joined(restart, scored, again)
         new = new | restart.lanes
     signal = Signal(scored.loss, reader.age)
     weights = rule.update(reader.weights, scored.gradients, signal, out)
@@ -322,8 +329,11 @@ def find_restart(
 def _joined(restart: Restart, before: Scored, again: Scored) -> Scored:
     """The segment as it was predicted: `before` the article began, and `again` from there."""
     nll = torch.where(restart.follows, again.nll, before.nll)
-    output = torch.where(restart.follows.unsqueeze(2), again.output, before.output)
-    return again._replace(nll=nll, output=output)
+    follows = restart.follows.unsqueeze(2)
+    output, log_p = torch.where(follows, again.output, before.output), again.log_p
+    if log_p is not None and before.log_p is not None:
+        log_p = torch.where(follows, log_p, before.log_p)
+    return again._replace(nll=nll, output=output, log_p=log_p)
 
 
 def _finite(gradients: Weights) -> Tensor:

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError
-from mlm.kernels.bfloat16 import use_bfloat16
-from mlm.kernels.compile import use_kernels
 from mlm.kernels.processor import multiplies_bfloat16
+from mlm.kernels.switches import use
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
 from mlm.models.low_rank import check_rank
 from mlm.settings.config import Config
@@ -199,9 +198,8 @@ def open_run(config: Config, quiet: bool = False) -> Run:
     device = choose_device(config.device)
     if "lm" in config.stages:
         resolve_precision(config.lm.precision, device)
-    use_kernels(config.adapt.kernels == "auto")
     lower = in_bfloat16(config.adapt)
-    use_bfloat16(lower)
+    use(kernels=config.adapt.kernels == "auto", bfloat16=lower)
     if config.adapt.precision == "bfloat16" and not lower and device.type == "cpu":
         say(
             "--adapt.precision bfloat16: this processor is faster in float32, which is used instead"

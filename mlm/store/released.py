@@ -31,9 +31,10 @@ BLANK = "0" * 64
 
 
 def portable(config: Config) -> Config:
-    """Settings that mean the same everywhere: without paths, threads and device.
+    """Settings that mean the same everywhere: without paths, threads, device and precision.
 
-    The corpus keeps its bare name.
+    The corpus keeps its bare name. Products are float32, so that a processor's bfloat16 moves no
+    number.
     """
     usual = Config()
     places = ("out", "resume", "overwrite", "device", "threads")
@@ -44,6 +45,7 @@ def portable(config: Config) -> Config:
         | {
             "corpus": re.split(r"[/\\]", config.corpus.rstrip("/\\"))[-1] or "corpus",
             "text.data_dir": usual.text.data_dir,
+            "adapt.precision": "float32",
             "lm.init": None,
             "lm.through": through,  # the adaptation base holds what that run left
             "lm.through_run": None,

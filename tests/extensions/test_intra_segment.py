@@ -19,7 +19,8 @@ from mlm.extensions import Extensions, IntraSegment, NGramMemory, SurpriseWeight
 from mlm.extensions.ngram_memory import ALIKE, LONGEST_CONTEXT
 from mlm.extensions.word_coupling import COUPLING, couple
 from mlm.models.base import AdaptationBase, fold_low_rank
-from mlm.models.output_layer import MOST_TAUGHT, coupled, similarity
+from mlm.models.low_rank import coupled
+from mlm.models.output_layer import MOST_TAUGHT, similarity
 from mlm.reading.meta_gradient import meta_gradient
 from mlm.reading.scoring import score_articles
 from mlm.reading.step import Step, begin, prepared, step

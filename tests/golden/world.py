@@ -39,7 +39,7 @@ from mlm.extensions.ngram_embeddings import NGrams, most_frequent
 from mlm.extensions.ngram_memory import STEPS as ROW_STEPS
 from mlm.extensions.ngram_read_out import ReadOut, learn_read_out
 from mlm.extensions.word_coupling import couple, coupling_of
-from mlm.kernels.bfloat16 import use_bfloat16
+from mlm.kernels.switches import use
 from mlm.models.base import AdaptationBase, fold_low_rank
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import DIRECTIONS
@@ -98,7 +98,7 @@ def quietly(engine: str = "compiled") -> Iterator[None]:
     """One thread, one engine, float32 factors never rounded: the state of a fresh process."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    use_bfloat16(False)
+    use(bfloat16=False)
     try:
         with kernels.eager() if engine == "eager" else contextlib.nullcontext():
             yield

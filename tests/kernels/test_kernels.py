@@ -206,7 +206,7 @@ def test_a_tensor_released_is_acquired_again() -> None:
     assert buffers.acquire((4, 300_000), small).data_ptr() != where
     buffers.release([like])
     buffers.clear()
-    assert not buffers._free
+    assert not buffers._pool.free
 
 
 @pytest.mark.parametrize("learns", [True, False])
@@ -243,7 +243,7 @@ def test_reading_reuses_memory_and_nobody_sees_it(learns: bool) -> None:
         reused = weights(0, monkey)
         for name in base.dynamic:  # gradients, and weights of before a lane was reset
             w = base.weights[name]
-            assert len(buffers._free[tuple(w.shape), w.dtype]) == 1 + learns
+            assert len(buffers._pool.free[tuple(w.shape), w.dtype]) == 1 + learns
     buffers.clear()
     for a, b in zip(plain, reused, strict=True):
         assert torch.equal(a, b)

@@ -14,7 +14,7 @@ from conftest import Command
 from tiny import as_flags, tiny_config, write_corpus
 
 from mlm.base.errors import UserError
-from mlm.kernels import bfloat16, processor
+from mlm.kernels import bfloat16, processor, use
 from mlm.runs.run import open_run
 from mlm.training.language_model import resolve_precision
 
@@ -68,13 +68,15 @@ def test_lanes_products_are_float32_with_one_line_unless_bfloat16_is_native(
 ) -> None:
     monkeypatch.setattr("mlm.runs.run.multiplies_bfloat16", lambda: native)
     x = torch.ones(2, 2)
-    with bfloat16.bfloat16_products(False):  # restores what the process had
+    try:
         open_run(tiny_config(tmp_path, tmp_path / "run", adapt__precision="bfloat16"))
         assert bfloat16.lowered(x).dtype == (torch.bfloat16 if native else torch.float32)
         line = "--adapt.precision bfloat16: this processor is faster in float32, which is used"
         assert capsys.readouterr().err == ("" if native else f"{line} instead\n")
         open_run(tiny_config(tmp_path, tmp_path / "run"))
         assert bfloat16.lowered(x) is x
+    finally:
+        use(bfloat16=False)  # as the process had it
     assert not capsys.readouterr().err
 
 

@@ -14,11 +14,9 @@ import torch
 from conftest import Finished
 from settings.pairs import World, all_choices, all_pairs, base_config, covering
 
-from mlm import kernels
 from mlm.base.errors import UserError
 from mlm.extensions import Extensions
-from mlm.kernels.bfloat16 import use_bfloat16
-from mlm.kernels.compile import use_kernels
+from mlm.kernels.switches import use
 from mlm.models.base import choose_dynamic
 from mlm.models.low_rank import folds
 from mlm.models.recurrent import BaseModel
@@ -46,8 +44,7 @@ def _as_it_was() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
-    use_kernels(kernels.numba is not None)
-    use_bfloat16(False)
+    use(kernels=True, bfloat16=False)
 
 
 def runs(world: World, chosen: dict[str, Any]) -> None:
