@@ -153,7 +153,10 @@ def test_words_that_are_predicted() -> None:
     ("text", "message"),
     [
         (None, "no file"),
-        ("word\tzone\nthe\t1\n", "it needs the tab-separated columns word, zone, item, gmeanItemRT"),
+        (
+            "word\tzone\nthe\t1\n",
+            "it needs the tab-separated columns word, zone, item, gmeanItemRT",
+        ),
         (HEAD + "the\t1\t1\t9\t300\tfast\n", "it needs the tab-separated columns"),
         (HEAD + "the\t1\t1\t9\t300\t300\n", "one story only"),
         (HEAD + "the\t1\t1\t9\t300\t300\nold\t1\t2\t9\t300\t0\n", "must be positive; line 3"),
@@ -188,7 +191,8 @@ def test_bad_frequencies(text: str | None, message: str, command: Command, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("word", "plain"), [("Boar?'", "boar"), ("'It's", "it's"), ("—", "—"), ("so-called", "so-called")]
+    ("word", "plain"),
+    [("Boar?'", "boar"), ("'It's", "it's"), ("—", "—"), ("so-called", "so-called")],
 )
 def test_words_as_frequencies_count_them(word: str, plain: str) -> None:
     assert bare(word) == plain

@@ -84,7 +84,7 @@ def test_surprisal_is_kept_with_the_document(nlp: Any, spacy: Any) -> None:
 def test_other_typography_and_marks_of_joints(spacy: Any) -> None:
     """Curly quotes, and the hyphen that the model spells as "@-@", have places in the text."""
     pipe = importlib.import_module("mlm.adapters.spacy_pipe")
-    pieces = [" \"", " mi", "ll", " @-@", " wheel"]
+    pieces = [' "', " mi", "ll", " @-@", " wheel"]
     row = {
         "word": "“mill-wheel",
         "char_start": 10,
