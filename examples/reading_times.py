@@ -163,9 +163,10 @@ def counted(path: Path) -> Callable[[str], float]:
     return lambda word: math.log(counts.get(bare(word), 0.5)) - total
 
 
-def model_frequency(model: Any) -> Callable[[str], float]:
-    """Log frequency of a word by the model's output bias."""
-    raise NotImplementedError
+def by_bias(model: mlm.TrainedModel) -> Callable[[str], float]:
+    """Log frequency of a word by the model's output bias: the sum over its pieces."""
+    log_p = model.weights["softmax.bias"].double().log_softmax(0).cpu().numpy()
+    return lambda word: float(log_p[model.vocabulary.encode_line(bare(word))].sum())
 
 
 def align(corpus: Corpus, score: Callable[[list[str]], pa.Table]) -> Scored:
@@ -308,7 +309,7 @@ def main() -> None:
     corpus = read_times(options.times)
     frequency = counted(options.frequencies) if options.frequencies else None
     model = mlm.load(options.model)
-    frequency = frequency or model_frequency(model)
+    frequency = frequency or by_bias(model)
     predictors = baseline(corpus, np.array([frequency(word) for word in corpus.words]))
     results = {}
     for protocol in options.protocols:

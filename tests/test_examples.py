@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import Command
+from conftest import Command, Finished
 from tiny import invented_words
 
 from examples.reading_times import BEFORE, bare, log_likelihood, usable
@@ -120,6 +120,22 @@ def test_no_effect_is_not_found(command: Command, counts: Path, tmp_path: Path) 
     assert all(row["nats per 1,000 words"] < 2 for row in rows)
 
 
+def test_a_trained_model_reads_the_stories(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    """Every word is found in its table; frequencies are those of its output bias."""
+    times = write_times(tmp_path / "times.tsv", effect=0.01)
+    flags = ("--times", times, "--model", finished.folder, "--rules", "two_levels")
+    done = command("examples.reading_times", *flags, "--protocols", "article")
+    assert done.code == 0, done.err
+    head, *lines = done.out.splitlines()
+    assert head.startswith("protocol  rule")
+    assert [line.split()[:2] for line in lines] == [
+        ["article", "static"],
+        ["article", "two_levels"],
+    ]
+
+
 def test_likelihood_is_that_of_a_regression_on_the_other_stories() -> None:
     """Story by story, with an intercept per story, against the formula."""
     rng = np.random.default_rng(3)
@@ -153,7 +169,10 @@ def test_words_that_are_predicted() -> None:
     ("text", "message"),
     [
         (None, "no file"),
-        ("word\tzone\nthe\t1\n", "it needs the tab-separated columns word, zone, item, gmeanItemRT"),
+        (
+            "word\tzone\nthe\t1\n",
+            "it needs the tab-separated columns word, zone, item, gmeanItemRT",
+        ),
         (HEAD + "the\t1\t1\t9\t300\tfast\n", "it needs the tab-separated columns"),
         (HEAD + "the\t1\t1\t9\t300\t300\n", "one story only"),
         (HEAD + "the\t1\t1\t9\t300\t300\nold\t1\t2\t9\t300\t0\n", "must be positive; line 3"),
@@ -188,7 +207,8 @@ def test_bad_frequencies(text: str | None, message: str, command: Command, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("word", "plain"), [("Boar?'", "boar"), ("'It's", "it's"), ("—", "—"), ("so-called", "so-called")]
+    ("word", "plain"),
+    [("Boar?'", "boar"), ("'It's", "it's"), ("—", "—"), ("so-called", "so-called")],
 )
 def test_words_as_frequencies_count_them(word: str, plain: str) -> None:
     assert bare(word) == plain
