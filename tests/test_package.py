@@ -43,6 +43,19 @@ LITTLE = {
 }
 
 
+RELEASED = tuple(
+    f"mlm/released/stand-in/{name}"
+    for name in (
+        "config.json",
+        "README.md",
+        "tuning.json",
+        "vocabulary/vocabulary.json",
+        "checkpoints/memory.safetensors",
+    )
+)
+"""Files of a released model that is added to the sources."""
+
+
 class Installed(NamedTuple):
     """A wheel and an environment of its own that holds nothing else."""
 
@@ -79,6 +92,9 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
         shutil.copytree(ROOT / name, source / name, ignore=kept)
     for file in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), ROOT / "pyproject.toml", ROOT / "LICENSE"]:
         shutil.copy(file, source)
+    for name in (*RELEASED, "mlm/released/stand-in/losses.parquet"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("{}", encoding="utf-8")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
     offline = ("--no-index", "--no-deps", "--quiet")
     build = ("wheel", source, "--no-build-isolation", "--wheel-dir", home, *offline)
@@ -93,13 +109,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
 
 
 def test_wheel_holds_the_package(installed: Installed) -> None:
-    """Every file of mlm/, the mark of types and the licence; nothing else of the project."""
+    """Every file of mlm/, the mark of types and the licence; nothing else of the project.
+
+    Of released models what reading needs.
+    """
     with zipfile.ZipFile(installed.wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
         about = {name.partition(".dist-info/")[2] for name in archive.namelist()}
     files = (path.relative_to(ROOT) for path in (ROOT / "mlm").rglob("*") if path.is_file())
     expected = {path.as_posix() for path in files if "__pycache__" not in path.parts}
-    assert found == expected
+    assert found == expected | set(RELEASED)
     assert {"mlm/py.typed", "mlm/cli/train.py", "mlm/__main__.py"} <= found
     assert "licenses/LICENSE" in about
     assert f"mlm-{mlm.__version__}-" in installed.wheel.name
@@ -111,6 +130,8 @@ def test_installed_command(installed: Installed, tmp_path: Path) -> None:
     where = installed.run(tmp_path, python, "-c", "import mlm; print(mlm.__file__)")
     assert Path(where.strip()).is_relative_to(installed.python.parents[1])
     assert installed.run(tmp_path, command, "--version") == f"mlm {mlm.__version__}\n"
+    code = "from mlm.store import released_models; print(*released_models())"
+    assert "stand-in" in installed.run(tmp_path, python, "-c", code).split()
     text = installed.run(tmp_path, python, "-m", "mlm", "--help")
     assert all(c.name in text and c.summary in text and c.example in text for c in COMMANDS)
     corpus = write_corpus(tmp_path / "toy", train=5, valid=2, test=2)
@@ -142,7 +163,7 @@ def test_unknown_command(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    message = "error: mlm tarin: no such command; choose from train, evaluate, show\n"
+    message = "error: mlm tarin: no such command; choose from train, evaluate, show, export\n"
     assert capsys.readouterr().err == message
 
 

@@ -34,9 +34,24 @@ COMMANDS = (
         "mlm evaluate runs/pydocs --split test",
     ),
     Command(
+        "score",
+        "score any text, word by word, with a model that learns while it reads",
+        "mlm score README.md",
+    ),
+    Command(
+        "audit",
+        "check a model's promises on a text: causal, normalised, every word counted",
+        "mlm audit runs/pydocs",
+    ),
+    Command(
         "show",
         "draw the pictures of a run folder and its page of coloured words",
         "mlm show runs/pydocs",
+    ),
+    Command(
+        "export",
+        "write a run folder as a released model: compact, checked, only read",
+        "mlm export runs/pydocs models/mine --rules static rms three_levels",
     ),
 )
 _NAMES = ", ".join(command.name for command in COMMANDS)

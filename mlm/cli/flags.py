@@ -202,3 +202,11 @@ def help_text(head: str, settings: Sequence[Setting], everything: bool) -> str:
     for section, group in itertools.groupby(others, lambda s: s.path.rpartition(".")[0]):
         lines += ["", f"  {section}", *(line for s in group for line in _lines(s, width))]
     return "\n".join(lines)
+
+
+def all_flags_help(head: str, settings: Sequence[Setting]) -> str:
+    """`head`, then all flags, for a script with few of them."""
+    width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)
+    return "\n".join(
+        [head.rstrip(), "", "flags:", *(x for s in settings for x in _lines(s, width))]
+    )

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ import torch
 from mlm.base.errors import UserError
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, RULES, STATIC
 from mlm.kernels.switches import Switches, computing
+from mlm.reader.hub import HubModel
 from mlm.reader.reader import MAIN, DocumentReader, spell
 from mlm.reader.tracks import Track
 from mlm.reader.words import STATS, Batch, Details, Prices, column, rows, schema
@@ -25,6 +26,7 @@ from mlm.runs.rules import Ready, ready_rule
 from mlm.runs.run import Run, choose_device, threads_of
 from mlm.settings.config import Config
 from mlm.spelling import FORMS, Word, WordFeed
+from mlm.store.released import find_model
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about, load_tensors
 from mlm.text.streams import LaneStream, Segment
@@ -45,7 +47,7 @@ class _Text(NamedTuple):
     costs: np.ndarray
 
 
-class TrainedModel:
+class TrainedModel(HubModel):
     """A language model and the rules that rewrite its weights while it reads.
 
     Products are float32 and kernels compiled, whatever the process has set, so that the same text
@@ -54,9 +56,33 @@ class TrainedModel:
 
     def __init__(self, run: Run, name: str) -> None:
         """Called by `load`."""
-        self.name, self._run = name, run
+        self.name, self._run, self.folder = name, run, run.folder.path
         self._switches = Switches(threads=threads_of(run.config, first=False))
         self._ready: dict[tuple[str, str], Ready] = {}
+
+    @classmethod
+    def load_folder(
+        cls,
+        folder: Path,
+        name: str | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        threads: int = 0,
+        **how: Any,
+    ) -> Self:
+        """The model of a run folder or a released model; see `load`.
+
+        Raises:
+            UserError: `how` holds anything.
+        """
+        if how:
+            raise UserError(f"no such setting of a model to load: {', '.join(how)}")
+        config = RunFolder(folder).load_config()
+        threads = threads or config.threads
+        config = dataclasses.replace(
+            config, out=folder, stages=("evaluate",), device=device, threads=threads
+        )
+        run = Run(config, RunFolder(folder), choose_device(device), quiet=True)
+        return cls(run, name or folder.name)
 
     # -- what it is ---------------------------------------------------------------------------
 
@@ -192,6 +218,8 @@ class TrainedModel:
             found = list(self._read_many(documents, names, lanes, bool(stats)))
         tables = []
         for number, (text, prices, after, details) in enumerate(found):
+            if not text.words:
+                continue
             batch = Batch(number, 0, text.words, text.first, len(text.tokens))
             tables.append(rows(of, batch, prices, after, details, self._names))
         return pa.concat_tables([of.empty_table(), *tables])
@@ -323,25 +351,22 @@ def _behind(segment: Segment) -> Segment:
 
 
 def load(
-    name: str | Path, device: Literal["auto", "cpu", "cuda"] = "auto", threads: int = 0
+    name: str | Path,
+    revision: str | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    threads: int = 0,
 ) -> TrainedModel:
     """A trained model.
 
     Args:
-        name: a released model, or the folder of a finished run, such as `runs/pydocs`.
+        name: a released model such as `wikipedia-small`, the folder of a finished run such as
+            `runs/pydocs`, or a hub id such as `user/name`.
+        revision: of a hub id: a branch, a tag or a commit.
         device: where to compute.
         threads: CPU threads of reading; 0 = as the model's settings say, else PyTorch's choice.
 
     Raises:
         UserError: no such model, or its files are damaged.
     """
-    path = Path(name)
-    config = RunFolder(path).load_config()
-    config = dataclasses.replace(
-        config, out=path, stages=("evaluate",), device=device, threads=threads or config.threads
-    )
-    adapt = dataclasses.replace(config.adapt, precision="float32")
-    run = Run(
-        dataclasses.replace(config, adapt=adapt), RunFolder(path), choose_device(device), True
-    )
-    return TrainedModel(run, str(name))
+    folder = find_model(name, revision)
+    return TrainedModel.load_folder(folder, name=str(name), device=device, threads=threads)

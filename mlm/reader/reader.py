@@ -117,7 +117,7 @@ class DocumentReader:
         self._last = vocabulary.eos_id
         self._left: list[int] = []
         """Tokens of ended documents that fill no segment yet (stream)."""
-        self._device = torch.device("cpu")
+        self._device = next(iter(tracks.values())).starts_word.device
 
     # -- reading ------------------------------------------------------------------------------
 

@@ -152,7 +152,10 @@ class Track:
                 "with the model and the rule that it was saved with"
             )
         self.fresh.begin(like.of(tensors))
-        own = {n.removeprefix(CACHED): t for n, t in tensors.items() if n.startswith(CACHED)}
+        device = self.starts_word.device
+        own = {
+            n.removeprefix(CACHED): t.to(device) for n, t in tensors.items() if n.startswith(CACHED)
+        }
         self.cache = Cache.of(self.setting, own) if own else None
         self._forget_state()
         self.open()

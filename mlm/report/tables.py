@@ -130,6 +130,17 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def totals_markdown(rows: Sequence[Row]) -> str:
+    """Return the totals alone as Markdown, a table for each split and protocol."""
+    lines: list[str] = []
+    for split, protocol in _groups(rows):
+        totals = _of(rows, "total", split=split, protocol=protocol)
+        corpus = escape_markdown(f"{totals[0].get('corpus', '')} {split}".strip())
+        words = f"{totals[0]['words']:,} words, {totals[0].get('articles', 0):,} articles"
+        lines += [f"{corpus}, protocol {protocol}: {words}", "", *_totals_table(totals)]
+    return "\n".join(lines)
+
+
 def _rules(rows: Sequence[Row]) -> list[str]:
     """What every rule of the tables is, once."""
     texts = rule_texts({row["rule"] for row in rows})

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mlm.runs.evaluate import evaluate_run, stage_evaluate
     from mlm.runs.language_model import stage_lm
     from mlm.runs.meta import stage_meta
-    from mlm.runs.rules import Ready, load_learned, ready_rule, tuned_rule
+    from mlm.runs.rules import Ready, load_learned, ready_rule, ready_rules, tuned_rule
     from mlm.runs.run import Run, open_run
     from mlm.runs.stages import run_stages
 
@@ -22,6 +22,7 @@ __all__ = [
     "new_base",
     "open_run",
     "ready_rule",
+    "ready_rules",
     "run_stages",
     "stage_evaluate",
     "stage_lm",
@@ -36,7 +37,7 @@ __getattr__, __dir__ = lazily(
         "evaluate": "evaluate_run stage_evaluate",
         "language_model": "stage_lm",
         "meta": "stage_meta",
-        "rules": "Ready load_learned ready_rule tuned_rule",
+        "rules": "Ready load_learned ready_rule ready_rules tuned_rule",
         "run": "Run open_run",
         "stages": "run_stages",
     },

@@ -48,6 +48,10 @@ def check_folder(run: Run) -> None:
     if not (above.is_dir() and os.access(above, os.W_OK)):
         problem = "cannot be written" if above.is_dir() else "is no folder"
         raise UserError(f"--out {path}: {above} {problem}; choose another folder")
+    if folder.released:
+        raise UserError(
+            f"--out {path} holds a released model, which is only read; choose another folder"
+        )
     if config.resume and not folder.config_file.exists():
         raise UserError(
             f"--resume: {path} holds no run to continue. Leave --resume out to start one, or name "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
         where the results are, and all rows of its evaluation.json.
     """
     evaluation = run.config.evaluation
-    folder = run.folder.path
+    folder = run.results or run.folder.path
     if corpus and corpus != run.config.corpus:
         folder = folder / f"on-{open_corpus(corpus).name}"
     corpus = corpus or run.config.corpus
@@ -194,9 +195,11 @@ def draw(folder: Path, split: str | None = None) -> None:
     print("pictures:", *draw_all(folder, split), sep="\n  ", flush=True)
 
 
-def evaluate_run(config: Config, corpus: str | None, pictures: bool) -> None:
-    """What `evaluate.py` does: score, print, draw."""
-    run = open_run(config)
+def evaluate_run(
+    config: Config, corpus: str | None, pictures: bool, results: Path | None = None
+) -> None:
+    """What `evaluate.py` does: score, print, draw; `results` None = in the run folder."""
+    run = dataclasses.replace(open_run(config), results=results)
     folder, rows = stage_evaluate(run, corpus)
     show(folder, rows)
     if pictures:

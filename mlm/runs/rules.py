@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, HAND_MADE, LEARNED, rule_label
+from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, STATIC, rule_label, rule_order
 from mlm.models.base import AdaptationBase, unfold_low_rank
 from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
@@ -38,17 +38,60 @@ BESIDE = "weights/"
 """Beginning of the names of weights beside a rule's parameters."""
 
 
-def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
-    """The best setting under this key of tuning.json, tried and remembered there if need be."""
-    path = run.folder.path / "tuning.json"
+TUNING = "tuning.json"
+"""Where settings of hand-made rules and of caches are kept."""
+
+
+def _known(run: Run) -> dict[str, Any]:
+    """What tuning.json holds, by rule and protocol."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads((run.folder.path / TUNING).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):  # not tuned yet, or damaged: tune again
-        known = {}
-    mark = identity(run, key.partition("/")[0].removesuffix(CACHE) in LEARNED)
+        return {}
+
+
+def of_learned(key: str) -> bool:
+    """Whether a key of tuning.json is of a learned rule, with a cache on top."""
+    return key.partition("/")[0].removesuffix(CACHE) in LEARNED
+
+
+def tuned_settings(run: Run) -> dict[str, dict[str, float]]:
+    """The settings in tuning.json that are the run's, by `<rule>/<protocol>`."""
+    marks = {learned: identity(run, learned) for learned in (False, True)}
+    return {
+        key: entry["setting"]
+        for key, entry in _known(run).items()
+        if entry.get("identity") == marks[of_learned(key)]
+    }
+
+
+def ready_rules(run: Run, protocol: str) -> list[str]:
+    """Rules of a run folder that can read without being tuned or trained first, in order."""
+    learned = {name for name in LEARNED if run.folder.checkpoint(name).exists()}
+    tuned = {key.partition("/")[0] for key in tuned_settings(run) if key.endswith("/" + protocol)}
+    able = {STATIC, *learned, *(tuned & set(HAND_MADE))}
+    return sorted(able | {r for r in tuned if r.removesuffix(CACHE) in able}, key=rule_order)
+
+
+def _ready_ones(run: Run, protocol: str) -> str:
+    return f"Rules that are ready: {', '.join(ready_rules(run, protocol))}"
+
+
+def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
+    """The best setting under this key of tuning.json, tried and remembered there if need be.
+
+    Raises:
+        UserError: it is not there, and the folder is a released model's.
+    """
+    path, known, mark = run.folder.path / TUNING, _known(run), identity(run, of_learned(key))
     if known.get(key, {}).get("identity") == mark:
         return known[key]["setting"]
     rule, _, protocol = key.partition("/")
+    if run.folder.released:
+        raise UserError(
+            f"{rule} in protocol {protocol} has no settings in {run.folder.path}, and tuning needs "
+            f"the text that the model was trained with. {_ready_ones(run, protocol)}"
+        )
     budget = run.config.evaluation.budget
     say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
     found = trials()
@@ -144,6 +187,9 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
         UserError: missing, not finite, or trained for other dynamic weights.
     """
     path = run.folder.checkpoint(name)
+    if run.folder.released and not path.exists():
+        ready = _ready_ones(run, PROTOCOLS[0])
+        raise UserError(f"{name} is not in {run.folder.path}, a released model. {ready}")
     tensors, about = load_tensors(path, "train the meta-learner first (`--stages meta`)")
     if tuple(about["dynamic"]) != base.dynamic:
         raise UserError(
@@ -193,20 +239,25 @@ class Ready(NamedTuple):
     """For the table."""
 
 
+def cache_window(run: Run) -> int:
+    """Tokens that a neural cache remembers: as many words as the settings say, on validation."""
+    text = run.validation_text(run.config.evaluation.tune_words)
+    return round(run.config.evaluation.cache_words * text.tokens_per_word)
+
+
 def ready_rule(run: Run, name: str, protocol: str) -> Ready:
     """The rule of this name, tuned or loaded, with a tuned cache on top if its name ends so."""
     base = name.removesuffix(CACHE)
     ready = _ready(run, base, protocol)
     if base == name:
         return ready
-    text = run.validation_text(run.config.evaluation.tune_words)
-    window = round(run.config.evaluation.cache_words * text.tokens_per_word)
-    budget = run.config.evaluation.budget
 
     def trials() -> list[Trial]:
+        budget, window = run.config.evaluation.budget, cache_window(run)
         return tune_cache(ready.base, ready.bound, run.tune_text, protocol, budget, window)
 
-    found = _tuned(run, f"{name}/{protocol}", trials)
+    found = dict(_tuned(run, f"{name}/{protocol}", trials))
+    window = int(found.pop("window", 0)) or cache_window(run)
     cache = (CacheSetting(found["theta"], found["weight"], window),)
     more = {f"cache {key}": value for key, value in found.items()}
     return ready._replace(cache=cache, setting={**ready.setting, **more})

@@ -95,6 +95,8 @@ class Run:
     folder: RunFolder
     device: torch.device
     quiet: bool = False
+    results: Path | None = None
+    """Where scores go; None = the run folder."""
 
     # -- texts ------------------------------------------------------------------------------
 

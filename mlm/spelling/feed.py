@@ -6,7 +6,7 @@ import re
 from typing import NamedTuple
 
 from mlm.base.errors import UserError
-from mlm.spelling.layout import FORMS, Layout
+from mlm.spelling.layout import FORMS, LineLayout
 from mlm.spelling.tokenise import CLOSERS, ENDS, Spelling, tokenise
 
 _GAP = re.compile(r"(\s+)")
@@ -69,7 +69,7 @@ class WordFeed:
         self._begin()
 
     def _begin(self) -> None:
-        self._layout = Layout(self.form)
+        self._layout = LineLayout(self.form)
         self._held: list[str] = []
         self._last = ""  # the last character held
         self._at = 0  # where in the text what is held begins

@@ -15,7 +15,7 @@ FENCE = re.compile(r"(`{3,}|~{3,})[^`]*")
 _NEWLINE = re.compile(r"\r\n|\n|\r")
 
 
-class Layout:
+class LineLayout:
     """Reads a text word by word: `begin`, then `forms` and `ends_line` for each word."""
 
     def __init__(self, form: str) -> None:

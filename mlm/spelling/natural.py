@@ -60,7 +60,7 @@ def _joins(before: str, word: str, after: str) -> tuple[bool, bool]:
     """Whether a word joins the one before it and the one after it in natural spelling."""
     if word in _BOTH:
         return True, True
-    if word == "...":
+    if len(word) > 1 and not word.strip("."):
         opens = before in ("", '"', "(", "[")
         return not opens, opens
     if word == ":":

@@ -6,17 +6,20 @@ from mlm.base.lazy import lazily
 
 if TYPE_CHECKING:
     from mlm.store.models import load_base, load_lm, save_base, save_lm
+    from mlm.store.released import find_model, released_models
     from mlm.store.run_folder import RunFolder, commit, machine
     from mlm.store.tensors import load_about, load_tensors, save_tensors
 
 __all__ = [
     "RunFolder",
     "commit",
+    "find_model",
     "load_about",
     "load_base",
     "load_lm",
     "load_tensors",
     "machine",
+    "released_models",
     "save_base",
     "save_lm",
     "save_tensors",
@@ -26,6 +29,7 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "models": "load_base load_lm save_base save_lm",
+        "released": "find_model released_models",
         "run_folder": "RunFolder commit machine",
         "tensors": "load_about load_tensors save_tensors",
     },

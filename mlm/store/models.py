@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.extensions.learned_basis import folded_matrices, follow_weights
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import LanguageModel
+from mlm.models.low_rank import LOW
 from mlm.models.recurrent import BaseModel, RecurrentLM
 from mlm.models.snail import SnailShape
 from mlm.store.tensors import load_tensors, save_tensors
@@ -76,12 +78,14 @@ def save_base(
     vocabulary_hash: str,
     identity: str = "",
     made_with: Sequence[str] = (),
+    packed: bool = False,
 ) -> None:
     """Write theta_0, the Fisher and what extensions made.
 
     Args:
         identity: names what it was made from.
         made_with: the extensions that it depends on.
+        packed: in less space, less exactly (`mlm.store.compact`).
     """
     tensors = {f"theta_0/{n}": w for n, w in base.weights.items()}
     tensors |= {f"rms/{n}": r for n, r in base.rms.items()}
@@ -94,7 +98,7 @@ def save_base(
         "identity": identity,
         "made_with": list(made_with),
     }
-    save_tensors(path, tensors, about)
+    save_tensors(path, tensors, about, packed=tensors if packed else ())
 
 
 def load_base(
@@ -121,7 +125,7 @@ def load_base(
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
-    return AdaptationBase(
+    base = AdaptationBase(
         _shape(about),
         part("theta_0/"),
         tuple(about["dynamic"]),
@@ -129,3 +133,6 @@ def load_base(
         about["loss"],
         about["segment"],
     )
+    # Of a released model, L_0 is left to follow from the matrix and its basis.
+    whole = all(name + LOW in base.weights for name in folded_matrices(base))
+    return base if whole else follow_weights(base, base.static)

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import naming, write_text
 from mlm.settings.config import Config
 from mlm.settings.record import from_dict, to_dict
+from mlm.store.released import RELEASE, check_files, is_released, portable
 from mlm.store.versions import FORMAT
 
 RESULTS = (
@@ -32,6 +33,8 @@ RESULTS = (
     "figures/*.csv",
 )
 """What the stages leave in a run folder (and in its `on-*` folders) that belongs to one model."""
+ENTRIES = ("format", "config", "command", "versions", "machine", "commit")
+"""Of config.json; that of a released model has one more."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,11 @@ class RunFolder:
         rows = [json.dumps(row) + "\n" for row in self.rows() if keep(row)]
         write_text(self.metrics_file, "".join(rows))
 
+    @property
+    def released(self) -> bool:
+        """Whether this is a released model, which is only read."""
+        return is_released(self.path)
+
     def save_config(self, config: Config) -> None:
         """Write config.json: settings, command, versions, machine, commit."""
         record = {
@@ -100,11 +108,11 @@ class RunFolder:
         }
         write_text(self.config_file, json.dumps(record, indent=1) + "\n")
 
-    def load_config(self) -> Config:
-        """The settings the run was made with.
+    def load_record(self) -> dict[str, Any]:
+        """All of config.json.
 
         Raises:
-            UserError: no run folder, or a damaged config.json.
+            UserError: no run folder, damaged, or of another version.
         """
         if not self.config_file.exists():
             raise UserError(
@@ -115,16 +123,43 @@ class RunFolder:
             record = json.loads(self.config_file.read_text(encoding="utf-8"))
             written = record.get("format", "of an earlier version")
             if written != FORMAT:
+                way = (
+                    "install that version"
+                    if RELEASE in record
+                    else "train again with another --out"
+                )
                 raise UserError(
                     f"{self.path} was made by another version of mlm (format {written}, now "
-                    f"{FORMAT}); train again with another --out"
+                    f"{FORMAT}); {way}"
                 )
-            return from_dict(record["config"])
+            other = [name for name in record if name not in (*ENTRIES, RELEASE)]
+            if other:
+                raise ValueError(f"unknown entry {other[0]!r}")
+            return record
+        except (ValueError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(
+            f"{self.config_file} is damaged ({error}). Restore it, or train again with another "
+            "--out"
+        )
+
+    def load_config(self) -> Config:
+        """The settings the run was made with; of a released model, whose files are checked first,
+        without any path but its folder's.
+
+        Raises:
+            UserError: no run folder, or a damaged config.json or file of a released model.
+        """
+        record = self.load_record()
+        if RELEASE in record:
+            check_files(self.path, record)
+        try:
+            config = from_dict(record["config"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.config_file} is damaged ({error}). Restore it, or train again with another "
-                "--out"
-            ) from None
+            raise self._damaged(error) from None
+        return replace(portable(config), out=self.path) if RELEASE in record else config
 
 
 def machine() -> dict[str, Any]:

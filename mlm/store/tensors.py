@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,31 @@ from torch import Tensor
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
+from mlm.store.compact import pack, unpack
 from mlm.store.versions import differences, written_now
 
 
 def save_tensors(
-    path: Path, tensors: dict[str, Tensor], about: dict[str, Any], of_model: bool = False
+    path: Path,
+    tensors: dict[str, Tensor],
+    about: dict[str, Any],
+    of_model: bool = False,
+    packed: Collection[str] = (),
 ) -> None:
     """Write tensors and a JSON description to a safetensors file, atomically.
 
     Args:
         of_model: it depends on nothing but the language model (`mlm.store.versions`).
+        packed: names of those to keep in less space, less exactly (`mlm.store.compact`).
     """
     from safetensors.torch import save
 
     plain = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
-    body = save(plain, metadata={"mlm": json.dumps({**about, **written_now(of_model, plain)})})
+    about = {**about, **written_now(of_model, plain)}
+    if packed:
+        less, about["packing"] = pack({n: plain.pop(n) for n in packed})
+        plain |= less
+    body = save(plain, metadata={"mlm": json.dumps(about)})
     with atomic_path(path) as temporary:
         temporary.write_bytes(body)
 
@@ -44,9 +54,8 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
             about = json.loads((file.metadata() or {})["mlm"])
             other = differences(about, file.keys())
             if other:
-                raise UserError(
-                    f"{path} was written by another version of mlm ({other}); run its stage again"
-                )
+                way = "install that version" if "packing" in about else "run its stage again"
+                raise UserError(f"{path} was written by another version of mlm ({other}); {way}")
             yield file, about
     except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
@@ -70,7 +79,9 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
     """
     with _opened(path, what) as (file, about):
         # Cloned: a tensor in the mapped file lies unaligned, and kernels then round otherwise.
-        return {name: file.get_tensor(name).clone() for name in file.keys()}, about  # noqa: SIM118
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        packing = about.pop("packing", None)
+        return (tensors if packing is None else unpack(tensors, packing)), about
 
 
 def adam_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:

@@ -39,6 +39,10 @@ __all__ = [
 ]
 
 
+NAMED = ("pydocs", *HUB_CONFIGS)
+"""Corpora that are known by name."""
+
+
 _FORMS = (".txt", ".tokens", ".raw")
 
 
@@ -61,7 +65,7 @@ def open_corpus(name: str) -> Corpus:
     if not path.exists():
         raise UserError(
             f"no corpus {name!r}: neither a file or directory of that path nor a known name. "
-            f"Known names: pydocs, {', '.join(HUB_CONFIGS)}"
+            f"Known names: {', '.join(NAMED)}"
         )
     if path.is_file():
         return SingleFile(path)

@@ -7,6 +7,7 @@ words, so the tokens that start a word (`Vocabulary.starts_word`) count exactly 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mlm.base.errors import UserError
-from mlm.base.files import atomic_path
+from mlm.base.files import atomic_path, write_text
 from mlm.base.names import EOS
 from mlm.text.articles import Article, count_words
 
@@ -40,6 +41,9 @@ _FITTED_TYPES = 1_000_000  # SentencePiece is fitted on at most this many types 
 
 
 _FORMAT = 1
+
+
+_JSON = "vocabulary.json"
 
 
 class Vocabulary(ABC):
@@ -67,8 +71,22 @@ class Vocabulary(ABC):
         """Text of the tokens of one word."""
 
     @abstractmethod
-    def save(self, directory: Path) -> None:
-        """Write the vocabulary below `directory`, atomically; `load_vocabulary` reads it."""
+    def _body(self) -> bytes:
+        """All that the vocabulary is made of: SentencePiece's model, or the words."""
+
+    def save(self, directory: Path, as_json: bool = False) -> None:
+        """Write the vocabulary below `directory`, atomically; `load_vocabulary` reads it.
+
+        Args:
+            as_json: as `vocabulary.json`, the form of released models, not `vocabulary.model`.
+        """
+        header: dict[str, Any] = {"kind": self.kind, "hash": self.hash, "format": _FORMAT}
+        if as_json:
+            text = json.dumps(header | {"model": base64.b64encode(self._body()).decode()})
+            write_text(Path(directory) / _JSON, text + "\n")
+            return
+        with atomic_path(Path(directory) / "vocabulary.model") as path:
+            path.write_bytes(json.dumps(header).encode() + b"\n" + self._body())
 
     def encode_line(self, line: str) -> list[int]:
         """Tokens of the words of one line, without its `<eos>`."""
@@ -139,8 +157,8 @@ class WordVocabulary(Vocabulary):
     def _word(self, tokens: Sequence[int]) -> str:
         return self.types[tokens[0]]
 
-    def save(self, directory: Path) -> None:
-        _save_vocabulary(directory, self.kind, self.hash, "\n".join(self.types).encode())
+    def _body(self) -> bytes:
+        return "\n".join(self.types).encode()
 
 
 class PieceVocabulary(Vocabulary):
@@ -181,23 +199,21 @@ class PieceVocabulary(Vocabulary):
     def _word(self, tokens: Sequence[int]) -> str:
         return b"".join(self._bytes[token] for token in tokens).decode("utf-8", "replace")
 
-    def save(self, directory: Path) -> None:
-        _save_vocabulary(directory, self.kind, self.hash, self._model)
-
-
-def _save_vocabulary(directory: Path, kind: str, digest: str, body: bytes) -> None:
-    header = json.dumps({"kind": kind, "hash": digest, "format": _FORMAT}).encode()
-    with atomic_path(Path(directory) / "vocabulary.model") as path:
-        path.write_bytes(header + b"\n" + body)
+    def _body(self) -> bytes:
+        return self._model
 
 
 def load_vocabulary(directory: Path) -> Vocabulary:
     """Read what `Vocabulary.save` wrote; `UserError` if it is missing or damaged."""
     path = Path(directory) / "vocabulary.model"
+    released = not path.exists() and (Path(directory) / _JSON).exists()
+    path = Path(directory) / _JSON if released else path
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         header = json.loads(head)
         kind = header["kind"]
+        if released:
+            body = base64.b64decode(header["model"])
         vocabulary: Vocabulary
         if kind == "word":
             vocabulary = WordVocabulary(body.decode().split("\n"))
