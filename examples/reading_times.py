@@ -21,7 +21,8 @@ its mean, which is taken from all variables: so it is defined for the story left
 
 Frequencies come from `--frequencies FILE.tsv` (word, tab, count; upper and lower case are one
 word). Without it they are the language model's own: the sum of the log-softmax of its output bias
-over the pieces of the word, a unigram estimate from its training text.
+over the pieces of the word. That is a rough unigram estimate, and a baseline with rough frequencies
+leaves more for surprisal to explain: give counts of a large text for a figure to publish.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ import tyro
 import mlm
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
+from mlm.base.names import rule_label
 from mlm.report.evaluation import bootstrap_interval, mean_gain
 from mlm.store.run_folder import commit, machine
 
@@ -262,7 +264,7 @@ def rows(results: dict[tuple[str, str], Result]) -> list[dict[str, Any]]:
     """The table: nats per 1,000 words of every protocol and rule, and what they are over static."""
     table = []
     for (protocol, rule), found in results.items():
-        row: dict[str, Any] = {"protocol": protocol, "rule": rule}
+        row: dict[str, Any] = {"protocol": protocol, "rule": rule_label(rule)}
         row["bits per word"] = found.bits_per_word
         more = {"nats per 1,000 words": found.nats_A}
         if rule != "static":
@@ -311,9 +313,10 @@ def main() -> None:
     model = mlm.load(options.model)
     frequency = frequency or by_bias(model)
     predictors = baseline(corpus, np.array([frequency(word) for word in corpus.words]))
+    rules = [model.best if rule == "best" else rule for rule in ("static", *options.rules)]
     results = {}
     for protocol in options.protocols:
-        for rule in dict.fromkeys(("static", *options.rules)):
+        for rule in dict.fromkeys(rules):
             scored = align(
                 corpus, lambda t, r=rule, p=protocol: model.score_many(t, rule=r, protocol=p)
             )
