@@ -150,6 +150,13 @@ ENGINE: dict[str, dict[str, str]] = {
         "time / static": "time over static",
         "4 levels / it": "time of 4 levels over it",
     },
+    "reading": {
+        "protocol": "protocol",
+        "rule": "rule",
+        "bits per word": "bits per word",
+        "nats per 1,000 words": "nats per 1,000 words",
+        "over static": "over static",
+    },
     "pareto": {
         "dynamic": "weights that adapt",
         "rank": "rank",

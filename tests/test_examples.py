@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import Command
+from conftest import Command, Finished
 from tiny import invented_words
 
+from benchmarks.readme import engine
 from examples.reading_times import BEFORE, bare, log_likelihood, usable
 
 HEAD = "word\tzone\titem\tnItem\tmeanItemRT\tgmeanItemRT\n"
@@ -81,7 +82,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(command: Command, times: Path, counts: Path, *more: object) -> list[dict[str, Any]]:
     """The rows that the example writes."""
-    out = times.with_suffix(".json")
+    out = times.with_name("reading_times.json")
     done = command(
         "examples.reading_times",
         *("--times", times, "--model", "some/model", "--frequencies", counts, "--json", out),
@@ -93,6 +94,9 @@ def run(command: Command, times: Path, counts: Path, *more: object) -> list[dict
     assert found["settings"]["times"] == times.name
     rows = found["rows"]
     assert all(row["protocol"] in done.out for row in rows)
+    page = engine(str(out))
+    assert page[0] == ("| protocol | rule | bits per word | nats per 1,000 words | over static |")
+    assert len(page) == len(rows) + 4
     return rows
 
 
@@ -118,6 +122,22 @@ def test_no_effect_is_not_found(command: Command, counts: Path, tmp_path: Path) 
     rows = run(command, times, counts, "--protocols", "article", "--sentence-ends")
     assert [row["rule"] for row in rows] == ["static", "learned"]
     assert all(row["nats per 1,000 words"] < 2 for row in rows)
+
+
+def test_a_trained_model_reads_the_stories(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    """Every word is found in its table; frequencies are those of its output bias."""
+    times = write_times(tmp_path / "times.tsv", effect=0.01)
+    flags = ("--times", times, "--model", finished.folder, "--rules", "two_levels")
+    done = command("examples.reading_times", *flags, "--protocols", "article")
+    assert done.code == 0, done.err
+    head, *lines = done.out.splitlines()
+    assert head.startswith("protocol  rule")
+    assert [line.split()[:2] for line in lines] == [
+        ["article", "static"],
+        ["article", "2"],
+    ]
 
 
 def test_likelihood_is_that_of_a_regression_on_the_other_stories() -> None:

@@ -40,7 +40,7 @@ class SurprisalPipe:
         model: what `mlm.load` takes, or what it has given.
         rule: how the weights are rewritten while a document is read.
         form: how the texts are written.
-        attribute: the name below `._.`, so that components of several rules can stand in a pipeline.
+        attribute: the name below `._.`, so that a pipeline can hold components of several rules.
     """
 
     def __init__(
@@ -61,9 +61,7 @@ class SurprisalPipe:
 
     def __call__(self, doc: Doc) -> Doc:
         """Read a document, from the static weights on."""
-        table = self.model.score_many(
-            [doc.text], rule=self.rule, form=self.form, stats=("pieces",)
-        )
+        table = self.model.score_many([doc.text], rule=self.rule, form=self.form, stats=("pieces",))
         doc.user_data[self.key] = divide(table.to_pylist())
         return doc
 

@@ -97,6 +97,11 @@ class TrainedModel(HubModel):
         return self._run.vocabulary
 
     @property
+    def weights(self) -> Mapping[str, torch.Tensor]:
+        """theta_0, the trained weights by name."""
+        return self._run.base.weights
+
+    @property
     def segment(self) -> int:
         """M: tokens between two updates."""
         return self._run.base.segment

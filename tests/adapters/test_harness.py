@@ -113,6 +113,20 @@ def test_text_ends_before_the_first_stop(model: Any, monkeypatch: pytest.MonkeyP
     assert greedy == again < 1e-3
 
 
+def test_a_trained_model_continues_greedily(harness: Any, finished: Finished) -> None:
+    """After a full stop a line ends, as in all its text; likelihoods are differences."""
+    model = harness.HarnessLM(str(finished.folder), rule="two_levels", batch_size="auto")
+    context, text = " ".join(["badoku fegi lamone ."] * 9), "\n"
+    found = model.loglikelihood(asked((context, text), (context, " lamone")), disable_tqdm=True)
+    assert [greedy for _, greedy in found] == [True, False]
+    assert found[0][0] > found[1][0]
+    whole = model.loglikelihood_rolling(asked((context,), (context + text,)))
+    assert found[0][0] == pytest.approx(whole[1] - whole[0], abs=1e-3)
+    (written,) = model.generate_until(asked((context, {"max_gen_toks": 3})), disable_tqdm=True)
+    assert len(written.split()) <= 3
+    assert written.split(), "it writes"
+
+
 def test_without_the_harness_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
     monkeypatch.delitem(sys.modules, "mlm.adapters.harness", raising=False)

@@ -88,7 +88,7 @@ def test_the_corrected_surprisal_is_that_of_minicons(peer: Peer, text: str) -> N
 def test_without_a_beginning_minicons_moves_the_words(peer: Peer) -> None:
     """Without `bos_token` the first token has no score, and minicons' words begin a token late:
     its first word lacks its own first token and has the next word's."""
-    nll, boundary, first = peer.prices(TEXTS[0])
+    *_, first = peer.prices(TEXTS[0])
     assert first[1] == 2, "the first word has two tokens"
     (tokens,) = peer.scorer.token_score(TEXTS[0], surprisal=True)
     assert tokens[0][1] == 0.0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 from adapters.stand_in import Model, pieces_of
+from conftest import Finished
 
+import mlm
 from mlm.adapters import IncrementalLMScorer
 
 TEXT = "The old mill, by the old river.\nThe old mill slept."
@@ -73,3 +77,39 @@ def test_ranks(scorer: IncrementalLMScorer) -> None:
     (tokens,) = scorer.token_score("mill mill mill mill", rank=True, surprisal=True)
     assert all(len(token) == 3 for token in tokens)
     assert {rank for *_, rank in tokens} == {1, 2}
+
+
+def test_scores_of_a_trained_model(finished: Finished) -> None:
+    """Its own table says the same, whose pieces are those of the words."""
+    model = mlm.load(finished.folder)
+    text = "\n".join(["Badoku fegi, lamone piru (badoku)."] * 6)
+    flags = {"surprisal": True, "base_two": True}
+    table = model.reader("two_levels", stats=("rank", "pieces")).score(text)
+    (tokens,) = IncrementalLMScorer(model, "two_levels").token_score(text, rank=True, **flags)
+    rows, at = table.to_pylist(), 0
+    for row in rows:
+        own = tokens[at : at + row["n_tokens"]]
+        assert sum(bits for _, bits, _ in own) == pytest.approx(row["surprisal_plain"], abs=1e-3)
+        assert own[0][2] == row["rank"]
+        assert own[0][0].startswith(" ")
+        spelled = "".join(token for token, *_ in own).replace(" ", "")
+        assert spelled == ("<eos>" if row["word"].isspace() else row["word"])
+        at += row["n_tokens"]
+    assert at == len(tokens)
+    for column, correction in (("surprisal_plain", False), ("surprisal", True)):
+        (words,) = IncrementalLMScorer(model, "two_levels").word_score(
+            text, bow_correction=correction, **flags
+        )
+        assert [bits for _, bits in words] == pytest.approx(table[column].to_pylist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("section", ["pandas", "The names of minicons"])
+def test_the_page_of_adapters_runs(
+    section: str, finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "adapters.md"
+    part = page.read_text(encoding="utf-8").partition(f"## {section}\n")[2].partition("\n## ")[0]
+    for code in re.findall(r"^```python\n(.*?)^```", part, re.M | re.S):
+        exec(code.replace("wikipedia-small", str(finished.folder)), {})
+    shown = capsys.readouterr().out
+    assert "river" in shown or "keeper" in shown

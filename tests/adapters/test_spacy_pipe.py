@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapters.stand_in import Model
+from conftest import Finished
 
 from mlm.base.errors import UserError
 
@@ -26,7 +27,7 @@ def spacy() -> Any:
 
 
 @pytest.fixture
-def nlp(spacy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def nlp(spacy: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """An English tokeniser and two components, on a model that costs nothing."""
     pipe = importlib.import_module("mlm.adapters.spacy_pipe")
     monkeypatch.setattr(pipe, "load", lambda name: Model())
@@ -34,7 +35,7 @@ def nlp(spacy: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     nlp.add_pipe("mlm_surprisal", config={"model": "any"})
     static = {"model": "any", "rule": "static", "attribute": "static_bits"}
     nlp.add_pipe("mlm_surprisal", name="static", config=static)
-    yield nlp
+    return nlp
 
 
 def by_word(rule: str) -> list[dict[str, Any]]:
@@ -96,6 +97,18 @@ def test_other_typography_and_marks_of_joints(spacy: Any) -> None:
     assert pipe.divide([row]) == [(10, 11, 1), (11, 15, 2), (15, 16, 1), (16, 21, 1.5)]
     other = row | {"word": "„Mühlenrad!"}
     assert pipe.divide([other]) == [(10, 21, 5.5)]
+
+
+def test_the_page_of_adapters_runs(
+    spacy: Any, finished: Finished, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (PYPROJECT.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.partition("## spaCy")[2], re.M | re.S)
+    importlib.import_module("mlm.adapters.spacy_pipe")
+    names: dict[str, Any] = {}
+    exec(code.replace("wikipedia-small", str(finished.folder)), names)
+    assert all(token._.surprisal is not None for token in names["doc"])
+    assert "('lamp', " in capsys.readouterr().out
 
 
 def test_without_spacy_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
