@@ -36,7 +36,7 @@ class Toy(HubModel):
     rule: str = "static"
 
     @classmethod
-    def load_folder(cls, folder: Path, **how: Any) -> Self:
+    def load_folder(cls, folder: Path, name: str | None = None, **how: Any) -> Self:
         RunFolder(folder).load_config()
         return cls(folder, **how)
 
@@ -191,6 +191,7 @@ def test_a_trained_model_is_saved_and_loaded(finished: Finished, tmp_path: Path)
     again, twice = (TrainedModel.from_pretrained(tmp_path / "model") for _ in range(2))
     assert again.rules == model.rules
     assert again.best == model.best
+    assert again.name == str(tmp_path / "model")
     text = corpus_text(1, seed=7)
     bits = [m.score_many([text])["surprisal"].to_numpy() for m in (model, again, twice)]
     assert abs(bits[0].mean() - bits[1].mean()) < 3e-3
