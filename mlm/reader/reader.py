@@ -374,7 +374,7 @@ class DocumentReader:
         """Text that goes on from what was read and `prompt`, drawn word by word.
 
         It is drawn from a copy, which learns from what it draws; this reader does not change.
-        `<unk>` is never drawn. A line end counts as a word.
+        `<unk>` is never drawn, the text and its lines begin with words. A line end counts as a word.
 
         Args:
             words: so many, at most.
@@ -402,6 +402,8 @@ class DocumentReader:
             while True:
                 log_p = writer._next_log_p(writer._tracks[main]) / temperature
                 log_p[vocabulary.unk_id] = -math.inf
+                if not drawn or drawn[-1] == vocabulary.eos_id:
+                    log_p[~vocabulary.starts_word] = -math.inf
                 p = np.exp(log_p - log_p.max())
                 token = int(generator.choice(len(p), p=p / p.sum()))
                 begun += bool(vocabulary.starts_word[token])
@@ -411,4 +413,4 @@ class DocumentReader:
                 document.tokens.append(token)
                 if len(document.tokens) == writer._segment:
                     writer._read_segment()
-        return detokenise(["\n" if w == EOS else w for w in vocabulary.words(drawn)])
+        return detokenise(vocabulary.words(drawn))
