@@ -51,7 +51,7 @@ from mlm.extensions import (
 )
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
-from mlm.runs.evaluate import stage_evaluate
+from mlm.runs.evaluate import results_folder, stage_evaluate
 from mlm.runs.identity import identity
 from mlm.runs.rules import tuned_rule
 from mlm.runs.run import Run, open_run, say
@@ -308,9 +308,7 @@ def read(reading: Reading, run: Run, corpus: str) -> LossTable:
     Raises:
         UserError: a loss is not finite.
     """
-    split, folder = run.config.evaluation.split, reading.path
-    if corpus != run.config.corpus:
-        folder = folder / f"on-{open_corpus(corpus).name}"
+    split, folder = run.config.evaluation.split, results_folder(run, corpus)
     wanted = {(split, p, rule) for p in PROTOCOLS for rule in reading.columns}
     rows = read_evaluation(folder)
     if not wanted <= {(r["split"], r["protocol"], r["rule"]) for r in rows}:

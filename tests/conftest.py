@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pytest
 import torch
@@ -20,6 +20,9 @@ from mlm.base.errors import run_cli
 from mlm.kernels.switches import use
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
+
+if TYPE_CHECKING:
+    from mlm.reader import TrainedModel
 
 # One process on each core: with two threads in each they only wait for each other.
 torch.set_num_threads(1)
@@ -124,3 +127,31 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
         return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
+    """A tiny trained model with every extension that learned rules read with."""
+    from mlm.reader import load
+
+    home = tmp_path_factory.mktemp("reader")
+    config = tiny_config(
+        write_corpus(home / "toy"),
+        home / "run",
+        stages=("lm", "meta", "evaluate"),
+        lm__epochs=2.0,
+        adapt__dynamic="softmax.low,lstm.*.input.low,lstm.*.recurrent,bias",
+        adapt__rank=16,
+        meta__rules=("four_levels",),
+        meta__steps=1,
+        evaluation__rules=("static", "rms", "rms+cache", "four_levels"),
+        extensions__word_coupling__directions=4,
+        extensions__boundaries__on=True,
+        extensions__intra_segment__on=True,
+        extensions__learned_basis__words=200,
+        extensions__ngram_memory__tokens=256,
+        extensions__ngram_read_out__words=200,
+        extensions__surprise_weighting__share=0.25,
+    )
+    run_stages(config, quiet=True)
+    return load(home / "run")

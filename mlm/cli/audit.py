@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +15,7 @@ from mlm.cli.inputs import open_sources
 
 if TYPE_CHECKING:
     from mlm.reader import TrainedModel
-    from mlm.reader.audit import Document, Training
+    from mlm.reader.audit import Check, Document, Training
     from mlm.settings.config import Config
 
 HELP = """\
@@ -85,7 +86,7 @@ def audit_model(options: Options) -> None:
     if options.audit_words < 1:
         raise UserError(f"--audit-words {options.audit_words}: must be at least 1")
     from mlm.reader import load
-    from mlm.reader.audit import audit, format_check, format_verdict
+    from mlm.reader.audit import audit
 
     model = load(options.model, device=options.device, threads=options.threads)
     rules = list(dict.fromkeys(model.best if rule == "best" else rule for rule in options.rules))
@@ -171,3 +172,18 @@ def _training(model: TrainedModel) -> Training | None:
     except (UserError, OSError, StopIteration):
         return None
     return articles
+
+
+def format_check(check: Check) -> str:
+    """A check as two lines for the terminal: verdict and worst deviation, then what was done."""
+    verdict = {True: "pass", False: "FAIL", None: "not checked"}[check.passed]
+    about = textwrap.wrap(check.about, 84, initial_indent=" " * 13, subsequent_indent=" " * 13)
+    return "\n".join([f"{verdict:<13}{check.name}; worst: {check.worst}", *about])
+
+
+def format_verdict(checks: Sequence[Check]) -> str:
+    """How many checks failed or could not be done."""
+    failed = sum(check.passed is False for check in checks)
+    unknown = sum(check.passed is None for check in checks)
+    passed = len(checks) - failed - unknown
+    return f"{passed} passed, {failed} failed, {unknown} not checked"

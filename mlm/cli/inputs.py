@@ -10,10 +10,14 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mlm.base.errors import UserError
 from mlm.spelling import guess_form
 from mlm.text.lines import read_lines
+
+if TYPE_CHECKING:
+    from mlm.reader.model import Form
 
 STDIN = "-"
 """The name of standard input on the command line."""
@@ -33,8 +37,8 @@ class Source:
 
     name: str
     """As messages call it."""
-    form: str
-    """One of `mlm.spelling.FORMS`."""
+    form: Form
+    """How it is written."""
     size: int
     """UTF-8 bytes, unpacked."""
     documents: int
@@ -96,7 +100,9 @@ def _file(name: str, form: str, split_on: re.Pattern[str] | None) -> Source:
 
 def _standard_input(form: str, split_on: re.Pattern[str] | None) -> Source:
     """Standard input, held in memory: it can be read only once, and is checked first."""
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None:
+        raise UserError("there is no standard input here; name a text file")
+    if sys.stdin.isatty():
         print("reading standard input; end it with Ctrl-D", file=sys.stderr, flush=True)
     data = sys.stdin.buffer.read()
     try:
@@ -146,7 +152,7 @@ def _checked(
     return Source(name, _form(path, form, "".join(start)), size, documents, path, "", split_on)
 
 
-def _form(path: Path | None, form: str, start: str) -> str:
+def _form(path: Path | None, form: str, start: str) -> Any:
     """The form asked for; `auto` goes by the file's name, then by how the text begins."""
     if form != "auto":
         return form

@@ -90,7 +90,7 @@ def main() -> None:
     _check(options)
     sources = open_sources(options.files, options.form, compiled(options.split_on))
     _check_texts(options, sources)
-    score(options, sources)
+    score_texts(options, sources)
 
 
 def _check(options: Options) -> None:
@@ -150,7 +150,7 @@ def _check_texts(options: Options, sources: Sequence[Source]) -> None:
         )
 
 
-def score(options: Options, sources: Sequence[Source]) -> None:
+def score_texts(options: Options, sources: Sequence[Source]) -> None:
     """Read the texts, write files as rows come, print the summary."""
     from mlm.reader import load
     from mlm.reader.summary import Summary
@@ -254,7 +254,7 @@ class Reading:
         """Words outside the vocabulary."""
         self._documents = 0  # whose rows have been written
         self._held: list[str] = []
-        self._form = ""
+        self._form: Any = None
         self._readers: dict[str, DocumentReader] = {}
         alone = options.protocol == "stream" or options.memory or options.save_memory
         self._side_by_side = not alone and options.lanes > 1

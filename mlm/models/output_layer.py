@@ -81,7 +81,7 @@ def taught_logits(error_BTV: Tensor, keys_BTI: Tensor, by: Teaching) -> Tensor:
     return lost_BTV
 
 
-def corrected(
+def after_teaching(
     logits_BTV: Tensor, targets_BT: Tensor, keys_BTI: Tensor, by: Teaching, share_BT: Tensor
 ) -> Tensor:
     """Logits (B, T, V) of a segment whose words have taught those behind them.
@@ -439,7 +439,7 @@ def token_logits(
     by = None if keys is None else teaching(weights, terms)
     if keys is None or by is None:
         return logits
-    return corrected(logits, targets_BT, keys, by, share_BT)
+    return after_teaching(logits, targets_BT, keys, by, share_BT)
 
 
 def _logits(

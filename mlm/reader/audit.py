@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from torch import Tensor
 
-from mlm.base.names import PROTOCOLS, STATIC, rule_label
+from mlm.base.names import STATIC, rule_label
 from mlm.kernels.switches import computing
 from mlm.reader.reader import spell
 from mlm.reader.tracks import Track
@@ -25,9 +24,9 @@ from mlm.text.articles import count_words
 from mlm.text.streams import LaneStream, Segment
 
 if TYPE_CHECKING:
-    from mlm.reader import TrainedModel
+    from mlm.reader.model import Form, Protocol, TrainedModel
 
-WORDS = 2000
+AUDITED = 2000
 """So many words are read in the checks that read."""
 
 PLACES = 5
@@ -64,7 +63,7 @@ class Document(NamedTuple):
 
     title: str
     text: str
-    form: str
+    form: Form
 
 
 Training = Callable[[], Iterable[str]]
@@ -75,7 +74,7 @@ Training = Callable[[], Iterable[str]]
 
 
 def check_causal(
-    model: TrainedModel, rule: str, protocol: str, document: Document, seed: int = 0
+    model: TrainedModel, rule: str, protocol: Protocol, document: Document, seed: int = 0
 ) -> Check:
     """Changing the text from word k on changes no loss before k, and not the prediction of k.
 
@@ -107,7 +106,7 @@ def check_causal(
     return Check(
         f"causal: {_named(rule, protocol)}",
         worst == 0.0,
-        _exactly(worst),
+        f"{worst:.1e} bits" if worst else "no difference",
         f"text shuffled from {len(places)} places on; {compared:,} losses before them and the "
         "predictions there compared bit for bit",
     )
@@ -166,7 +165,7 @@ class Prediction(NamedTuple):
 
 
 def predictions(
-    model: TrainedModel, rule: str, protocol: str, documents: Sequence[Document]
+    model: TrainedModel, rule: str, protocol: Protocol, documents: Sequence[Document]
 ) -> Iterator[Prediction]:
     """What is predicted while the documents are read, with the extensions and cache of the rule."""
     vocabulary, own = model.vocabulary, model._track(rule, protocol, 1)
@@ -197,7 +196,7 @@ def _read(track: Track, segment: Segment) -> tuple[Tensor, Tensor]:
 
 
 def check_sums(
-    model: TrainedModel, rule: str, protocol: str, documents: Sequence[Document]
+    model: TrainedModel, rule: str, protocol: Protocol, documents: Sequence[Document]
 ) -> list[Check]:
     """Every prediction sums to one over the vocabulary, and a loss is what was predicted."""
     sums = losses = 0.0
@@ -251,15 +250,11 @@ def check_blind(model: TrainedModel, rule: str, document: Document, seed: int = 
     )
 
 
-def _exactly(bits: float) -> str:
-    return "no difference" if bits == 0 else f"{bits:.1e} bits"
-
-
 # -- lanes, chunks, order -------------------------------------------------------------------------
 
 
 def check_chunks(
-    model: TrainedModel, rule: str, protocol: str, document: Document, seed: int = 0
+    model: TrainedModel, rule: str, protocol: Protocol, document: Document, seed: int = 0
 ) -> Check:
     """A text read in pieces of any length has the losses of the text read at once, bit for bit."""
     reader = model.reader(rule=rule, protocol=protocol, form=document.form)
@@ -279,7 +274,7 @@ def check_chunks(
     return Check(
         f"chunks: {_named(rule, protocol)}",
         worst == 0.0,
-        _exactly(worst),
+        f"{worst:.1e} bits" if worst else "no difference",
         f"{len(usual):,} words read in {pieces} pieces and at once, compared bit for bit",
     )
 
@@ -462,9 +457,9 @@ def audit(
     model: TrainedModel,
     documents: Sequence[Document],
     rules: Sequence[str],
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[Protocol] = ("article", "stream"),
     training: Training | None = None,
-    words: int = WORDS,
+    words: int = AUDITED,
     seed: int = 0,
 ) -> Iterator[Check]:
     """All checks, one after the other.
@@ -502,18 +497,3 @@ def cut(documents: Sequence[Document], words: int) -> list[Document]:
 
 def _named(rule: str, protocol: str) -> str:
     return f"{rule_label(rule)}, {protocol}"
-
-
-def format_check(check: Check) -> str:
-    """A check as two lines for the terminal: verdict and worst deviation, then what was done."""
-    verdict = {True: "pass", False: "FAIL", None: "not checked"}[check.passed]
-    about = textwrap.wrap(check.about, 84, initial_indent=" " * 13, subsequent_indent=" " * 13)
-    return "\n".join([f"{verdict:<13}{check.name}; worst: {check.worst}", *about])
-
-
-def format_verdict(checks: Sequence[Check]) -> str:
-    """How many checks failed or could not be done."""
-    failed = sum(check.passed is False for check in checks)
-    unknown = sum(check.passed is None for check in checks)
-    passed = len(checks) - failed - unknown
-    return f"{passed} passed, {failed} failed, {unknown} not checked"

@@ -96,4 +96,4 @@ class HubModel(ModelHubMixin):
             local_files_only=local_files_only,
             token=token,
         )
-        return cls.load_folder(folder, **how)
+        return cls.load_folder(folder, **{"name": model_id, **how})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from mlm.base.errors import UserError
-from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, RULES, STATIC
+from mlm.base.names import CACHE, LEARNED, PROTOCOLS, RULES, STATIC, rule_order
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.hub import HubModel
 from mlm.reader.reader import MAIN, DocumentReader, spell
@@ -22,7 +21,7 @@ from mlm.reader.tracks import Track
 from mlm.reader.words import STATS, Batch, Details, Prices, column, rows, schema
 from mlm.reading.lanes import lanes_under
 from mlm.reading.scoring import busy_segments
-from mlm.runs.rules import Ready, ready_rule
+from mlm.runs.rules import Ready, ready_rule, ready_rules
 from mlm.runs.run import Run, choose_device, threads_of
 from mlm.settings.config import Config
 from mlm.spelling import FORMS, Word, WordFeed
@@ -108,17 +107,9 @@ class TrainedModel(HubModel):
 
     @cached_property
     def rules(self) -> tuple[str, ...]:
-        """The rules that it can read with at once: static, tuned and trained ones."""
-        folder = self._run.folder
-        try:
-            tuned = json.loads((folder.path / "tuning.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            tuned = {}
-        names = {key.partition("/")[0] for key in tuned}
-        learned = [name for name in LEARNED if folder.checkpoint(name).exists()]
-        hand_made = [name for name in HAND_MADE if name in names]
-        plain = [STATIC, *hand_made, *learned]
-        return (*plain, *(name + CACHE for name in plain if name + CACHE in names))
+        """The rules that it can read with at once, in any protocol: static, tuned and trained."""
+        ready = {rule for protocol in PROTOCOLS for rule in ready_rules(self._run, protocol)}
+        return tuple(sorted(ready, key=rule_order))
 
     @cached_property
     def best(self) -> str:

@@ -19,7 +19,7 @@ from mlm.report.evaluation import bootstrap_interval, mean_gain, perplexity, pos
 CELL = 20
 """Words whose gains are kept as one sum."""
 
-BLOCK = 200
+BLOCK_WORDS = 200
 """Words of a block that is resampled where there are few documents; a multiple of `CELL`."""
 
 FEW_DOCUMENTS = 10
@@ -112,7 +112,7 @@ class Summary:
         edges = position_edges(longest)
         bin_N = np.searchsorted(edges, table["word_id"].to_numpy(), side="right") - 1
         bits = {name: table[where].to_numpy() for name, where in self._columns.items()}
-        _extend(self.words_D, np.diff([*first_D, len(document_N)]), goes_on)
+        _extend(self.words_D, np.diff(np.append(first_D, len(document_N))), goes_on)
         self._words_P += np.bincount(bin_N, minlength=_BINS)
         for name, bits_N in bits.items():
             _extend(self._bits_D[name], np.add.reduceat(bits_N, first_D), goes_on)
@@ -140,7 +140,9 @@ class Summary:
             return gained, bootstrap_interval(
                 mean_gain, gain_D, np.array(self.words_D), resamples=_RESAMPLES, seed=self.seed
             )
-        return gained, block_interval(*self._gains[name].sums(), BLOCK // CELL, seed=self.seed)
+        return gained, block_interval(
+            *self._gains[name].sums(), BLOCK_WORDS // CELL, seed=self.seed
+        )
 
     @property
     def by_blocks(self) -> bool:
@@ -202,14 +204,16 @@ class Summary:
         """How the intervals were made, or why there are none."""
         if not self.by_blocks:
             return "[ ]: 95 % interval, bootstrap over documents"
-        if self.words < _FEWEST_BLOCKS * BLOCK:
-            return f"no intervals: fewer than {_FEWEST_BLOCKS * BLOCK:,} words in one sequence"
-        return f"[ ]: 95 % interval, bootstrap over blocks of {BLOCK} words"
+        if self.words < _FEWEST_BLOCKS * BLOCK_WORDS:
+            return (
+                f"no intervals: fewer than {_FEWEST_BLOCKS * BLOCK_WORDS:,} words in one sequence"
+            )
+        return f"[ ]: 95 % interval, bootstrap over blocks of {BLOCK_WORDS} words"
 
     def _position_lines(self, names: dict[str, str], scale: float, units: str) -> list[str]:
         """The table by position: words, bits per word under each rule, gain of the main rule."""
         short = [names[rule] for rule in names]
-        cells = [("position", "words", *short, "gain")]
+        cells: list[tuple[str, ...]] = [("position", "words", *short, "gain")]
         for start, stop, words, each in self.positions():
             numbers = [each[rule] * scale for rule in names]
             numbers.append((each[STATIC] - each[self.rule]) * scale)

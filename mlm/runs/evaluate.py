@@ -24,9 +24,12 @@ from mlm.report.tables import format_totals
 from mlm.runs.rules import check_learned, ready_rule
 from mlm.runs.run import Run, open_run, say
 from mlm.settings.config import Config
-from mlm.text.corpora import open_corpus
+from mlm.text.corpora import open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split
 from mlm.text.vocabulary import Vocabulary
+
+WHOLE = "whole"
+"""What results call the split of a text that is not divided into splits."""
 
 
 @dataclass(frozen=True)
@@ -67,20 +70,33 @@ class SplitText:
         )
 
 
+def _is_another(run: Run, corpus: str) -> bool:
+    """Whether a corpus is not the run's own."""
+    own = run.config.corpus
+    return corpus != own and Path(corpus).resolve() != Path(own).resolve()
+
+
+def results_folder(run: Run, corpus: str) -> Path:
+    """Where the results on a corpus go: another than the run's own has a folder in the run's."""
+    folder = run.results or run.folder.path
+    return folder / results_name(corpus) if _is_another(run, corpus) else folder
+
+
 def _split_text(run: Run, corpus: str) -> SplitText:
-    """The split to score.
+    """The split to score; all articles of another text that is not divided into splits.
 
     Raises:
         UserError: it has no word.
     """
     evaluation, cache = run.config.evaluation, run.config.text.data_dir
-    source = open_corpus(corpus)
+    source = open_corpus(corpus, whole=_is_another(run, corpus))
     file = encode_split(source, evaluation.split, run.vocabulary, cache, progress=not run.quiet)
     number = min(len(file), evaluation.max_articles or len(file))
     chosen = [a for a in range(number) if file.words[a] > 0]
     if not chosen:
         raise UserError(f"{corpus}, split {evaluation.split}: no article with a word in it")
-    return SplitText(evaluation.split, file, run.vocabulary, chosen)
+    split = WHOLE if getattr(source, "whole", False) else evaluation.split
+    return SplitText(split, file, run.vocabulary, chosen)
 
 
 class RuleScores(NamedTuple):
@@ -150,10 +166,8 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
         where the results are, and all rows of its evaluation.json.
     """
     evaluation = run.config.evaluation
-    folder = run.results or run.folder.path
-    if corpus and corpus != run.config.corpus:
-        folder = folder / f"on-{open_corpus(corpus).name}"
     corpus = corpus or run.config.corpus
+    folder = results_folder(run, corpus)
     existing = read_evaluation(folder)
     text = _split_text(run, corpus)
     check_learned(run)
@@ -203,4 +217,5 @@ def evaluate_run(
     folder, rows = stage_evaluate(run, corpus)
     show(folder, rows)
     if pictures:
-        draw(folder, config.evaluation.split)
+        split = config.evaluation.split
+        draw(folder, split if any(row["split"] == split for row in rows) else WHOLE)

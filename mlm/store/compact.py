@@ -14,7 +14,7 @@ from torch import Tensor
 
 ERROR = 2.0**-10
 """Largest error of a number kept in float16, relative to it."""
-WORSE = 1e-3
+INEXACT = 1e-3
 """Share of a tensor's numbers that may be less exact, or else it stays float32."""
 TOP = 15
 """Tensors are scaled to less than two to the power of this."""
@@ -53,7 +53,7 @@ def _unscaled(half: Tensor, exponent: int) -> Tensor:
 def _is_exact(tensor: Tensor, again: Tensor) -> bool:
     """Whether nearly all numbers are about the same."""
     worse = ~((again - tensor).abs() <= ERROR * tensor.abs())
-    return int(worse.sum()) <= WORSE * tensor.numel()
+    return int(worse.sum()) <= INEXACT * tensor.numel()
 
 
 def unpack(stored: dict[str, Tensor], packing: dict[str, Any]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ FOLDER = Path(mlm.__file__).with_name("released")
 """Where the package keeps models."""
 RELEASE = "released"
 """The entry of config.json that only released models have."""
-FORMS = ["*.json", "*.safetensors", "*.md"]
+FETCHED = ["*.json", "*.safetensors", "*.md"]
 """The only files that a model on the hub is asked for."""
 READ = ("tuning.json", "vocabulary/*", "checkpoints/*")
 """Files that reading may open."""
@@ -153,7 +153,9 @@ def _from_hub(repository: str, revision: str | None, how: Mapping[str, Any]) -> 
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(repository, revision=revision, allow_patterns=FORMS, **how))
+        found = Path(
+            snapshot_download(repository, revision=revision, allow_patterns=FETCHED, **how)
+        )
     except Exception as error:  # which one depends on the version of the hub's library
         first = next(iter(str(error).splitlines()), type(error).__name__)
         return f", and the hub did not give it ({first})"

@@ -1,11 +1,15 @@
 """Corpora -> articles: one interface over the built-in text, WikiText from the hub, local files.
 
+Local files may be in WikiText's form or in natural spelling, which is converted to it.
+
 A corpus is opened by name or path (`open_corpus`) and streams its articles in order, split by
 split; no split is ever held in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -13,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlm.base.errors import UserError
+from mlm.spelling import WordFeed, guess_form
 from mlm.text.articles import (
     SPLIT_WORDS,
     SPLITS,
@@ -34,6 +39,7 @@ __all__ = [
     "Corpus",
     "count_words",
     "open_corpus",
+    "results_name",
     "split_articles",
     "title_of",
 ]
@@ -44,18 +50,26 @@ NAMED = ("pydocs", *HUB_CONFIGS)
 
 
 _FORMS = (".txt", ".tokens", ".raw")
+_PLAIN = (".txt", ".md")
+_TITLES = "title lines such as ' = Title = ', with a blank line before and after each"
+_CONVERSION = 1  # counts up when the same text is converted to other words
 
 
-def open_corpus(name: str) -> Corpus:
+def open_corpus(name: str, whole: bool = False) -> Corpus:
     """Open a corpus by its name or path.
 
     `pydocs`, the built-in text; `wikitext-2`, `wikitext-103`, `wikitext-2-raw`,
     `wikitext-103-raw`, from the hub or its local cache; otherwise a path: a directory in the hub's
     layout (`DIR/wikitext-2-v1/train-*.parquet`), a directory of files in WikiText form whose names
     hold `train`, `valid`, `test` (`.txt .tokens .raw`, also `.xz .gz .zst`), or one such file. A
-    file whose name holds a split is that split; any other file is divided (`SingleFile`). A known
-    name wins over a path: write `./wikitext-2` for a directory of that name. Raises `UserError` if
-    there is no such corpus.
+    file whose name holds a split is that split; any other file is divided (`SingleFile`). Any
+    other file, and a directory of others, is plain text (`PlainFiles`). A known name wins over a
+    path: write `./wikitext-2` for a directory of that name.
+
+    whole: as a text to score, not to train on. One file without a split in its name, a plain file
+    and a directory of plain files are not divided: all of their articles are in every split.
+
+    Raises `UserError` if there is no such corpus.
     """
     if name == "pydocs":
         return PydocsCorpus()
@@ -68,11 +82,40 @@ def open_corpus(name: str) -> Corpus:
             f"Known names: {', '.join(NAMED)}"
         )
     if path.is_file():
-        return SingleFile(path)
+        first = _first_line(path)
+        plain = first and title_of(first) is None
+        return PlainFiles(path, whole) if plain else SingleFile(path, whole)
     tables = parquet_directory(path)
     if tables is not None:
         return ParquetDirectory(tables)
-    return TextDirectory(_text_directory(path))
+    directory = _text_directory(path)
+    return TextDirectory(directory) if directory else PlainFiles(path, whole)
+
+
+def results_name(name: str) -> str:
+    """Name of the folder of results on a corpus, relative to the run's: `on-story-1a2b3c4d`.
+
+    The digits are a hash of the content, so that two files of one name have a folder each; a known
+    name has none.
+    """
+    if name == "pydocs" or name in HUB_CONFIGS:
+        return f"on-{name}"
+    corpus, digest = open_corpus(name, whole=True), hashlib.sha256()
+    for split in SPLITS:
+        with contextlib.suppress(UserError):  # it may lack a split
+            digest.update(corpus.fingerprint(split).encode())
+    return f"on-{corpus.name}-{digest.hexdigest()[:8]}"
+
+
+def _first_line(path: Path) -> str:
+    """The first line with text, "" if there is none."""
+    with contextlib.closing(read_lines(path)) as lines:
+        return next((line for line in lines if line.strip()), "")
+
+
+def _has_titles(path: Path) -> bool:
+    """Whether a file is in WikiText form: its first line with text is a title."""
+    return title_of(_first_line(path)) is not None
 
 
 def _split_in_name(path: Path) -> str | None:
@@ -97,19 +140,44 @@ def _split_files(directory: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _text_directory(directory: Path) -> Path:
-    """`directory`, or its one subdirectory with a training file if it holds no split itself."""
-    if any(_split_files(directory).values()):
+def _text_files(directory: Path) -> list[Path]:
+    """Files of plain text in a directory, in the order of their names."""
+    files = [path for path in sorted(directory.iterdir()) if path.is_file()]
+    return [path for path in files if _stem(path) is not None and path.name[0] != "."]
+
+
+def _stem(path: Path) -> str | None:
+    """Name of a plain file without its endings, None if these are of no plain file."""
+    name = path.name
+    packing = next((p for p in PACKINGS if name.lower().endswith(p)), "")
+    name = name[: len(name) - len(packing)]
+    form = next((f for f in _PLAIN if name.lower().endswith(f)), None)
+    return None if form is None else name[: -len(form)]
+
+
+def _text_directory(directory: Path) -> Path | None:
+    """The directory with one file in WikiText form per split; None if its files are plain.
+
+    That is `directory`, or its one subdirectory with a training file if it holds no split itself.
+    """
+    splits, plain = _split_files(directory), _text_files(directory)
+    named = [path for paths in splits.values() for path in paths]
+    # A name such as `speed test.txt` among plain files does not make a split.
+    clear = all(splits.values()) or set(plain) <= set(named) or not set(named) <= set(plain)
+    if named and (clear or any(map(_has_titles, named))):
         return directory
     inner = [path for path in sorted(directory.iterdir()) if path.is_dir()]
     training = [path for path in inner if _split_files(path)["train"]]
     if len(training) == 1:
         return training[0]
+    if plain:
+        return None
     hint = f" Its subdirectories {', '.join(p.name for p in training)} do." if training else ""
     raise UserError(
-        f"directory {directory} holds no text in WikiText form: no file whose name holds train, "
-        f"valid or test and ends in {', '.join(_FORMS)} (or that and {', '.join(PACKINGS)}), "
-        f"and no parquet files in the hub's layout.{hint} Name the directory that holds them"
+        f"directory {directory} holds no text: no file that ends in {', '.join(_PLAIN)}, none in "
+        f"WikiText form whose name holds train, valid or test and ends in {', '.join(_FORMS)} (or "
+        f"that and {', '.join(PACKINGS)}), and no parquet files in the hub's layout.{hint} Name "
+        "the directory that holds them"
     )
 
 
@@ -145,30 +213,36 @@ class TextDirectory:
         return file_hash(self.path(split))
 
 
+def _divided(count: int) -> dict[str, tuple[int, int]]:
+    """Split -> its first and one past its last of `count` articles or files: see `SingleFile`."""
+    held_out = max(1, count // 10)
+    valid, test = count - 2 * held_out, count - held_out
+    return {"train": (0, valid), "valid": (valid, test), "test": (test, count)}
+
+
 class SingleFile:
     """One file in WikiText form.
 
     If its name holds a split (`wiki.valid.tokens`) it is that split and no other. Otherwise its
     articles are divided in file order: the last tenth is test, the tenth before it valid (at least
-    one article each), the rest train.
+    one article each), the rest train. If it is `whole` it is not divided.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, whole: bool = False) -> None:
         self.path = path
         self.only = _split_in_name(path)
+        self.whole = whole and self.only is None
         self.name = safe_name(path.name.split(".")[0])
 
     @cached_property
-    def _borders(self) -> tuple[int, int, int]:
-        """Index of the first valid and first test article, and the number of articles."""
+    def _parts(self) -> dict[str, tuple[int, int]]:
         count = sum(1 for _ in split_articles(read_lines(self.path), str(self.path)))
         if count < 3:
             raise UserError(
                 f"{self.path} holds {count} article(s), too few to divide into train, valid and "
                 "test. Give a file with more, or a directory with one file per split"
             )
-        held_out = max(1, count // 10)
-        return count - 2 * held_out, count - held_out, count
+        return _divided(count)
 
     def articles(self, split: str) -> Iterator[Article]:
         check_split(split)
@@ -181,20 +255,78 @@ class SingleFile:
 
     def _articles(self, split: str) -> Iterator[Article]:
         articles = split_articles(read_lines(self.path), str(self.path))
-        if self.only is not None:
+        if self.only is not None or self.whole:
             yield from articles
             return
-        first_valid, first_test, count = self._borders
-        low, high = {
-            "train": (0, first_valid),
-            "valid": (first_valid, first_test),
-            "test": (first_test, count),
-        }[split]
+        low, high = self._parts[split]
         yield from itertools.islice(articles, low, high)
 
     def fingerprint(self, split: str) -> str:
         check_split(split)
-        return f"{file_hash(self.path)}-{self.only or split}"
+        return f"{file_hash(self.path)}-{'whole' if self.whole else self.only or split}"
+
+
+class PlainFiles:
+    """Text in natural spelling: one file, or the files of a directory in the order of their names.
+
+    A file is one article, its title the file's name; the title is not read. The text is converted
+    to WikiText's form (`mlm.spelling`) from the form that its start suggests. A file that opens
+    with a title line is in WikiText form already, and gives its articles. Files without a word give
+    none. The files are divided as a `SingleFile` divides its articles, unless they are `whole`.
+    """
+
+    def __init__(self, path: Path, whole: bool = False) -> None:
+        self.path = path
+        self.whole = whole
+        self.name = safe_name(path.resolve().name.split(".")[0])
+
+    def _files(self, split: str) -> list[Path]:
+        """The files of a split; `UserError` if there are too few to divide."""
+        check_split(split)
+        if self.path.is_file():
+            files, what = [self.path], "is one plain text, one article"
+        else:
+            files = _text_files(self.path)
+            what = f"holds {len(files)} plain text(s), one article each"
+        if self.whole:
+            return files
+        if len(files) < 3:
+            raise UserError(
+                f"{self.path} {what}: too few to divide into train, valid and test. To train, give "
+                f"a directory with 3 or more such files, or text in WikiText form, with {_TITLES}; "
+                "evaluate.py scores any text"
+            )
+        low, high = _divided(len(files))[split]
+        return files[low:high]
+
+    def articles(self, split: str) -> Iterator[Article]:
+        return itertools.chain.from_iterable(map(self._articles, self._files(split)))
+
+    def _articles(self, path: Path) -> Iterator[Article]:
+        if path != self.path and _has_titles(path):
+            return split_articles(read_lines(path), str(path))
+        text = _converted("".join(read_lines(path)))
+        return iter([Article(_stem(path) or path.name, text)] if text.split() else [])
+
+    def fingerprint(self, split: str) -> str:
+        digest = hashlib.sha256()
+        for path in self._files(split):
+            digest.update(f"{path.name} {file_hash(path)}\n".encode())
+        return f"plain-{_CONVERSION}-{digest.hexdigest()}"
+
+
+def _converted(text: str) -> str:
+    """Natural spelling in WikiText's form: words between spaces, a newline after every line."""
+    feed = WordFeed(guess_form(text))
+    lines: list[list[str]] = [[]]
+    for word in itertools.chain(feed.read(text), feed.finish()):
+        if word.line_end:
+            lines.append([])
+        else:
+            lines[-1] += word.forms
+    if not lines[-1]:
+        del lines[-1]
+    return "".join(" ".join(line) + "\n" for line in lines)
 
 
 class PydocsCorpus:

@@ -7,7 +7,7 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ class _ZstdStream(io.RawIOBase):
         return count
 
 
-def read_lines(path: Path) -> Iterator[str]:
+def read_lines(path: Path) -> Generator[str, None, None]:
     """Lines of a UTF-8 file, plain or `.xz .gz .zst`, each with its newline.
 
     Lines end at `\\n` only, as in WikiText. Raises `UserError` for a missing or damaged file, and

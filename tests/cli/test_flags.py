@@ -141,8 +141,8 @@ def test_the_same_thing_has_the_same_flag_in_every_script(
     monkeypatch.setattr("mlm.runs.evaluate.evaluate_run", lambda *args: found.append(args))
     words = ("--split", "test", "--rules", "static", "--protocols", "stream", "--threads", 2)
     assert command("evaluate", finished.folder, *words, "--max-articles", 1).code == 0
-    config, corpus, draw = found[0]
-    assert (config.threads, corpus, draw) == (2, None, True)
+    config, corpus, draw, results = found[0]
+    assert (config.threads, corpus, draw, results) == (2, None, True, None)
     assert config.evaluation.split == "test"
     assert config.evaluation.rules == ("static",)
     assert config.evaluation.protocols == ("stream",)

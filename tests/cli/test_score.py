@@ -168,7 +168,9 @@ def test_long_documents_and_small_chunks_change_nothing(
     assert mixed["surprisal"].to_numpy() == pytest.approx(alone["surprisal"].to_numpy(), abs=1e-3)
 
 
-def test_in_protocol_stream_the_second_file_profits(score: Any, letter: Path, tmp_path: Path) -> None:
+def test_in_protocol_stream_the_second_file_profits(
+    score: Any, letter: Path, tmp_path: Path
+) -> None:
     again = tmp_path / "again.txt"
     again.write_text(LETTER, encoding="utf-8")
     sums = {}
@@ -250,7 +252,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         ("letter.txt", "notes.md", "--save-memory", "m"),
         "--save-memory: several documents",
     ),
-    "a page of static": (("letter.txt", "--rules", "static", "--page", "p.html"), "--page compares"),
+    "a page of static": (
+        ("letter.txt", "--rules", "static", "--page", "p.html"),
+        "--page compares",
+    ),
 }
 
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import Command, Finished
 from tiny import corpus_text, invented_words
 from torch import Tensor
 
 import mlm
+from mlm.cli.audit import format_check, format_verdict
 from mlm.models.extension import Extension, Told
 from mlm.models.language_model import Weights
 from mlm.reader import TrainedModel
@@ -34,14 +34,12 @@ from mlm.reader.audit import (
     check_sums,
     check_training_text,
     cut,
-    format_check,
-    format_verdict,
     overlaps,
 )
 from mlm.reader.reader import DocumentReader
 from mlm.reading.cache import Cache, CacheSetting
 from mlm.reading.lanes import AdaptingLanes, Predicted
-from mlm.runs.rules import Ready
+from mlm.runs.rules import Ready, ready_rule
 from mlm.text.streams import Segment
 
 RULE = "two_levels"
@@ -54,33 +52,29 @@ is the dofe of the gila , as Mr. Ku says .
 
 
 @pytest.fixture
-def model(finished: Finished) -> TrainedModel:
+def model(finished: Any) -> TrainedModel:
     """The tiny run, opened anew: tests break it."""
     return mlm.load(finished.folder)
 
 
 @pytest.fixture
-def document(finished: Finished) -> Document:
+def document(finished: Any) -> Document:
     """The first test article."""
     text = (finished.corpus / "test.txt").read_text(encoding="utf-8")
     return Document("test", text[:900], "wikitext")
 
 
-Patched = Callable[[TrainedModel, Callable[[Ready], Ready]], None]
+Patched = Callable[[Callable[[Ready], Ready]], None]
 
 
 @pytest.fixture
 def patched(monkeypatch: pytest.MonkeyPatch) -> Patched:
-    """`patched(model, change)`: whatever rule the model is asked for, `change` is made to it."""
+    """`patched(change)`: `change` is made to whatever rule a model is asked for."""
 
-    def patch(model: TrainedModel, change: Callable[[Ready], Ready]) -> None:
-        original = importlib_ready()
-        monkeypatch.setattr("mlm.reader.model.ready_rule", lambda *words: change(original(*words)))
-
-    def importlib_ready() -> Any:
-        from mlm.runs.rules import ready_rule
-
-        return ready_rule
+    def patch(change: Callable[[Ready], Ready]) -> None:
+        monkeypatch.setattr(
+            "mlm.reader.model.ready_rule", lambda *words: change(ready_rule(*words))
+        )
 
     return patch
 
@@ -102,7 +96,7 @@ def test_a_sound_model_passes_every_check(model: TrainedModel, document: Documen
 
 
 @pytest.mark.parametrize("form", ["plain", "wrapped", "markdown"])
-def test_text_as_people_write_it_passes(model: TrainedModel, form: str) -> None:
+def test_text_as_people_write_it_passes(model: TrainedModel, form: Any) -> None:
     """Also where the spelling of a word depends on the next one: `no. 5`, `etc. of`."""
     document = Document("letter", PLAIN, form)
     assert check_counts(model, [document]).passed
@@ -114,7 +108,7 @@ def test_text_as_people_write_it_passes(model: TrainedModel, form: str) -> None:
 def test_a_cache_and_extensions_pass(
     model: TrainedModel, document: Document, patched: Patched
 ) -> None:
-    patched(model, lambda r: r._replace(cache=(CacheSetting(0.3, 0.2, 40),)))
+    patched(lambda r: r._replace(cache=(CacheSetting(0.3, 0.2, 40),)))
     assert all(check.passed for check in check_sums(model, RULE, "article", [document]))
     assert check_causal(model, RULE, "article", document).passed
     assert check_blind(model, RULE, document).passed
@@ -151,7 +145,7 @@ def test_a_glance_at_the_next_word_is_caught(
     model: TrainedModel, document: Document, patched: Patched
 ) -> None:
     """No loss before the change moves; the prediction of the changed word itself does."""
-    patched(model, peeking(0))
+    patched(peeking(0))
     assert check_causal(model, RULE, "article", document).passed is False
     assert check_blind(model, RULE, document).passed is False
 
@@ -159,7 +153,7 @@ def test_a_glance_at_the_next_word_is_caught(
 def test_a_glance_at_the_word_after_is_caught(
     model: TrainedModel, document: Document, patched: Patched
 ) -> None:
-    patched(model, peeking(1))
+    patched(peeking(1))
     found = check_causal(model, RULE, "article", document)
     assert found.passed is False
     assert "bits" in found.worst
@@ -184,7 +178,7 @@ def test_learning_before_scoring_is_caught(
 def test_a_cache_that_does_not_sum_to_one_is_caught(
     model: TrainedModel, document: Document, patched: Patched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patched(model, lambda r: r._replace(cache=(CacheSetting(0.3, 0.2, 40),)))
+    patched(lambda r: r._replace(cache=(CacheSetting(0.3, 0.2, 40),)))
     original = Cache.spread
     monkeypatch.setattr(
         Cache, "spread", lambda self, *words: [p + 1e-3 for p in original(self, *words)]
@@ -197,7 +191,7 @@ def test_a_cache_that_does_not_sum_to_one_is_caught(
 def test_a_cache_that_flatters_the_loss_is_caught(
     model: TrainedModel, document: Document, patched: Patched, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patched(model, lambda r: r._replace(cache=(CacheSetting(0.3, 0.2, 40),)))
+    patched(lambda r: r._replace(cache=(CacheSetting(0.3, 0.2, 40),)))
     original = Cache.mix
     monkeypatch.setattr(
         Cache, "mix", lambda self, *words: [nll * 0.999 for nll in original(self, *words)]
@@ -307,7 +301,7 @@ def test_cutting_keeps_whole_words(document: Document) -> None:
 # ---------------------------------------------------------------- the commands
 
 
-def test_the_command_prints_every_check(command: Command, finished: Finished) -> None:
+def test_the_command_prints_every_check(command: Any, finished: Any) -> None:
     flags = ("--rules", "static", "--protocols", "article", "--audit-words", "150")
     outcome = command("mlm.cli.audit", finished.folder, *flags)
     assert outcome.code == 0, outcome.out + outcome.err
@@ -316,7 +310,7 @@ def test_the_command_prints_every_check(command: Command, finished: Finished) ->
 
 
 def test_evaluate_audits_with_its_rules_and_split(
-    command: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     monkeypatch.setattr("mlm.cli.audit.audit_model", asked.append)
@@ -330,7 +324,7 @@ def test_evaluate_audits_with_its_rules_and_split(
 
 
 def test_a_broken_promise_has_exit_code_1(
-    command: Command, finished: Finished, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A file of one's own that holds a training article."""
     text = (finished.corpus / "train.txt").read_text(encoding="utf-8")
@@ -344,7 +338,7 @@ def test_a_broken_promise_has_exit_code_1(
 
 
 def test_a_model_without_its_text_is_audited_with_another(
-    command: Command, finished: Finished, tmp_path: Path
+    command: Any, finished: Any, tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path / "run")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import pytest
 from conftest import Command, Finished
 from huggingface_hub import constants
-from tiny import write_corpus
+from tiny import corpus_text, write_corpus
 
 from mlm.base.errors import UserError
+from mlm.reader import TrainedModel, load
 from mlm.reader.export import export
 from mlm.reader.hub import HubModel
 from mlm.store import released
@@ -34,7 +36,7 @@ class Toy(HubModel):
     rule: str = "static"
 
     @classmethod
-    def load_folder(cls, folder: Path, **how: Any) -> Self:
+    def load_folder(cls, folder: Path, name: str | None = None, **how: Any) -> Self:
         RunFolder(folder).load_config()
         return cls(folder, **how)
 
@@ -180,3 +182,17 @@ def test_what_is_pushed_is_the_exported_model(
     assert Toy(model).push_to_hub("user/toy", branch="v1") == "address"
     assert pushed["files"] == contents(model)
     assert (pushed["repo_id"], pushed["revision"]) == ("user/toy", "v1")
+
+
+def test_a_trained_model_is_saved_and_loaded(finished: Finished, tmp_path: Path) -> None:
+    """It reads as before, to float16's rounding, and twice the same."""
+    model = load(finished.folder)
+    model.save_pretrained(tmp_path / "model")
+    again, twice = (TrainedModel.from_pretrained(tmp_path / "model") for _ in range(2))
+    assert again.rules == model.rules
+    assert again.best == model.best
+    assert again.name == str(tmp_path / "model")
+    text = corpus_text(1, seed=7)
+    bits = [m.score_many([text])["surprisal"].to_numpy() for m in (model, again, twice)]
+    assert abs(bits[0].mean() - bits[1].mean()) < 3e-3
+    np.testing.assert_array_equal(bits[1], bits[2])

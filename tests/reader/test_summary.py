@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mlm.reader.summary import BLOCK, CELL, FEW_DOCUMENTS, Summary, block_interval
+from mlm.reader.summary import BLOCK_WORDS, CELL, FEW_DOCUMENTS, Summary, block_interval
 
 
 def table_of(documents: list[np.ndarray], gain: float = 0.5, first: int = 0) -> pa.Table:
@@ -126,4 +126,4 @@ def test_static_alone_has_no_gains() -> None:
 
 
 def test_blocks_are_whole_cells() -> None:
-    assert BLOCK % CELL == 0
+    assert BLOCK_WORDS % CELL == 0

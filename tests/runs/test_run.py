@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,15 +339,36 @@ def test_another_corpus_gets_a_folder_of_its_own(
     other = write_corpus(tmp_path / "other", seed=5)
     outcome = command("evaluate", folder, "--corpus", other, "--rules", "rms", "--budget", 3)
     assert outcome.code == 0, outcome.err
-    rows = rows_of(folder / "on-other", "total")
+    (results,) = folder.glob("on-*")
+    assert re.fullmatch("on-other-[0-9a-f]{8}", results.name)
+    rows = rows_of(results, "total")
     assert [(row["rule"], row["protocol"]) for row in rows] == [
         (rule, protocol) for protocol in PROTOCOLS for rule in ("static", "rms")
     ]
     assert {row["corpus"] for row in rows} == {"other"}
     for name in ("words.html", "evaluation.md", "losses.parquet", "figures/figure2.png"):
-        assert (folder / "on-other" / name).is_file()
+        assert (results / name).is_file()
     before, after = contents(finished.folder), contents(folder)
     assert {name: after[name] for name in before} == before, "the run's own results changed"
+
+
+def test_a_story_is_scored_whole_and_two_of_one_name_have_a_folder_each(
+    finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path / "run")
+    flags = ("--rules", "rms", "--protocols", "article", "--budget", 3)
+    for text in ("Ba do, gi; “ku” do.\nGi ba!", "Do gi ba? Ku."):
+        story = tmp_path / text[:2] / "story.txt"
+        story.parent.mkdir()
+        story.write_text(text, encoding="utf-8")
+        outcome = command("evaluate", folder, "--corpus", story, *flags)
+        assert outcome.code == 0, outcome.err
+    found = list(folder.glob("on-story-*"))
+    for path in found:
+        kinds = {(row["split"], row["corpus"]) for row in rows_of(path, "total")}
+        assert kinds == {("whole", "story.txt")}
+    words = {" ".join(losses_of(path)["word"]) for path in found}
+    assert words == {'Ba do , gi ; " ku " do . <eos> Gi ba ! <eos>', "Do gi ba ? Ku . <eos>"}
 
 
 def test_test_split_is_read_when_asked_for(

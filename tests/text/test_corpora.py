@@ -250,7 +250,7 @@ def test_names_hold_splits_as_words(tmp_path: Path) -> None:
 
 
 def test_directory_without_text(tmp_path: Path) -> None:
-    (tmp_path / "readme.md").write_text("x")
+    (tmp_path / "readme.rst").write_text("x")
     message = error_of(lambda: open_corpus(str(tmp_path)))
     assert str(tmp_path) in message
     assert "train, valid or test" in message
