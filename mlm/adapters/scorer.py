@@ -28,7 +28,7 @@ class IncrementalLMScorer:
         form: how the texts are written.
     """
 
-    def __init__(self, model: TrainedModel, rule: str = "best", form: str = "plain") -> None:
+    def __init__(self, model: TrainedModel, rule: str = "best", form: Any = "plain") -> None:
         self.model, self.rule, self.form = model, rule, form
 
     def token_score(
