@@ -39,7 +39,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
+import pyarrow.csv as csv
 import tyro
 
 import mlm
@@ -114,12 +114,10 @@ def read_times(path: Path) -> Corpus:
     """
     layout = f"{path}: not in the layout of Natural Stories"
     try:
-        table = pa.csv.read_csv(
+        table = csv.read_csv(
             path,
-            parse_options=pa.csv.ParseOptions(delimiter="\t", quote_char=False),
-            convert_options=pa.csv.ConvertOptions(
-                column_types=COLUMNS, include_columns=list(COLUMNS)
-            ),
+            parse_options=csv.ParseOptions(delimiter="\t", quote_char=False),
+            convert_options=csv.ConvertOptions(column_types=COLUMNS, include_columns=list(COLUMNS)),
         )
     except FileNotFoundError:
         raise UserError(f"no file {path}; --times is a table of reading times") from None

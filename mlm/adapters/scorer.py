@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from mlm.reader import Model
+    from mlm.reader import TrainedModel
 
 
 class IncrementalLMScorer:
@@ -28,7 +28,7 @@ class IncrementalLMScorer:
         form: how the texts are written.
     """
 
-    def __init__(self, model: Model, rule: str = "best", form: str = "plain") -> None:
+    def __init__(self, model: TrainedModel, rule: str = "best", form: Any = "plain") -> None:
         self.model, self.rule, self.form = model, rule, form
 
     def token_score(

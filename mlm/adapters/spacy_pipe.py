@@ -82,7 +82,7 @@ def divide(rows: Sequence[dict[str, Any]]) -> list[Part]:
                 forms.append([])
             forms[-1].append(piece)
         spelled = ["".join(piece["piece"] for piece in form).strip() for form in forms]
-        bits = [sum(piece["bits"] for piece in form) for form in forms]
+        bits: list[float] = [sum(piece["bits"] for piece in form) for form in forms]
         bits[0] -= before
         bits[-1] += after
         edges = _edges(row["word"], [_MARKS.get(form, form) for form in spelled])

@@ -26,8 +26,17 @@ class Peer:
             warnings.simplefilter("ignore")
             why = "minicons is not installed (extra `test-adapters`)"
             scorer = pytest.importorskip("minicons.scorer", reason=why)
-            from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-            from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+            from tokenizers import (  # pyright: ignore[reportMissingImports]
+                Tokenizer,
+                models,
+                pre_tokenizers,
+                trainers,
+            )
+            from transformers import (  # pyright: ignore[reportMissingImports]
+                GPT2Config,
+                GPT2LMHeadModel,
+                PreTrainedTokenizerFast,
+            )
         tokenizer: Any = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trainer = trainers.BpeTrainer(
