@@ -17,7 +17,6 @@ import pyarrow as pa
 import torch
 
 from mlm.base.errors import UserError
-from mlm.base.names import EOS
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.tracks import Track
 from mlm.reader.words import STATS, Batch, Details, Prices, rows
@@ -374,7 +373,8 @@ class DocumentReader:
         """Text that goes on from what was read and `prompt`, drawn word by word.
 
         It is drawn from a copy, which learns from what it draws; this reader does not change.
-        `<unk>` is never drawn, the text and its lines begin with words. A line end counts as a word.
+        `<unk>` is never drawn. The text and its lines begin with words. A line end counts as a
+        word.
 
         Args:
             words: so many, at most.
