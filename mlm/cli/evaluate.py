@@ -27,7 +27,7 @@ usage: {script} RUN [FLAGS]
 Score the rules of a run folder: word perplexity, bits per byte and nats gained over static.
 Hand-made rules are tuned on validation, with the budget that every rule has. Results go to
 evaluation.json, evaluation.md and losses.parquet in the run folder; those of another corpus to a
-folder on-<corpus> in it.
+folder on-<corpus> in it. A file or a folder of plain text is scored whole, one article per file.
 
 examples:
   {script} runs/pydocs --split test
