@@ -30,8 +30,9 @@ usage: {script} RUN [FLAGS]
 Score the rules of a run folder: word perplexity, bits per byte and nats gained over static.
 Hand-made rules are tuned on validation, with the budget that every rule has. Results go to
 evaluation.json, evaluation.md and losses.parquet in the run folder; those of another corpus to a
-folder on-<corpus> in it. RUN may also be a released model or one on the hub (user/name), which are
-only read: results of wikipedia-small go to runs/wikipedia-small.
+folder on-<corpus> in it. A file or a folder of plain text is scored whole, one article per file.
+RUN may also be a released model or one on the hub (user/name), which are only read: results of
+wikipedia-small go to runs/wikipedia-small.
 
 examples:
   {script} runs/pydocs --split test

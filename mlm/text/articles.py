@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +30,13 @@ class Article:
 
     title: str
     text: str
+    canonical_bytes: int | None = field(default=None, compare=False)
+    """UTF-8 bytes of natural spelling that was converted to `text`; None if none was."""
+
+    @property
+    def size(self) -> int:
+        """The bytes that bits per byte are counted by."""
+        return len(self.text.encode()) if self.canonical_bytes is None else self.canonical_bytes
 
 
 class Corpus(Protocol):

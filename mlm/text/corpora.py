@@ -305,8 +305,9 @@ class PlainFiles:
     def _articles(self, path: Path) -> Iterator[Article]:
         if path != self.path and _has_titles(path):
             return split_articles(read_lines(path), str(path))
-        text = _converted("".join(read_lines(path)))
-        return iter([Article(_stem(path) or path.name, text)] if text.split() else [])
+        title = path.name if _stem(path) is None else str(_stem(path))
+        article = _converted(title, "".join(read_lines(path)))
+        return iter([article] if article.text.strip() else [])
 
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()
@@ -315,7 +316,7 @@ class PlainFiles:
         return f"plain-{_CONVERSION}-{digest.hexdigest()}"
 
 
-def _converted(text: str) -> str:
+def _converted(title: str, text: str) -> Article:
     """Natural spelling in WikiText's form: words between spaces, a newline after every line."""
     feed = WordFeed(guess_form(text))
     lines: list[list[str]] = [[]]
@@ -324,9 +325,11 @@ def _converted(text: str) -> str:
             lines.append([])
         else:
             lines[-1] += word.forms
-    if not lines[-1]:
+    added = bool(lines[-1])  # the end of the last line
+    if not added:
         del lines[-1]
-    return "".join(" ".join(line) + "\n" for line in lines)
+    article = "".join(" ".join(line) + "\n" for line in lines)
+    return Article(title, article, feed.canonical_bytes + added)
 
 
 class PydocsCorpus:

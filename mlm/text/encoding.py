@@ -42,11 +42,11 @@ class Encoded(NamedTuple):
     bytes: list[int]
 
 
-def _encode_batch(vocabulary: Vocabulary, texts: Sequence[str]) -> Encoded:
+def _encode_batch(vocabulary: Vocabulary, articles: Sequence[Article]) -> Encoded:
     dtype = token_dtype(vocabulary)
-    arrays = [vocabulary.encode_article(text).astype(dtype) for text in texts]
+    arrays = [vocabulary.encode_article(article.text).astype(dtype) for article in articles]
     words = [int(vocabulary.starts_word[array].sum()) for array in arrays]
-    sizes = [len(text.encode()) for text in texts]
+    sizes = [article.size for article in articles]
     return Encoded(np.concatenate(arrays), [len(array) for array in arrays], words, sizes)
 
 
@@ -67,9 +67,9 @@ def _start_worker(directory: str) -> None:
     _worker_vocabulary = load_vocabulary(Path(directory))
 
 
-def _work(texts: Sequence[str]) -> Encoded:
+def _work(articles: Sequence[Article]) -> Encoded:
     assert _worker_vocabulary is not None
-    return _encode_batch(_worker_vocabulary, texts)
+    return _encode_batch(_worker_vocabulary, articles)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def encode_articles(
     batches = _batches(articles, _BATCH)
     cores = min(_cores(), 16)
     for done, batch in enumerate(batches, 1):
-        yield [a.title for a in batch], _encode_batch(vocabulary, [a.text for a in batch])
+        yield [a.title for a in batch], _encode_batch(vocabulary, batch)
         if done == _ALONE and cores > 1:
             break
     first = next(batches, None)
@@ -139,7 +139,7 @@ def encode_articles(
 
     def submit(batch: list[Article]) -> None:
         with _starting_workers():
-            future = pool.submit(_work, [article.text for article in batch])
+            future = pool.submit(_work, batch)
         waiting.append(([article.title for article in batch], future))
 
     try:

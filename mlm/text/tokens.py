@@ -56,8 +56,8 @@ class TokenFile:
     """The tokens of one split, memory-mapped.
 
     tokens: uint16 or uint32 (N,); offsets: int64 (A+1,), article a is tokens[offsets[a]:
-    offsets[a+1]]; titles: A strings; words, bytes: int64 (A,), words (as `count_words`) and UTF-8
-    bytes of each article's text in the source. vocabulary_hash, source_hash: what made the file.
+    offsets[a+1]]; titles: A strings; words, bytes: int64 (A,), words (as `count_words`) and bytes
+    (`Article.size`) of each article. vocabulary_hash, source_hash: what made the file.
     """
 
     def __init__(self, path: Path) -> None:

@@ -64,6 +64,14 @@ def test_chunks_do_not_change_the_words(text: str, form: str, sizes: list[int]) 
     assert feed.canonical_bytes == whole.canonical_bytes
 
 
+def test_what_only_begins_like_a_mark_opens_no_line() -> None:
+    text = "a\n-b c\n#no d\n1.5 e\n```f` g\n- h\n## i"
+    feed = WordFeed("markdown")
+    letters = [word for letter in text for word in feed.read(letter)] + feed.finish()
+    assert letters == words_of(text, "markdown")
+    assert sum(word.line_end for word in letters) == 2
+
+
 def test_texts_longer_than_a_block_equal_chunks() -> None:
     text = "A well-known end. Then 3.5 more,\r\n\r\nso # No. 5\n" * 1600
     for form in FORMS:

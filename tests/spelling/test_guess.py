@@ -21,6 +21,10 @@ STORY = (
         ("plain", STORY * 3),
         ("plain", "Hello, world."),
         ("plain", "A line of verse,\nAnd one more,\nThe third is worse,\nSo close the door.\n"),
+        (
+            "plain",
+            "Well, he said, and no more than that, for a while.\nYes.\nWhy?\nI asked.\nSo.\n",
+        ),
         ("plain", ""),
         ("plain", "#one tag and\n#another\n"),
         ("wrapped", "\n\n".join(textwrap.fill(STORY, 70) for _ in range(3))),

@@ -11,6 +11,8 @@ import pytest
 from mlm.base.errors import UserError
 from mlm.text.articles import SPLITS, Article, Corpus, count_words
 from mlm.text.corpora import open_corpus, results_name
+from mlm.text.encoding import encode_articles
+from mlm.text.vocabulary import fit_vocabulary
 
 TITLED = " \n = One = \n \n a b . \n \n = Two = \n \n c d . \n"
 WRAPPED = (
@@ -178,3 +180,16 @@ def test_results_are_named_by_content(tmp_path: Path) -> None:
     assert results_name(str(paths[1])) == one
     assert results_name("pydocs") == "on-pydocs"
     assert results_name("wikitext-2") == "on-wikitext-2"
+
+
+def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "story.txt"
+    path.write_text("A  “well-known”, 1,000-year-old end…\n\n\nIt’s so.", encoding="utf-8")
+    source = open_corpus(str(path), whole=True)
+    size = len(b'A "well-known", 1,000-year-old end...\nIt\'s so.\n')
+    assert [article.size for article in source.articles("valid")] == [size]
+    assert Article("é", "é\n").size == 3
+    articles = [*source.articles("valid"), Article("One", "a b\n")]
+    vocabulary = fit_vocabulary(articles, "word", 0)
+    ((_, encoded),) = encode_articles(articles, vocabulary, tmp_path)
+    assert encoded.bytes == [size, 4]
