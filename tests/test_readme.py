@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
-from conftest import Command, Finished
+from conftest import Command
 from tiny import as_flags, tiny_config, write_corpus
 
 from benchmarks.growth import TIMED
@@ -99,6 +99,8 @@ def scaled(command: str, folder: Path) -> tuple[str, list[str]] | None:
         return None
     python, *words = shlex.split(command)
     assert python in ("python", "python3"), f"README: no test runs `{command}`"
+    if words[:3] == ["-m", "mlm", "score"]:
+        return "mlm.cli.score", words[3:]
     if words[0] == "-m":
         assert words[1] in BENCHMARK_FLAGS, f"README: no test runs `{command}`"
         return words[1], [*words[2:], *BENCHMARK_FLAGS[words[1]].split()]
@@ -201,6 +203,7 @@ def test_every_command_runs(
     leave it out.
     """
     write_corpus(tmp_path / PLACE, train=6, valid=3, test=3)
+    (tmp_path / "README.md").write_text("# A kettle\n\nThe kettle sings.\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SIZES, "S", TINY)
     monkeypatch.setattr("benchmarks.ceiling.measure_machine", _measure_machine_quickly)
@@ -252,24 +255,18 @@ def test_commands_of_other_pages_are_understood(
                 tyro.cli(options, args=words[2:])
 
 
-def test_python_of_readme_runs(
-    finished: Finished,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """The six lines, on a run folder where README says that one is."""
-    finished.copy(tmp_path / "runs" / "pydocs")
-    monkeypatch.chdir(tmp_path)
+def test_python_of_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The few lines, with the released model."""
     (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text("utf-8"), re.M | re.S)
     lines = [line for line in code.splitlines() if line and not line.startswith("import ")]
     assert len(lines) <= 6
     exec(code, {})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert len(rows) > 20
-    assert rows[0][0] == "the"
-    assert rows[0][1] == rows[0][2], "nothing was learned before the first word"
-    assert any(row[1] != row[2] for row in rows), "the weights are rewritten"
+    assert rows[0][0] == "The"
+    assert abs(float(rows[0][1]) - float(rows[0][2])) < 0.1, "nothing is learned before a word"
+    total, learned = (sum(float(row[k]) for row in rows) for k in (1, 2))
+    assert learned < 0.8 * total, "a text that repeats itself is learned"
 
 
 def test_readme_is_short() -> None:

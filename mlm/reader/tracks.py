@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.reader.words import BEST, Details
+from mlm.reader.words import TOP, Details
 from mlm.reading.cache import Cache, CacheSetting
 from mlm.reading.lanes import Lanes, Predicted, StaticLanes
 from mlm.text.streams import Segment
@@ -95,7 +95,7 @@ class Track:
         found = None
         if details:
             chosen = log_p.gather(-1, segment.targets.unsqueeze(-1))
-            best, pieces = log_p.topk(min(BEST, log_p.shape[-1]), -1)
+            best, pieces = log_p.topk(min(TOP, log_p.shape[-1]), -1)
             entropy = -(log_p.exp() * log_p).nan_to_num(0).sum(-1)
             parts = entropy, (log_p > chosen).sum(-1) + 1, segment.targets, pieces, -best
             arrays = [part.cpu().numpy() for part in parts]

@@ -29,7 +29,7 @@ from mlm.spelling import Word
 STATS = ("entropy", "rank", "top_k", "pieces")
 """What a table may tell besides: of the distribution of each word's first piece, and what each of
 its pieces costs."""
-BEST = 5
+TOP = 5
 """Pieces of `top_k`."""
 
 

@@ -26,7 +26,8 @@ class Config:
     rule: Literal["default", "best"] = "default"
     """Settings of adaptation; best: the rule that gains most, slower."""
     corpus: str = "pydocs"
-    """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a folder or file in WikiText form."""
+    """pydocs, wikitext-2[-raw], wikitext-103[-raw], or a folder or file: in WikiText form, or plain
+    text, one article per file."""
     out: Path | None = None
     """The run folder; default runs/<corpus>."""
     stages: tuple[Literal["lm", "meta", "evaluate", "draw"], ...] = (
