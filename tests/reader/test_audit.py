@@ -159,6 +159,22 @@ def test_a_glance_at_the_word_after_is_caught(
     assert "bits" in found.worst
 
 
+def test_a_loss_that_knows_how_the_text_goes_on_is_caught(
+    model: TrainedModel, document: Document, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The predictions stay as they were."""
+    original = DocumentReader.score
+
+    def leaky(self: DocumentReader, text: str) -> Any:
+        table = original(self, text)
+        place = table.schema.get_field_index("surprisal")
+        moved = table["surprisal"].to_numpy() + 1e-12 * (sum(map(ord, text[-9:])) + len(text))
+        return table.set_column(place, "surprisal", pa.array(moved))
+
+    monkeypatch.setattr(DocumentReader, "score", leaky)
+    assert check_causal(model, RULE, "article", document).passed is False
+
+
 def test_learning_before_scoring_is_caught(
     model: TrainedModel, document: Document, monkeypatch: pytest.MonkeyPatch
 ) -> None:
