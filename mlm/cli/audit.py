@@ -90,15 +90,16 @@ def audit_model(options: Options) -> None:
 
     model = load(options.model, device=options.device, threads=options.threads)
     rules = list(dict.fromkeys(model.best if rule == "best" else rule for rule in options.rules))
-    documents = _documents(model, options)
-    print(f"model {model.name}: {len(documents):,} documents of {_corpus(model, options)}\n")
+    documents, training = _documents(model, options), _training(model)
+    print(f"model {model.name}: {len(documents):,} document(s) of {_corpus(model, options)}")
+    print(f"training text: {'not available' if training is None else model.config.corpus}\n")
     checks = []
     for check in audit(
         model,
         documents,
         rules,
         options.protocols,
-        _training(model),
+        training,
         options.audit_words,
         options.seed,
     ):
@@ -113,6 +114,12 @@ def _corpus(model: TrainedModel, options: Options) -> str:
     return options.corpus or model.config.corpus
 
 
+def _released(model: TrainedModel) -> bool:
+    from mlm.store.run_folder import RunFolder
+
+    return RunFolder(model.folder).released
+
+
 def _documents(model: TrainedModel, options: Options) -> list[Document]:
     """The documents to score.
 
@@ -120,13 +127,13 @@ def _documents(model: TrainedModel, options: Options) -> list[Document]:
         UserError: there is no such text, or no word in it.
     """
     from mlm.reader.audit import Document
-    from mlm.text.corpora import open_corpus
-    from mlm.text.hub import HUB_CONFIGS
+    from mlm.text.corpora import NAMED, open_corpus
 
     name = _corpus(model, options)
-    path = Path(name).expanduser()
-    if path.is_file() and name not in HUB_CONFIGS:
+    if name not in (*NAMED, model.config.corpus) and Path(name).expanduser().is_file():
         return _of_file(name)
+    if _released(model) and options.corpus is None and name not in NAMED:
+        raise UserError(f"{model.name} holds no text; name one with --corpus, such as a text file")
     try:
         articles = list(open_corpus(name).articles(options.split))
     except UserError as error:
@@ -161,6 +168,8 @@ def _training(model: TrainedModel) -> Training | None:
     from mlm.text.corpora import open_corpus
     from mlm.text.tokens import limited
 
+    if _released(model):  # a corpus of that name here may be another one
+        return None
     config = model.config
 
     def articles() -> Iterator[str]:

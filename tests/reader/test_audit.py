@@ -373,3 +373,32 @@ def test_a_model_without_its_text_is_audited_with_another(
 def test_the_share_that_fails_is_stated(document: Document) -> None:
     found = check_training_text([document], lambda: ["nothing"])
     assert f"{100 * module.SHARED:.0f} %" in found.about
+
+
+def test_a_single_file_is_audited_by_its_split(
+    command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not with its training articles, which the model has seen."""
+    folder = finished.copy(tmp_path / "run")
+    whole = tmp_path / "whole.txt"
+    whole.write_text(corpus_text(12, 5), encoding="utf-8")
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    text = text.replace(json.dumps(str(finished.corpus)), json.dumps(str(whole)))
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    flags = ("--rules", "static", "--protocols", "article", "--audit-words", "60")
+    outcome = command("mlm.cli.audit", folder, "--split", "test", *flags)
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert f"1 document(s) of {whole}" in outcome.out
+
+
+def test_a_released_model_has_no_training_text(command: Any, finished: Any, tmp_path: Path) -> None:
+    """Whatever lies here under the name of its corpus."""
+    assert command("mlm.cli.export", finished.folder, tmp_path / "model").code == 0
+    (tmp_path / "letter.txt").write_text(PLAIN, encoding="utf-8")
+    flags = ("--rules", "static", "--protocols", "article", "--audit-words", "60")
+    assert "name one with --corpus" in command("mlm.cli.audit", tmp_path / "model", *flags).error
+    text = ("--corpus", tmp_path / "letter.txt")
+    outcome = command("mlm.cli.audit", tmp_path / "model", *text, *flags)
+    assert outcome.code == 0, outcome.out + outcome.err
+    assert "training text: not available" in outcome.out
+    assert "1 not checked" in outcome.out
