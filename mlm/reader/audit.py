@@ -155,7 +155,7 @@ def predictions(
     model: TrainedModel, rule: str, protocol: Protocol, documents: Sequence[Document]
 ) -> Iterator[Prediction]:
     """What is predicted while the documents are read, with the extensions and cache of the rule."""
-    vocabulary, own = model.vocabulary, model._track(rule, protocol, 1)
+    vocabulary, own = model.vocabulary, model.track(rule, protocol, 1)
     texts = []
     for document in documents:
         wikitext = document.form == "wikitext"
@@ -166,7 +166,7 @@ def predictions(
     for tokens in texts:
         track = own.copy()
         for segment in LaneStream([tokens], 1, model.segment, vocabulary.eos_id):
-            with computing(model._switches):
+            with computing(model.switches):
                 nll, log_p = _read(track, segment)
             count = int(segment.mask.sum())
             parts = (segment.targets, nll, log_p)
@@ -176,7 +176,7 @@ def predictions(
 def _read(track: Track, segment: Segment) -> tuple[Tensor, Tensor]:
     """Losses and log-probabilities of a segment, which is learned from."""
     now = track.lanes.read(segment, full=True)
-    nll, log_p = track._mixed(now, segment)
+    nll, log_p = track.predicted(now, segment)
     if track.setting and track.cache is not None:
         track.cache.mix(now.nll, now.output, segment)
     return nll, log_p

@@ -16,9 +16,9 @@ from mlm.base.errors import UserError
 from mlm.base.names import CACHE, LEARNED, PROTOCOLS, RULES, STATIC, rule_order
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.hub import HubModel
-from mlm.reader.reader import MAIN, DocumentReader, spell
+from mlm.reader.reader import DocumentReader, spell
 from mlm.reader.tracks import Track
-from mlm.reader.words import STATS, Batch, Details, Prices, column, rows, schema
+from mlm.reader.words import MAIN, STATS, Batch, Details, Prices, column, rows, schema
 from mlm.reading.lanes import lanes_under
 from mlm.reading.scoring import busy_segments
 from mlm.runs.rules import Ready, ready_rule, ready_rules
@@ -56,7 +56,7 @@ class TrainedModel(HubModel):
     def __init__(self, run: Run, name: str) -> None:
         """Called by `load`."""
         self.name, self._run, self.folder = name, run, run.folder.path
-        self._switches = Switches(threads=threads_of(run.config, first=False))
+        self.switches = Switches(threads=threads_of(run.config, first=False))
         self._ready: dict[tuple[str, str], Ready] = {}
 
     @classmethod
@@ -167,17 +167,17 @@ class TrainedModel(HubModel):
             UserError: no such rule, protocol, form or column; a memory of another model or rule.
         """
         names, about = self._asked(rule, also, protocol, form, stats)
-        tracks = {c: self._track(name, protocol, 1) for c, name in names.items()}
+        tracks = {c: self.track(name, protocol, 1) for c, name in names.items()}
         if memory is not None:
             self._remember(Path(memory), tracks, about)
-        of = schema(names[MAIN], list(names.values())[2:], stats, about)
+        of = schema(list(names.values()), stats, about)
         return DocumentReader(
             tracks,
             self.vocabulary,
             of,
             about,
             self.segment,
-            self._switches,
+            self.switches,
             protocol == "stream",
             self._names,
         )
@@ -201,11 +201,11 @@ class TrainedModel(HubModel):
             reader = self.reader(rule, also, protocol, form, stats=stats)
             return pa.concat_tables(reader.score(text) for text in texts)
         names, about = self._asked(rule, also, protocol, form, stats)
-        of = schema(names[MAIN], list(names.values())[2:], stats, about)
+        of = schema(list(names.values()), stats, about)
         if lanes < 1:
             raise UserError(f"lanes {lanes}: give at least 1")
         documents = [self._encoded(text, form) for text in texts]
-        with computing(self._switches):
+        with computing(self.switches):
             found = list(self._read_many(documents, names, lanes, bool(stats)))
         tables = []
         for number, (text, prices, after, details) in enumerate(found):
@@ -234,8 +234,8 @@ class TrainedModel(HubModel):
                 raise UserError(
                     f"no rule {name!r}; {self.name} reads with {', '.join(self.rules)}, or best"
                 )
-        rest = {column(name): name for name in more if name not in (main, STATIC)}
-        names = {MAIN: main, column(STATIC): STATIC, **rest}
+        others = [STATIC, *more] if main != STATIC else more
+        names = {MAIN: main, **{column(name): name for name in others if name != main}}
         about = {
             "model": self.name,
             "vocabulary": self.vocabulary.hash,
@@ -246,8 +246,8 @@ class TrainedModel(HubModel):
         }
         return names, about
 
-    def _track(self, name: str, protocol: str, lanes: int) -> Track:
-        with computing(self._switches):
+    def track(self, name: str, protocol: str, lanes: int) -> Track:
+        with computing(self.switches):
             if (name, protocol) not in self._ready:
                 self._ready[name, protocol] = ready_rule(self._run, name, protocol)
             base, bound, cache, _ = self._ready[name, protocol]
@@ -300,7 +300,7 @@ class TrainedModel(HubModel):
         ]
         after = [dict.fromkeys(names, 0.0) for _ in documents]
         details: list[list[Details]] = [[] for _ in documents]
-        tracks = {c: self._track(n, "article", number) for c, n in names.items()} if number else {}
+        tracks = {c: self.track(n, "article", number) for c, n in names.items()} if number else {}
         device = self._run.device
         stream = LaneStream(articles, number, self.segment, eos) if number else None
         for raw, keep in busy_segments(stream) if stream else ():

@@ -27,8 +27,6 @@ from mlm.text.vocabulary import UNK, Vocabulary
 
 BYTE_NATS = math.log(257)
 """What every byte of an unknown word costs, and its end: any of 256 bytes, or no more."""
-MAIN = "surprisal"
-"""The main rule's column."""
 
 
 def spell(word: Word, vocabulary: Vocabulary, wikitext: bool) -> tuple[list[int], list[float]]:

@@ -69,7 +69,7 @@ class Track:
     def read(self, segment: Segment, details: bool = False) -> Said:
         """Predict a segment, then learn from it."""
         now = self.lanes.read(segment, full=True)
-        nll, log_p = self._mixed(now, segment)
+        nll, log_p = self.predicted(now, segment)
         if self.setting and not self.frozen:
             assert self.cache is not None
             self.cache.mix(now.nll, now.output, segment)
@@ -78,10 +78,11 @@ class Track:
     def ahead(self, segment: Segment) -> Tensor:
         """Log-probabilities (B, M, V) of a segment, which leaves no trace."""
         now = self.lanes.ahead(segment)
-        return self._mixed(now, segment)[1]
+        return self.predicted(now, segment)[1]
 
-    def _mixed(self, now: Predicted, segment: Segment) -> tuple[Tensor, Tensor]:
-        """(nll, log-probabilities), with the cache."""
+    def predicted(self, now: Predicted, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Of what its lanes predict: losses (B, M) and log-probabilities (B, M, V), with the cache,
+        which remembers nothing of it."""
         assert now.log_p is not None
         if not self.setting:
             return now.nll, now.log_p

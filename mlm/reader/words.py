@@ -26,6 +26,8 @@ import pyarrow as pa
 from mlm.base.names import CACHE, STATIC
 from mlm.spelling import Word
 
+MAIN = "surprisal"
+"""The main rule's column."""
 STATS = ("entropy", "rank", "top_k", "pieces")
 """What a table may tell besides: of the distribution of each word's first piece, and what each of
 its pieces costs."""
@@ -83,12 +85,12 @@ def column(rule: str) -> str:
     return f"surprisal_{rule.replace(CACHE, '_cache')}"
 
 
-def schema(main: str, also: Sequence[str], stats: Sequence[str], about: Mapping[str, Any]) -> Any:
+def schema(rules: Sequence[str], stats: Sequence[str], about: Mapping[str, Any]) -> Any:
     """Of the table: its columns, their units, and whose they are.
 
     Args:
-        main: the rule of `surprisal`.
-        also: further rules, each with a column of its own.
+        rules: the first is that of `surprisal`; each of the others has a column of its own, and so
+            has static in any case.
         about: what else is to be known, for the metadata.
     """
 
@@ -110,11 +112,11 @@ def schema(main: str, also: Sequence[str], stats: Sequence[str], about: Mapping[
         field("char_end", pa.int64(), "characters of the document"),
         field("word", pa.string(), "the text itself"),
         field("n_tokens", pa.int32(), "pieces"),
-        *bits("surprisal", main),
+        *bits(MAIN, rules[0]),
         *bits(column(STATIC), STATIC),
     ]
-    for rule in also:
-        fields += bits(column(rule), rule)
+    for rule in rules[1:]:
+        fields += bits(column(rule), rule) if rule != STATIC else []
     kinds = {
         "entropy": (pa.float64(), "bits, of the first piece"),
         "rank": (pa.int32(), "of the first piece; 1 = the most likely"),
@@ -154,7 +156,8 @@ def rows(
 
     Args:
         of: its `schema`.
-        prices: by column: `surprisal`, `surprisal_static` and so on.
+        prices: by column: `surprisal`, `surprisal_static` and so on; without the latter, static is
+            the main rule.
         after: by column: -log P(a word begins) behind the last piece, nats.
         names: the pieces' spellings, by token.
     """
@@ -170,8 +173,9 @@ def rows(
         "n_tokens": np.diff(np.append(first, batch.tokens)).astype(np.int32),
     }
     bit = math.log(2)
-    for name, price in prices.items():
-        boundary = np.append(price.boundary, after[name])
+    static = column(STATIC)
+    for name, price in {static: prices[MAIN], **prices}.items():
+        boundary = np.append(price.boundary, after.get(name, after[MAIN]))
         data[name] = corrected(price.nll, boundary, first, batch.place == 0) / bit
         plain = np.add.reduceat(price.nll, first) if number else np.zeros(0)
         data[f"{name}_plain"] = plain / bit

@@ -31,7 +31,7 @@ def test_no_words_have_no_surprisal() -> None:
 
 
 def test_every_column_states_its_unit_and_its_rule() -> None:
-    found = schema("rms", ["sgd+cache"], ["rank"], {"model": "x"})
+    found = schema(["rms", "static", "sgd+cache"], ["rank"], {"model": "x"})
     assert all(b"unit" in field.metadata for field in found)
     assert found.field("surprisal").metadata[b"rule"] == b"rms"
     assert found.names[-3:] == ["surprisal_sgd_cache", "surprisal_sgd_cache_plain", "rank"]
