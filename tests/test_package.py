@@ -163,7 +163,8 @@ def test_unknown_command(
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
-    message = "error: mlm tarin: no such command; choose from train, evaluate, score, audit, show, export\n"
+    names = "train, evaluate, score, audit, show, export"
+    message = f"error: mlm tarin: no such command; choose from {names}\n"
     assert capsys.readouterr().err == message
 
 
