@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.reader.words import TOP, Details
+from mlm.reader.words import SHOWN, Details
 from mlm.reading.cache import Cache, CacheSetting
 from mlm.reading.lanes import Lanes, Predicted, StaticLanes
 from mlm.text.streams import Segment
@@ -96,7 +96,7 @@ class Track:
         found = None
         if details:
             chosen = log_p.gather(-1, segment.targets.unsqueeze(-1))
-            best, pieces = log_p.topk(min(TOP, log_p.shape[-1]), -1)
+            best, pieces = log_p.topk(min(SHOWN, log_p.shape[-1]), -1)
             entropy = -(log_p.exp() * log_p).nan_to_num(0).sum(-1)
             parts = entropy, (log_p > chosen).sum(-1) + 1, segment.targets, pieces, -best
             arrays = [part.cpu().numpy() for part in parts]

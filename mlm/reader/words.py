@@ -31,7 +31,7 @@ MAIN = "surprisal"
 STATS = ("entropy", "rank", "top_k", "pieces")
 """What a table may tell besides: of the distribution of each word's first piece, and what each of
 its pieces costs."""
-TOP = 5
+SHOWN = 5
 """Pieces of `top_k`."""
 
 

@@ -173,6 +173,7 @@ def test_the_axis_of_unrolls_has_a_row_for_every_length(
     assert len(draw("unroll", unroll_rows, tmp_path / "unroll")) == 3
 
 
+@pytest.mark.slow
 def test_memory_of_the_modes(unroll_rows: list[dict[str, Any]]) -> None:
     """In copies of the weights, at this size with what a step needs beside them."""
     found = {(r["what"], r["size"]): r for r in unroll_rows if "peak MB" in r}

@@ -82,6 +82,7 @@ def test_it_tells_headings_from_other_lines(base: AdaptationBase) -> None:
     assert found == _first_lines(articles)
 
 
+@pytest.mark.slow
 def test_articles_that_begin_as_all_lines_do_are_not_told_apart() -> None:
     plain = tiny_base(layers=1)
     random = np.random.default_rng(0)

@@ -193,6 +193,7 @@ def test_its_gradient_is_that_of_the_loss(surprise: float, engine: str) -> None:
     assert sum(each) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_it_learns_what_n_grams_are_worth(monkeypatch: pytest.MonkeyPatch) -> None:
     """Articles that it did not learn from are predicted better; the seed decides the order."""
     monkeypatch.setattr("mlm.extensions.ngram_read_out.TOKENS", 60)

@@ -469,6 +469,7 @@ def _gain(folder: Path, rule: str) -> float:
     )
 
 
+@pytest.mark.slow
 def test_a_run_with_low_rank_changes(finished: Finished, command: Command, tmp_path: Path) -> None:
     """Stage 2, evaluation and a later `evaluate.py` work from the run folder; ranks must agree."""
     folder = finished.copy(tmp_path / "run")
