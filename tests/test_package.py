@@ -124,6 +124,7 @@ def test_wheel_holds_the_package(installed: Installed) -> None:
     assert f"mlm-{mlm.__version__}-" in installed.wheel.name
 
 
+@pytest.mark.slow
 def test_installed_command(installed: Installed, tmp_path: Path) -> None:
     """Train, evaluate and show in another folder, with the code of the wheel."""
     python, command = installed.python, installed.command

@@ -98,6 +98,7 @@ def test_the_gradient_is_that_of_the_loss_by_the_plain_weights(intra_segment, mo
         torch.testing.assert_close(seen[name], g, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_model_trained_for_the_rule_reads_better_with_it() -> None:
     trainer = through()
     plain = LMTrainer(through_config(), SHAPE, trainer.text, torch.device("cpu"))

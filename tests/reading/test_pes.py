@@ -152,6 +152,7 @@ def test_balanced_perturbations_give_the_gradient_of_the_whole_reading(ewc: floa
         assert float((short[n] - g).norm()) > 0.01 * size, n
 
 
+@pytest.mark.slow
 def test_random_perturbations_are_right_on_average() -> None:
     """z-test, 4 standard errors; sigma is so small that smoothing does not show."""
     base = _base()

@@ -136,6 +136,7 @@ def test_articles_without_a_token_have_no_losses(kind: str) -> None:
     assert scores.total == 0
 
 
+@pytest.mark.slow
 def test_a_rule_and_its_cache_are_read_at_once(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

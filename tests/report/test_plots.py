@@ -202,6 +202,7 @@ def test_the_ink_flips_with_the_background():
 # ---------------------------------------------------------------- all of them
 
 
+@pytest.mark.slow
 def test_everything_is_drawn_from_the_folder_alone(run: Path):
     paths = draw_all(run, passage=(3, 100))
     names = {path.relative_to(run).as_posix() for path in paths}

@@ -181,6 +181,7 @@ def test_only_training_and_validation_text_is_read(finished: Finished) -> None:
 # ---------------------------------------------------------------- stages, seeds, lanes
 
 
+@pytest.mark.slow
 def test_stages_one_by_one_give_the_same_run(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

@@ -205,6 +205,7 @@ def _through(**changes) -> ThroughRMS:
     return ThroughRMS(config, RecurrentLM(12, 8, 8, 1), _text(), torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_weights_trained_to_be_rewritten_gain_more_from_it() -> None:
     """Every article has words of its own: the ordinary model averages over them."""
     trainer = _through()
@@ -276,6 +277,7 @@ def test_the_hand_made_rule_rests_until_there_is_a_fisher() -> None:
 # ---------------------------------------------------------------- the whole path
 
 
+@pytest.mark.slow
 def test_every_rule_is_trained_and_scored_by_its_name(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:
