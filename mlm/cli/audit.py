@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlm.base.errors import UserError
-from mlm.cli.flags import all_flags_help, name_of_script, parse, settings_of, today, wants_help
+from mlm.cli.flags import options_of
 from mlm.cli.inputs import open_sources
 
 if TYPE_CHECKING:
@@ -57,12 +56,9 @@ class Options:
 
 def main() -> None:
     """Parse the command line, check, print the table."""
-    script, words = name_of_script(), today(sys.argv[1:])
-    settings = settings_of(Options())
-    if wants_help(words):
-        print(all_flags_help(HELP.format(script=script), settings[1:]))
-        return
-    audit_model(Options(**parse(script, words, settings, positional=("model",))))
+    options = options_of(HELP, Options(), ("model",))
+    if options is not None:
+        audit_model(options)
 
 
 def audit_run(model: str, config: Config, corpus: str | None) -> None:
@@ -89,7 +85,7 @@ def audit_model(options: Options) -> None:
     from mlm.reader.audit import audit
 
     model = load(options.model, device=options.device, threads=options.threads)
-    rules = list(dict.fromkeys(model.best if rule == "best" else rule for rule in options.rules))
+    rules = model.resolved(options.rules)
     documents, training = _documents(model, options), _training(model)
     print(f"model {model.name}: {len(documents):,} document(s) of {_corpus(model, options)}")
     print(f"training text: {'not available' if training is None else model.config.corpus}\n")

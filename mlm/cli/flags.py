@@ -204,6 +204,21 @@ def help_text(head: str, settings: Sequence[Setting], everything: bool) -> str:
     return "\n".join(lines)
 
 
+def options_of(head: str, usual: Any, positional: tuple[str, ...]) -> Any | None:
+    """What the command line of a script with few flags says; None = its help was printed.
+
+    Args:
+        head: of the help; `{script}` stands for the script's name.
+        usual: the options with their defaults, a dataclass whose first field is positional.
+    """
+    script, words = name_of_script(), today(sys.argv[1:])
+    settings = settings_of(usual)
+    if wants_help(words):
+        print(all_flags_help(head.format(script=script), settings[1:]))
+        return None
+    return type(usual)(**parse(script, words, settings, positional=positional))
+
+
 def all_flags_help(head: str, settings: Sequence[Setting]) -> str:
     """`head`, then all flags, for a script with few of them."""
     width = min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm.base.errors import UserError
-from mlm.cli.flags import all_flags_help, name_of_script, parse, settings_of, today, wants_help
+from mlm.cli.flags import options_of
 from mlm.cli.inputs import Source, compiled, open_sources
 
 if TYPE_CHECKING:
@@ -81,12 +81,9 @@ class Options:
 
 def main() -> None:
     """Parse the command line, check all texts, read them, print the summary."""
-    script, words = name_of_script(), today(sys.argv[1:])
-    settings = settings_of(Options())
-    if wants_help(words):
-        print(all_flags_help(HELP.format(script=script), settings[1:]))
+    options = options_of(HELP, Options(), ("files",))
+    if options is None:
         return
-    options = Options(**parse(script, words, settings, positional=("files",)))
     _check(options)
     sources = open_sources(options.files, options.form, compiled(options.split_on))
     _check_texts(options, sources)
@@ -156,7 +153,7 @@ def score_texts(options: Options, sources: Sequence[Source]) -> None:
     from mlm.reader.summary import Summary
 
     model = load(options.model, device=options.device, threads=options.threads)
-    rules = list(dict.fromkeys(model.best if rule == "best" else rule for rule in options.rules))
+    rules = model.resolved(options.rules)
     summary, titles = Summary(rules[0], rules[1:]), dict[int, str]()
     with contextlib.ExitStack() as stack:
         writers = [summary.add, *_writers(options, rules[0], titles, stack)]

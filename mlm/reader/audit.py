@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from torch import Tensor
 
 from mlm.base.names import STATIC, rule_label
 from mlm.kernels.switches import computing
 from mlm.reader.reader import spell
-from mlm.reader.tracks import Track
 from mlm.spelling import Word, WordFeed
 from mlm.text.articles import count_words
-from mlm.text.streams import LaneStream, Segment
+from mlm.text.streams import LaneStream
 
 if TYPE_CHECKING:
     from mlm.reader.model import Form, Protocol, TrainedModel
@@ -167,19 +165,10 @@ def predictions(
         track = own.copy()
         for segment in LaneStream([tokens], 1, model.segment, vocabulary.eos_id):
             with computing(model.switches):
-                nll, log_p = _read(track, segment)
+                nll, log_p = track.learn(segment)
             count = int(segment.mask.sum())
             parts = (segment.targets, nll, log_p)
             yield Prediction(*(part[0, :count].double().cpu().numpy() for part in parts))
-
-
-def _read(track: Track, segment: Segment) -> tuple[Tensor, Tensor]:
-    """Losses and log-probabilities of a segment, which is learned from."""
-    now = track.lanes.read(segment, full=True)
-    nll, log_p = track.predicted(now, segment)
-    if track.setting and track.cache is not None:
-        track.cache.mix(now.nll, now.output, segment)
-    return nll, log_p
 
 
 def check_sums(

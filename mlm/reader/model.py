@@ -130,6 +130,10 @@ class TrainedModel(HubModel):
             )
         return max(gains, key=lambda name: gains[name])
 
+    def resolved(self, rules: Sequence[str]) -> list[str]:
+        """The rules of these names, each once; `best` is the best learned one."""
+        return list(dict.fromkeys(self.best if rule == BEST else rule for rule in rules))
+
     @cached_property
     def _names(self) -> list[str]:
         """Every piece's spelling, a leading space where it begins a word."""
@@ -228,7 +232,7 @@ class TrainedModel(HubModel):
             odd = [word for word in given if word not in known]
             if odd:
                 raise UserError(f"{what} {odd[0]!r}: choose from {', '.join(known)}")
-        main, *more = (self.best if r == BEST else r for r in (rule, *also))
+        main, *more = self.resolved([rule, *also])
         for name in (main, *more):
             if name.removesuffix(CACHE) not in RULES:
                 raise UserError(

@@ -118,11 +118,6 @@ class DocumentReader:
 
     # -- reading ------------------------------------------------------------------------------
 
-    @property
-    def canonical_bytes(self) -> int:
-        """Bytes of the present document so far: plain typography, one byte for white space."""
-        return 0 if self._document is None else self._document.feed.canonical_bytes
-
     def read(self, chunk: str) -> Any:
         """Read on in the present document, or begin one.
 

@@ -68,12 +68,16 @@ class Track:
 
     def read(self, segment: Segment, details: bool = False) -> Said:
         """Predict a segment, then learn from it."""
+        return self._said(*self.learn(segment), segment, details)
+
+    def learn(self, segment: Segment) -> tuple[Tensor, Tensor]:
+        """Losses (B, M) and log-probabilities (B, M, V) of a segment, which is learned from."""
         now = self.lanes.read(segment, full=True)
         nll, log_p = self.predicted(now, segment)
         if self.setting and not self.frozen:
             assert self.cache is not None
             self.cache.mix(now.nll, now.output, segment)
-        return self._said(nll, log_p, segment, details)
+        return nll, log_p
 
     def ahead(self, segment: Segment) -> Tensor:
         """Log-probabilities (B, M, V) of a segment, which leaves no trace."""

@@ -152,7 +152,7 @@ def rows(
     details: Details | None,
     names: Sequence[str],
 ) -> Any:
-    """The table of these words.
+    """The table of these words, at least one.
 
     Args:
         of: its `schema`.
@@ -177,20 +177,20 @@ def rows(
     for name, price in {static: prices[MAIN], **prices}.items():
         boundary = np.append(price.boundary, after.get(name, after[MAIN]))
         data[name] = corrected(price.nll, boundary, first, batch.place == 0) / bit
-        plain = np.add.reduceat(price.nll, first) if number else np.zeros(0)
-        data[f"{name}_plain"] = plain / bit
+        data[f"{name}_plain"] = np.add.reduceat(price.nll, first) / bit
     if details is not None:
         data["entropy"] = details.entropy[first] / bit
         data["rank"] = details.rank[first].astype(np.int32)
-        data["top_k"] = [
-            [
-                {"piece": names[int(p)], "bits": float(b) / bit}
-                for p, b in zip(details.pieces[t], details.best[t], strict=True)
+        if "top_k" in of.names:
+            data["top_k"] = [
+                [
+                    {"piece": names[int(p)], "bits": float(b) / bit}
+                    for p, b in zip(details.pieces[t], details.best[t], strict=True)
+                ]
+                for t in first
             ]
-            for t in first
-        ]
         if "pieces" in of.names:
-            main = next(iter(prices.values()))
+            main = prices[MAIN]
             came = [
                 {"piece": names[int(p)], "bits": float(b) / bit, "rank": int(r)}
                 for p, b, r in zip(details.came, main.nll, details.rank, strict=True)
