@@ -168,8 +168,10 @@ def score_texts(options: Options, sources: Sequence[Source]) -> None:
     for line in summary.lines(reading.size, options.units):
         print(line)
     if model.vocabulary.kind == "word":
-        share = 100 * reading.unknown / summary.words
+        share = 100 * reading.unknown / max(1, summary.words)
         print(f"\nunknown words (outside the vocabulary): {reading.unknown:,}, {share:.2f} %")
+        if reading.unknown:
+            print("each costs its token and its spelling, log2 257 bits for every byte and one end")
     for path in (options.out, options.nc, options.page, options.save_memory):
         if path is not None:
             print(path)

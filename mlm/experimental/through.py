@@ -88,7 +88,7 @@ class ThroughTrainer(LMTrainer):
         Raises:
             UserError: the loss is not finite; the weights are untouched by it.
         """
-        segment = next(self.stream).to(self.device)
+        segment = self.next_segment()
         base = self.base()
         out = {n: buffers.acquire(tuple(w.shape), w) for n, w in self.reader.weights.items()}
         now = step(base, self.bound(base), self.reader, segment, out, self.shared())

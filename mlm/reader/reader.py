@@ -20,32 +20,29 @@ from mlm.base.errors import UserError
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.tracks import Track
 from mlm.reader.words import STATS, Batch, Details, Prices, rows
-from mlm.spelling import Word, WordFeed, detokenise
+from mlm.spelling import Word, WordFeed, canonical_characters, detokenise, spelling_nats
 from mlm.store.tensors import save_tensors
 from mlm.text.streams import Segment
 from mlm.text.vocabulary import UNK, Vocabulary
-
-BYTE_NATS = math.log(257)
-"""What every byte of an unknown word costs, and its end: any of 256 bytes, or no more."""
 
 
 def spell(word: Word, vocabulary: Vocabulary, wikitext: bool) -> tuple[list[int], list[float]]:
     """Tokens of a word, and what each costs besides its loss, in nats.
 
     A word that a vocabulary of whole words does not hold costs its token `<unk>` and its spelling,
-    `BYTE_NATS` for every byte and one end. WikiText's own `<unk>` is a word like others.
+    `spelling_nats`. WikiText's own `<unk>` is a word like others.
     """
     if word.line_end:
         return [vocabulary.eos_id], [0.0]
     tokens: list[int] = []
     costs: list[float] = []
-    for form in word.forms:
+    for form in map(canonical_characters, word.forms):
         found = vocabulary.encode_line(form)
         unknown = found == [vocabulary.unk_id] and not (wikitext and form == UNK)
         tokens += found
         costs += [0.0] * len(found)
         if unknown:
-            costs[-1] = BYTE_NATS * (len(form.encode()) + 1)
+            costs[-1] = spelling_nats(len(form.encode()))
     return tokens, costs
 
 

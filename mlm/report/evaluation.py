@@ -161,6 +161,7 @@ def evaluate_rows(
     words_per_second: Mapping[tuple[str, str], float],
     settings: Mapping[tuple[str, str], Mapping[str, Any]],
     bytes_A: Sequence[int] | None = None,
+    unknown_A: Sequence[int] | None = None,
     comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -169,12 +170,14 @@ def evaluate_rows(
 
     `words_per_second` and `settings` are keyed by (rule, protocol) and may lack entries. `bytes_A`
     holds the UTF-8 bytes of each article, in the table's order; by default they are counted from
-    the words as in WikiText's form (a space or line end after every word). Raises `UserError` if
-    a protocol has rules but no static losses to pair them with.
+    the words, as of the canonical text (`mlm.spelling.canonical_text`). `unknown_A` says how many
+    words of each are outside the vocabulary (default: none); their losses hold their spellings'
+    price. Raises `UserError` if a protocol has rules but no static losses to pair them with.
     """
     sizes_A = _word_bytes(table) if bytes_A is None else list(bytes_A)
     if len(sizes_A) != len(table.start_A):
         raise ValueError(f"{len(sizes_A)} byte counts for {len(table.start_A)} articles")
+    counts_A = list(zip(sizes_A, unknown_A or [0] * len(sizes_A), strict=True))
     rows: list[Row] = []
     for protocol in PROTOCOLS:
         rules = table.rules(protocol)
@@ -193,7 +196,7 @@ def evaluate_rows(
                 "words_per_second": _finite(words_per_second.get(key)),
                 "settings": dict(settings.get(key, {})),
             }
-            rows += _rule_rows(table, rule, protocol, common, sizes_A, resamples, seed)
+            rows += _rule_rows(table, rule, protocol, common, counts_A, resamples, seed)
         for rule, against in comparisons:
             if rule in rules and against in rules:
                 rows.append(_comparison(table, protocol, rule, against, resamples, seed))
@@ -201,8 +204,13 @@ def evaluate_rows(
 
 
 def _word_bytes(table: LossTable) -> list[int]:
-    """UTF-8 bytes of each article in WikiText's form: a space or a line end after every word."""
-    size_N = [1 if word == EOS else len(word.encode()) + 1 for word in table.word_N]
+    """UTF-8 bytes of each article's canonical text: a space or a newline after every word."""
+    blank_N = np.append(True, table.word_N[:-1] == EOS)  # at a line's end: the line has no word
+    blank_N[table.start_A] = True
+    size_N = [
+        int(blank) if word == EOS else len(word.encode()) + 1
+        for word, blank in zip(table.word_N, blank_N, strict=True)
+    ]
     return np.add.reduceat(np.array(size_N, dtype=np.int64), table.start_A).tolist()
 
 
@@ -211,11 +219,15 @@ def _rule_rows(
     rule: str,
     protocol: str,
     common: Row,
-    bytes_A: Sequence[int],
+    counts_A: Sequence[tuple[int, int]],
     resamples: int,
     seed: int,
 ) -> list[Row]:
-    """The total, position and article rows of one rule in one protocol."""
+    """The total, position and article rows of one rule in one protocol.
+
+    Args:
+        counts_A: bytes and unknown words of every article.
+    """
     loss_N, static_N = table.loss(rule, protocol), table.loss(STATIC, protocol)
     nll_A = np.add.reduceat(loss_N, table.start_A)
     gain_A = np.add.reduceat(static_N, table.start_A) - nll_A
@@ -223,7 +235,8 @@ def _rule_rows(
     interval = _gain_interval(rule, gain_A, words_A, resamples, seed)
     rows = [
         {"kind": "total", **common, "articles": len(words_A)}
-        | _measures(nll_A.sum(), words_A.sum(), sum(bytes_A), gain_A.sum(), interval)
+        | _measures(nll_A.sum(), words_A.sum(), np.sum(counts_A, 0), gain_A.sum(), interval)
+        | _largest(table, gain_A)
     ]
     # Bytes are known per article only, so a bin of positions has no bits per byte.
     for part in position_gains(
@@ -239,23 +252,36 @@ def _rule_rows(
         first, second = half_gains(static_N[rows_of_article], loss_N[rows_of_article])
         rows.append(
             {"kind": "article", **common, "article": article, "title": table.title(article)}
-            | _measures(nll_A[place], words_A[place], bytes_A[place], gain_A[place], None)
+            | _measures(nll_A[place], words_A[place], counts_A[place], gain_A[place], None)
             | {"first_half_gain": first, "second_half_gain": second}
         )
     return rows
 
 
+def _largest(table: LossTable, gain_A: np.ndarray) -> Row:
+    """The article that gains most, and its share of the gain of all; None where there is none."""
+    total, most = float(gain_A.sum()), int(gain_A.argmax())
+    share = float(gain_A[most]) / total if total > 0 else None
+    return {"largest_article": table.articles[most] if share else None, "largest_share": share}
+
+
 def _measures(
-    nll: float, words: int, size: int | None, gain: float, interval: list[float] | None
+    nll: float,
+    words: int,
+    counts: Sequence[int] | np.ndarray | None,
+    gain: float,
+    interval: list[float] | None,
 ) -> Row:
-    """The numbers every row has; `gain` is in nats in all, `size` in bytes."""
+    """The numbers every row has; `gain` is in nats in all, `counts` bytes and unknown words."""
     nll, words = float(nll), int(words)
+    size, unknown = (None, None) if counts is None else map(int, counts)
     return {
         "words": words,
-        "bytes": None if size is None else int(size),
+        "unknown_words": unknown,
+        "bytes": size,
         "nll": nll,
         "word_perplexity": perplexity(nll, words),
-        "bits_per_byte": nll / math.log(2) / int(size) if size else None,
+        "bits_per_byte": nll / math.log(2) / size if size else None,
         "nats_per_word_gained": float(gain) / words,
         "interval": interval,
     }

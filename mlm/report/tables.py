@@ -65,6 +65,28 @@ def _gain_percent(row: Row, static: Row | None) -> float | None:
     return 100 * (before - after) / before if before and after is not None else None
 
 
+def _size(total: Row) -> str:
+    """Words and articles of a table, and the share of unknown words."""
+    unknown = total.get("unknown_words")
+    share = f" ({100 * unknown / total['words']:.2f} % unknown)" if unknown else ""
+    return f"{total['words']:,} words{share}, {total.get('articles', 0):,} articles"
+
+
+def _about_unknown(total: Row) -> list[str]:
+    """What an unknown word costs, where there are any."""
+    text = (
+        "An unknown word is outside the vocabulary. It costs its token and its spelling, log2 257 "
+        "bits for every byte and one end, under every rule alike."
+    )
+    return [text] if total.get("unknown_words") else []
+
+
+def _share(row: Row) -> str:
+    """The share of a rule's gain that comes from the article that gains most."""
+    share = row.get("largest_share")
+    return "" if row["rule"] == STATIC else _number(share, ".0%").replace("%", " %")
+
+
 def format_totals(rows: Sequence[Row]) -> str:
     """Return the totals as a table for the terminal, one block per split and protocol."""
     lines: list[str] = []
@@ -77,10 +99,10 @@ def format_totals(rows: Sequence[Row]) -> str:
         first = totals[0]
         lines += [
             f"{first.get('corpus', '')} {split}, protocol {protocol} "
-            f"({_PROTOCOL_MEANING.get(protocol, '')}): {first['words']:,} words, "
-            f"{first.get('articles', 0):,} articles".lstrip(),
+            f"({_PROTOCOL_MEANING.get(protocol, '')}): {_size(first)}".lstrip(),
+            *(f"  {line}" for line in textwrap.wrap(" ".join(_about_unknown(first)), 98)),
             f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>25}"
-            f"{'words/s':>10}",
+            f"{'1 article':>11}{'words/s':>10}",
         ]
         for row in totals:
             gain = (
@@ -90,10 +112,12 @@ def format_totals(rows: Sequence[Row]) -> str:
             )
             lines.append(
                 f"  {rule_label(row['rule']):<{width}}{_number(row['word_perplexity']):>11}"
-                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}"
+                f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}{_share(row):>11}"
                 f"{_number(row['words_per_second'], ',.0f'):>10}"
             )
         lines.append("")
+    if any(_share(row) for row in _of(rows, "total")):
+        lines.append("1 article: the share of the gain that comes from the article that gains most")
     for text in rule_texts(names):
         lines += textwrap.wrap(f"{text.label}: {text.about}", 100, subsequent_indent="  ")
     return "\n".join(lines).rstrip()
@@ -106,7 +130,8 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
         "",
         "Perplexity is per word, line ends included. A gain is the static model's loss minus the "
         "rule's on the same words, each scored before it is learned from. Brackets: 95 % bootstrap "
-        "interval over articles, paired.",
+        "interval over articles, paired. Largest article: the share of the gain that comes from "
+        "the article that gains most. Bits per byte count the bytes of the canonical text.",
         "",
         *_rules(rows),
     ]
@@ -118,8 +143,12 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
         lines += [
             f"## {escape_markdown(f'{corpus} {split}'.strip())}, protocol {protocol}",
             "",
-            f"{meaning[:1].upper()}{meaning[1:]}. {totals[0]['words']:,} words, "
-            f"{totals[0].get('articles', 0):,} articles.",
+            " ".join(
+                (
+                    f"{meaning[:1].upper()}{meaning[1:]}. {_size(totals[0])}.",
+                    *_about_unknown(totals[0]),
+                )
+            ),
             "",
             *_totals_table(totals),
             *_settings(totals),
@@ -136,8 +165,8 @@ def totals_markdown(rows: Sequence[Row]) -> str:
     for split, protocol in _groups(rows):
         totals = _of(rows, "total", split=split, protocol=protocol)
         corpus = escape_markdown(f"{totals[0].get('corpus', '')} {split}".strip())
-        words = f"{totals[0]['words']:,} words, {totals[0].get('articles', 0):,} articles"
-        lines += [f"{corpus}, protocol {protocol}: {words}", "", *_totals_table(totals)]
+        about = [f"{corpus}, protocol {protocol}: {_size(totals[0])}", *_about_unknown(totals[0])]
+        lines += [". ".join(about), "", *_totals_table(totals)]
     return "\n".join(lines)
 
 
@@ -150,7 +179,8 @@ def _rules(rows: Sequence[Row]) -> list[str]:
 
 def _totals_table(totals: Sequence[Row]) -> list[str]:
     static = next((row for row in totals if row["rule"] == STATIC), None)
-    header = ["rule", "perplexity", "gain", "bits per byte", "nats gained per word", "words/s"]
+    header = ["rule", "perplexity", "gain", "bits per byte", "nats gained per word"]
+    header += ["largest article", "words/s"]
     body = []
     for row in totals:
         fixed = row["rule"] == STATIC
@@ -164,6 +194,7 @@ def _totals_table(totals: Sequence[Row]) -> list[str]:
                 ""
                 if fixed
                 else _with_interval(row["nats_per_word_gained"], row["interval"], ".4f"),
+                _share(row),
                 _number(row["words_per_second"], ",.0f"),
             ]
         )

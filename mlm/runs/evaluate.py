@@ -57,6 +57,24 @@ class SplitText:
         """Words of every article."""
         return [int(self.file.words[a]) for a in self.chosen]
 
+    @property
+    def unknown_A(self) -> list[int]:
+        """Unknown words of every article."""
+        return [len(self.file.unknown_in(a).at) for a in self.chosen]
+
+    def word_losses(self, nll: Sequence[np.ndarray]) -> np.ndarray:
+        """(N,) nats of all words, from those of every article's tokens.
+
+        An unknown word costs its token and its spelling (`mlm.spelling.spelling_nats`).
+        """
+        parts = []
+        for a, tokens, nll_T in zip(self.chosen, self.articles, nll, strict=True):
+            unknown = self.file.unknown_in(a)
+            paid_T = nll_T.copy()
+            paid_T[unknown.at] += unknown.nats()
+            parts.append(word_losses(paid_T, tokens, self.vocabulary.starts_word))
+        return np.concatenate(parts)
+
     def table(self, losses: dict[str, np.ndarray]) -> LossTable:
         """The losses of all words, by column, beside the words."""
         words = [word for tokens in self.articles for word in self.vocabulary.words(tokens)]
@@ -136,11 +154,11 @@ def _score_pass(
     """What one reading of the text says of every rule that it serves (see `_passes`)."""
     ready = [ready_rule(run, name, protocol) for name in names]
     title = None if run.quiet else f"{text.split}, {protocol}, {rule_label(names[-1])}"
-    articles, titles, starts = text.articles, text.titles, text.vocabulary.starts_word
+    titles = text.titles
     scores: Scores = score_protocol(
         ready[-1].base,
         ready[-1].bound,
-        articles,
+        text.articles,
         text.vocabulary.eos_id,
         protocol,
         run.config.evaluation.lanes,
@@ -151,10 +169,8 @@ def _score_pass(
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
-        parts = [
-            word_losses(nll, tokens, starts) for nll, tokens in zip(mine.nll, articles, strict=True)
-        ]
-        yield RuleScores(name, np.concatenate(parts), mine.seconds, {**one.setting, **resets})
+        losses_N, setting = text.word_losses(mine.nll), {**one.setting, **resets}
+        yield RuleScores(name, losses_N, mine.seconds, setting)
 
 
 def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict[str, Any]]]:
@@ -188,6 +204,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
         words_per_second=speed,
         settings=settings,
         bytes_A=[int(text.file.bytes[a]) for a in text.chosen],
+        unknown_A=text.unknown_A,
         resamples=evaluation.resamples,
         seed=run.config.seed,
     )

@@ -30,7 +30,8 @@ def meta_text(run: Run) -> Text:
         return run.training_text(1 if wanted == "held_out" else 0)
     parts = [run.training_text(part) for part in (0, 1)]
     articles = [article for part in parts for article in part.articles]
-    return Text(articles, sum(part.words for part in parts), parts[0].eos)
+    words, spelling = sum(p.words for p in parts), sum(p.spelling for p in parts)
+    return Text(articles, words, parts[0].eos, spelling)
 
 
 def stage_meta(run: Run) -> None:

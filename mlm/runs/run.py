@@ -60,15 +60,16 @@ def as_text(file: TokenFile, chosen: Sequence[int], eos: int, max_words: int = 0
         UserError: they hold not one token.
     """
     articles: list[np.ndarray] = []
-    words = 0
+    words, spelling = 0, 0.0
     for a in chosen:
         if max_words and words >= max_words:
             break
         articles.append(file.tokens[file.offsets[a] : file.offsets[a + 1]])
         words += int(file.words[a])
+        spelling += float(file.unknown_in(a).nats().sum())
     if not words:
         raise UserError(f"{file.path}: no article with a word in it; check the corpus")
-    return Text(articles, words, eos)
+    return Text(articles, words, eos, spelling)
 
 
 def split_training(file: TokenFile, held_out: float) -> tuple[range, range]:
@@ -129,7 +130,8 @@ class Run:
         """Articles of stage 1 (part 0) or those held out for stage 2 (part 1)."""
         file = self.data.splits["train"]
         chosen = split_training(file, self.config.text.held_out)[part]
-        return as_text(file, chosen, self.data.vocabulary.eos_id)
+        text = as_text(file, chosen, self.data.vocabulary.eos_id)
+        return dataclasses.replace(text, noise=self.data.vocabulary.noise)
 
     def validation_text(self, max_words: int) -> Text:
         """The first articles of the validation split."""

@@ -57,6 +57,7 @@ DROPOUT = (
     "lm.dropout_hidden",
     "lm.dropout_output",
     "lm.weight_drop",
+    "lm.byte_noise",
 )
 NOT_EMPTY = ("stages", "meta.learn", "evaluation.protocols")
 

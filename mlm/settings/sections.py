@@ -72,6 +72,9 @@ class LMTrainingConfig:
     """Locked dropout before the softmax."""
     weight_drop: float = 0.0
     """DropConnect on the recurrent weights."""
+    byte_noise: float = 0.01
+    """Share of the training tokens that random bytes overwrite, so that characters which training
+    never saw cost about 8 bits a byte; 0 = none. Whole words have no bytes."""
     ar: float = 0.0
     """Activation regularisation (AWD-LSTM: 2)."""
     tar: float = 0.0

@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 from mlm.base.errors import UserError
+from mlm.spelling.canonical import canonical_characters
 from mlm.spelling.layout import FORMS, LineLayout
 from mlm.spelling.tokenise import CLOSERS, ENDS, Spelling, tokenise
 
@@ -178,7 +179,7 @@ class WordFeed:
     ) -> list[Word]:
         """Words as they stand; every newline is a line end, and so is the end of the text."""
         at, new = self._at, tuple.__new__
-        self.canonical_bytes += len("".join(tokens).encode("utf-8", "surrogatepass"))
+        self.canonical_bytes += len(canonical_characters("".join(tokens)).encode())
         for token, gap in zip(tokens, gaps, strict=True):
             closes = False
             if self._ended or token == '"':

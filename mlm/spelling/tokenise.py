@@ -11,6 +11,8 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from mlm.spelling.canonical import canonical_characters
+
 #: Marks that end a sentence.
 ENDS = frozenset(".!?。！？؟।")
 #: Marks that may stand between the end of a sentence and the next space.
@@ -126,7 +128,7 @@ def _keeps(chunk: str, shape: str) -> str:
 
 def tokenise(word: str) -> Spelling:
     """Tokenise a word: what white space separates in natural spelling. Linear in its length."""
-    word = plain_typography(word)
+    word = plain_typography(canonical_characters(word))
     shape = word.translate(_SHAPES)
     forms: list[str] = []
     before, period = "", False
@@ -147,7 +149,7 @@ def tokenise(word: str) -> Spelling:
             forms.append(word[start:end])
         else:
             forms += (word[start : end - 1], ".")
-    made, size = tuple(forms), len(word.encode("utf-8", "surrogatepass"))
+    made, size = tuple(forms), len(word.encode())
     if before in ("digit", "small") and period and shape.endswith(".") and made[-1] == ".":
         return Spelling(made, size, True, before, (*made[:-2], made[-2] + "."))
     return Spelling(made, size, ends_sentence(made))

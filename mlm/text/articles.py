@@ -33,11 +33,6 @@ class Article:
     canonical_bytes: int | None = field(default=None, compare=False)
     """UTF-8 bytes of natural spelling that was converted to `text`; None if none was."""
 
-    @property
-    def size(self) -> int:
-        """The bytes that bits per byte are counted by."""
-        return len(self.text.encode()) if self.canonical_bytes is None else self.canonical_bytes
-
 
 class Corpus(Protocol):
     """A source of articles in three splits: "train", "valid", "test"."""

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mlm.base.errors import UserError
-from mlm.text.articles import Article
-from mlm.text.vocabulary import Vocabulary, load_vocabulary
+from mlm.spelling import canonical_text
+from mlm.text.articles import Article, count_words
+from mlm.text.vocabulary import Unknown, Vocabulary, load_vocabulary
 
 _BATCH = 1 << 20  # characters encoded at a time
 
@@ -34,20 +35,45 @@ def token_dtype(vocabulary: Vocabulary) -> np.dtype:
 
 
 class Encoded(NamedTuple):
-    """A batch of encoded articles: their tokens end to end, and three numbers for each."""
+    """A batch of encoded articles: their tokens end to end, and what each of them holds."""
 
     tokens: np.ndarray
     lengths: list[int]
     words: list[int]
     bytes: list[int]
+    unknown: Unknown
 
 
 def _encode_batch(vocabulary: Vocabulary, articles: Sequence[Article]) -> Encoded:
     dtype = token_dtype(vocabulary)
     arrays = [vocabulary.encode_article(article.text).astype(dtype) for article in articles]
+    lengths = [len(array) for array in arrays]
     words = [int(vocabulary.starts_word[array].sum()) for array in arrays]
-    sizes = [article.size for article in articles]
-    return Encoded(np.concatenate(arrays), [len(array) for array in arrays], words, sizes)
+    parts = [vocabulary.unknown(a.text, array) for a, array in zip(articles, arrays, strict=True)]
+    sizes = list(map(_counted_bytes, itertools.repeat(vocabulary), articles, arrays, parts))
+    starts = np.cumsum([0, *lengths[:-1]])
+    at = [part.at + start for part, start in zip(parts, starts, strict=True)]
+    unknown = Unknown(np.concatenate(at), np.concatenate([part.bytes for part in parts]))
+    return Encoded(np.concatenate(arrays), lengths, words, sizes, unknown)
+
+
+def _counted_bytes(
+    vocabulary: Vocabulary, article: Article, tokens: np.ndarray, unknown: Unknown
+) -> int:
+    """The bytes that count, of an article whose tokens spell exactly its canonical text.
+
+    Raises:
+        UserError: they spell another number of words or bytes.
+    """
+    size = len(canonical_text(article.text).encode())
+    spelled = int(vocabulary.starts_word[tokens].sum()), vocabulary.spelled_bytes(tokens, unknown)
+    if spelled != (count_words(article.text), size):
+        raise UserError(
+            f"article {article.title!r}: its tokens spell {spelled[0]:,} words and {spelled[1]:,} "
+            f"bytes, but it has {count_words(article.text):,} and {size:,}; its vocabulary is not "
+            "one of this program. Delete its folder and run again"
+        )
+    return size if article.canonical_bytes is None else article.canonical_bytes
 
 
 _worker_vocabulary: Vocabulary | None = None

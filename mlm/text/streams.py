@@ -7,6 +7,7 @@ Letters: B lanes, M tokens per segment, A articles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -49,6 +50,27 @@ class Segment(NamedTuple):
             mask=self.mask.to(device),
             new=self.new.to(device),
         )
+
+
+_NOISE = 16
+"""Mean length of a run of noise, in tokens."""
+
+
+def with_noise(
+    segment: Segment, pool: np.ndarray, share: float, generator: np.random.Generator
+) -> Segment:
+    """The segment with about `share` of its tokens overwritten by random ones of `pool`.
+
+    They come in runs of random length, as words of an unknown script do.
+    """
+    targets, inputs = segment.targets.numpy().copy(), segment.inputs.numpy().copy()
+    noise = np.zeros(targets.shape, dtype=bool)
+    for lane, at in np.argwhere(generator.random(targets.shape) < share / _NOISE):
+        noise[lane, at : at + generator.geometric(1 / _NOISE)] = True
+    noise &= segment.mask.numpy()
+    targets[noise] = generator.choice(pool, int(noise.sum()))
+    inputs[:, 1:] = np.where(noise[:, :-1], targets[:, :-1], inputs[:, 1:])
+    return segment._replace(inputs=torch.from_numpy(inputs), targets=torch.from_numpy(targets))
 
 
 @dataclass
@@ -165,6 +187,14 @@ class Text:
     articles: Sequence[np.ndarray]
     words: int
     eos: int
+    spelling: float = 0.0
+    """Nats that the spellings of unknown words cost, besides all losses."""
+    noise: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    """Tokens that stage 1 draws noise from (`Vocabulary.noise`)."""
+
+    def word_perplexity(self, loss: float) -> float:
+        """Perplexity per word at a loss in nats per token, at most e**50."""
+        return math.exp(min(50.0, (loss * self.tokens + self.spelling) / self.words))
 
     @property
     def tokens(self) -> int:

@@ -22,7 +22,7 @@ from mlm.base.files import atomic_path
 from mlm.base.names import EOS
 from mlm.text.corpora import Article, Corpus, count_words
 from mlm.text.encoding import encode_articles, token_dtype
-from mlm.text.vocabulary import UNK, Vocabulary, fit_vocabulary, load_vocabulary
+from mlm.text.vocabulary import UNK, Unknown, Vocabulary, fit_vocabulary, load_vocabulary
 
 __all__ = [
     "EOS",
@@ -39,7 +39,10 @@ __all__ = [
 ]
 
 
-_FORMAT = 1
+_FORMAT = 2
+
+
+_KEY = 1  # counts up when the same text gets another vocabulary
 
 
 _MAGIC = b"mlmtoken"
@@ -57,7 +60,8 @@ class TokenFile:
 
     tokens: uint16 or uint32 (N,); offsets: int64 (A+1,), article a is tokens[offsets[a]:
     offsets[a+1]]; titles: A strings; words, bytes: int64 (A,), words (as `count_words`) and bytes
-    (`Article.size`) of each article. vocabulary_hash, source_hash: what made the file.
+    (of the canonical text or spelling) of each article. unknown: the words that the vocabulary does
+    not hold, by their places in `tokens`. vocabulary_hash, source_hash: what made the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -72,14 +76,15 @@ class TokenFile:
         start += count * dtype.itemsize
         with open(self.path, "rb") as file:
             file.seek(start)
-            table = file.read((3 * number + 1) * 8)
+            table = file.read((3 * number + 1 + 2 * header["unknown"]) * 8)
             names = file.read(header["titles"])
         if header["crc"] != zlib.crc32(names, zlib.crc32(table, zlib.crc32(tokens.data))):
             raise DamagedFile(f"{self.path}: its checksum does not match its content")
         numbers = np.frombuffer(table, dtype=np.int64)
         self.offsets = numbers[: number + 1]
         self.words = numbers[number + 1 : 2 * number + 1]
-        self.bytes = numbers[2 * number + 1 :]
+        self.bytes = numbers[2 * number + 1 : 3 * number + 1]
+        self.unknown = Unknown(*numbers[3 * number + 1 :].reshape(2, -1))
         self.titles: list[str] = json.loads(names)
         self.vocabulary_hash: str = header["vocabulary"]
         self.source_hash: str = header["source"]
@@ -111,6 +116,12 @@ class TokenFile:
         """Tokens int32 (T,) of article `index`, a copy."""
         return np.array(self.tokens[self.offsets[index] : self.offsets[index + 1]], dtype=np.int32)
 
+    def unknown_in(self, index: int) -> Unknown:
+        """The unknown words of article `index`, by their places in it."""
+        start, stop = self.offsets[index : index + 2]
+        low, high = np.searchsorted(self.unknown.at, [start, stop])
+        return Unknown(self.unknown.at[low:high] - start, self.unknown.bytes[low:high])
+
 
 def write_token_file(
     path: Path,
@@ -124,7 +135,8 @@ def write_token_file(
     lengths: list[int] = []
     words: list[int] = []
     sizes: list[int] = []
-    crc = 0
+    unknown: list[Unknown] = []
+    crc, at = 0, 0
     encoded = encode_articles(articles, vocabulary, path.parent)
     with (
         contextlib.closing(encoded),  # stop the workers at once if writing fails
@@ -140,10 +152,13 @@ def write_token_file(
             lengths += batch.lengths
             words += batch.words
             sizes += batch.bytes
+            unknown.append(Unknown(batch.unknown.at + at, batch.unknown.bytes))
+            at += len(batch.tokens)
             if progress is not None:
                 progress.update(sum(batch.words))
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-        table = np.concatenate([offsets, words, sizes]).astype(np.int64).tobytes()
+        at_U, bytes_U = map(np.concatenate, zip(*unknown, strict=True)) if unknown else ([], [])
+        table = np.concatenate([offsets, words, sizes, at_U, bytes_U]).astype(np.int64).tobytes()
         names_blob = json.dumps(titles).encode()
         file.write(table + names_blob)
         header = json.dumps(
@@ -153,6 +168,7 @@ def write_token_file(
                 "dtype": token_dtype(vocabulary).name,
                 "tokens": int(offsets[-1]),
                 "articles": len(titles),
+                "unknown": len(at_U),
                 "titles": len(names_blob),
                 "crc": zlib.crc32(names_blob, zlib.crc32(table, crc)),
             }
@@ -175,7 +191,7 @@ class Prepared:
 
 
 def _digest(*parts: object) -> str:
-    return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_KEY, *parts]).encode()).hexdigest()
 
 
 def limited(articles: Iterable[Article], max_words: int) -> Iterator[Article]:

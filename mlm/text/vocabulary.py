@@ -2,7 +2,8 @@
 
 A word is what whitespace separates; every line ends in one more word, `<eos>`. Tokens never cross
 words, so the tokens that start a word (`Vocabulary.starts_word`) count exactly the words of
-`mlm.text.articles.count_words`, and perplexity per word means the same for every vocabulary.
+`mlm.text.articles.count_words`, and perplexity per word means the same for every vocabulary. What
+tokens spell is the canonical text (`mlm.spelling.canonical_text`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path, write_text
 from mlm.base.names import EOS
+from mlm.spelling import MARKER, canonical_characters, spelling_nats
 from mlm.text.articles import Article, count_words
 
 UNK = "<unk>"
@@ -31,19 +34,34 @@ UNK = "<unk>"
 KINDS = ("bpe", "unigram", "word")
 
 
-_SPACE = "\u2581"  # SentencePiece's mark of a word's start
-
-
 _CACHED_WORDS = 200_000  # about 60 MB per process; covers 98 % of WikiText-103's words
 
 
 _FITTED_TYPES = 1_000_000  # SentencePiece is fitted on at most this many types of word
 
 
+# SentencePiece is fitted on longer words in parts: it skips rows of over 4,192 bytes and whatever
+# holds a NUL. So short parts also keep the marker of a word's start among the characters it covers.
+_PARTS = re.compile("[^\0]{1,1000}")
+
+
 _FORMAT = 1
 
 
 _JSON = "vocabulary.json"
+
+
+class Unknown(NamedTuple):
+    """Words of an article that a vocabulary of whole words does not hold."""
+
+    at: np.ndarray
+    """int64 (U,): their places among the tokens."""
+    bytes: np.ndarray
+    """int64 (U,): what their spellings measure."""
+
+    def nats(self) -> np.ndarray:
+        """(U,) what they cost besides their tokens' losses (`mlm.spelling.spelling_nats`)."""
+        return spelling_nats(self.bytes)
 
 
 class Vocabulary(ABC):
@@ -107,6 +125,35 @@ class Vocabulary(ABC):
             tokens.append(self.eos_id)
         return np.array(tokens, dtype=np.int32)
 
+    def unknown(self, text: str, tokens: np.ndarray) -> Unknown:
+        """The unknown words of `text`, which was encoded as `tokens`; pieces spell every word."""
+        return Unknown(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+    @property
+    def noise(self) -> np.ndarray:
+        """Tokens to draw an unknown script from, each as often as it comes: none but of pieces."""
+        return np.zeros(0, dtype=np.int64)
+
+    @abstractmethod
+    def _spellings(self) -> list[bytes]:
+        """What every token spells, without the space before a word; `<eos>` as a word."""
+
+    @cached_property
+    def _sizes(self) -> np.ndarray:
+        """(V,) bytes of what every token spells; 0 for `<eos>`."""
+        sizes = np.array([len(spelling) for spelling in self._spellings()], dtype=np.int64)
+        sizes[self.eos_id] = 0
+        return sizes
+
+    def spelled_bytes(self, tokens: np.ndarray, unknown: Unknown) -> int:
+        """UTF-8 bytes of the text that an article's tokens spell, unknown words as they were."""
+        ends = tokens == self.eos_id
+        blank = ends & np.concatenate([[True], ends[:-1]])[: len(ends)]
+        # A line of n words has n - 1 spaces and a newline.
+        joints = int((self.starts_word[tokens] & ~ends).sum() + blank.sum())
+        spelled = int(self._sizes[tokens].sum() - self._sizes[tokens[unknown.at]].sum())
+        return joints + spelled + int(unknown.bytes.sum())
+
     def words(self, ids: Iterable[int]) -> list[str]:
         """The words that `ids` spell, one per token that starts a word; `<eos>` is "<eos>".
 
@@ -144,7 +191,11 @@ class WordVocabulary(Vocabulary):
     def __init__(self, types: Sequence[str]) -> None:
         self.types = list(types)
         self.size = len(self.types)
-        self._known = {word: (index,) for index, word in enumerate(self.types)}
+        self._known = {
+            word: (index,)
+            for index, word in enumerate(self.types)
+            if word == canonical_characters(word)
+        }
         (self.eos_id,), (self.unk_id,) = self._known[EOS], self._known[UNK]
         # A word spelled "<eos>" in the text is no line end: it would cut the line in two.
         self._known[EOS] = (self.unk_id,)
@@ -152,7 +203,20 @@ class WordVocabulary(Vocabulary):
         self.hash = hashlib.sha256("\n".join(["word", *self.types]).encode()).hexdigest()
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        return (self.unk_id,)
+        return self._known.get(canonical_characters(word), (self.unk_id,))
+
+    def unknown(self, text: str, tokens: np.ndarray) -> Unknown:
+        at = np.flatnonzero(tokens == self.unk_id)
+        if not len(at):
+            return super().unknown(text, tokens)
+        words = [w for line in text.split("\n") for w in (*line.split(), EOS)]
+        # WikiText's own `<unk>` is a word like others.
+        places = [int(t) for t in at if words[t] != UNK]
+        sizes = [len(canonical_characters(words[t]).encode()) for t in places]
+        return Unknown(np.array(places, dtype=np.int64), np.array(sizes, dtype=np.int64))
+
+    def _spellings(self) -> list[bytes]:
+        return [word.encode() for word in self.types]
 
     def _word(self, tokens: Sequence[int]) -> str:
         return self.types[tokens[0]]
@@ -164,8 +228,7 @@ class WordVocabulary(Vocabulary):
 class PieceVocabulary(Vocabulary):
     """SentencePiece tokens (BPE or unigram) inside words, with bytes for unknown characters.
 
-    WikiText's `<unk>` is one token. Every text can be encoded without loss except that the
-    character U+2581, SentencePiece's own space, becomes `_`.
+    WikiText's `<unk>` is one token. Every canonical text can be encoded without loss.
     """
 
     def __init__(self, kind: str, model: bytes) -> None:
@@ -180,24 +243,36 @@ class PieceVocabulary(Vocabulary):
         self.eos_id = int(self._processor.eos_id())
         self.hash = hashlib.sha256(kind.encode() + model).hexdigest()
         pieces = [str(self._processor.id_to_piece(i)) for i in range(self.size)]
-        self.starts_word = np.array([piece.startswith(_SPACE) for piece in pieces])
+        if MARKER not in pieces:
+            raise ValueError("it lacks the marker of a word's start")
+        self.starts_word = np.array([piece.startswith(MARKER) for piece in pieces])
         self.starts_word[[self.unk_id, self.eos_id]] = True
         self._bytes = [
             bytes([int(piece[3:5], 16)])
             if self._processor.is_byte(index)
-            else piece.removeprefix(_SPACE).encode()
+            else piece.removeprefix(MARKER).encode()
             for index, piece in enumerate(pieces)
         ]
         self._known = {UNK: (self.unk_id,)}
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
-        tokens = tuple(self._processor.encode(word.replace(_SPACE, "_"), out_type=int))
+        tokens = tuple(self._processor.encode(canonical_characters(word), out_type=int))
         if len(self._known) < _CACHED_WORDS:
             self._known[word] = tokens
         return tokens
 
     def _word(self, tokens: Sequence[int]) -> str:
         return b"".join(self._bytes[token] for token in tokens).decode("utf-8", "replace")
+
+    def _spellings(self) -> list[bytes]:
+        return self._bytes
+
+    @property
+    def noise(self) -> np.ndarray:
+        pieces = self._processor
+        bytes_ = [token for token in range(self.size) if pieces.is_byte(token)]
+        # Words of eight bytes on average.
+        return np.array(bytes_ + [pieces.piece_to_id(MARKER)] * (len(bytes_) // 8), dtype=np.int64)
 
     def _body(self) -> bytes:
         return self._model
@@ -242,7 +317,7 @@ def fit_vocabulary(articles: Iterable[Article], kind: str, size: int) -> Vocabul
     counts: Counter[str] = Counter()
     line_ends = 0
     for article in articles:
-        words = article.text.split()
+        words = canonical_characters(article.text).split()
         counts.update(words)
         line_ends += count_words(article.text) - len(words)
         if kind != "word" and len(counts) > 2 * _FITTED_TYPES:
@@ -273,8 +348,8 @@ def _fit_pieces(counts: Counter[str], kind: str, size: int) -> bytes:
 
     def rows() -> Iterator[str]:
         for word, count in counts.most_common(_FITTED_TYPES):
-            if word != UNK and "\0" not in word:
-                yield f"{word.replace(_SPACE, '_')}\t{count}"
+            if word != UNK:
+                yield from (f"{part}\t{count}" for part in _PARTS.findall(word))
 
     flag = f"--vocabulary-size {size}"
     model = io.BytesIO()

@@ -29,7 +29,7 @@ from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import adam_tensors, load_adam, load_tensors, save_tensors
-from mlm.text.streams import LaneStream, Segment, Text
+from mlm.text.streams import LaneStream, Segment, Text, with_noise
 
 WARM_UP = 0.02
 
@@ -89,8 +89,11 @@ def weights_of_run(run: RunFolder, shape: BaseModel, vocabulary_hash: str) -> We
     return weights
 
 
-def unigram_biases(shape: BaseModel, text: Text) -> Weights:
+def unigram_biases(shape: BaseModel, text: Text, noise: float = 0.0) -> Weights:
     """Softmax biases that predict every token by its share of `text`, whatever the layers say.
+
+    Args:
+        noise: the share of the tokens that noise overwrites (--lm.byte-noise).
 
     With Adam a bias that starts at zero takes hundreds of steps to get there. An adaptive softmax
     has the tails' shares in the head, and a bias of its own in every tail.
@@ -98,6 +101,9 @@ def unigram_biases(shape: BaseModel, text: Text) -> Weights:
     counts = torch.ones(shape.vocabulary, dtype=torch.int64)
     for article in text.articles:
         counts += torch.from_numpy(np.bincount(article, minlength=shape.vocabulary))
+    if len(text.noise):
+        each = math.ceil(noise * text.tokens / len(text.noise))
+        counts += each * torch.from_numpy(np.bincount(text.noise, minlength=shape.vocabulary))
     head, *tails = (counts[lo:hi] for lo, hi, _ in shape.clusters())
     shares = torch.cat([head, *(tail.sum()[None] for tail in tails)])
     biases = {f"softmax.tail{k}.bias": tail for k, tail in enumerate(tails, start=1)}
@@ -110,10 +116,10 @@ class LMTrainer:
 
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         self.settings: LMTrainingConfig = config.lm
-        self.shape, self.text, self.device = shape, text, device
+        self.shape, self.text, self.device, self.seed = shape, text, device, config.seed
         self.precision = resolve_precision(config.lm.precision, device)
         seed = torch.Generator().manual_seed(config.seed)
-        start = shape.initial_weights(seed) | unigram_biases(shape, text)
+        start = shape.initial_weights(seed) | unigram_biases(shape, text, config.lm.byte_noise)
         self.weights = {n: w.to(device).requires_grad_() for n, w in start.items()}
         self.optimizer = torch.optim.AdamW(
             list(self.weights.values()),
@@ -172,13 +178,21 @@ class LMTrainer:
             objective = objective + self.settings.tar * change_mean
         return objective, loss.detach(), hidden.state.detach()
 
+    def next_segment(self) -> Segment:
+        """The next segment of every lane, with noise; it depends on seed and step alone."""
+        segment, share = next(self.stream), self.settings.byte_noise
+        if share and len(self.text.noise):
+            generator = np.random.default_rng([self.seed, 2, self.step])
+            segment = with_noise(segment, self.text.noise, share, generator)
+        return segment.to(self.device)
+
     def train_step(self) -> tuple[float, int]:
         """One update of the weights; returns (nats per token, tokens).
 
         Raises:
             UserError: the loss is not finite; the weights are untouched by it.
         """
-        segment = next(self.stream).to(self.device)
+        segment = self.next_segment()
         self.state = self.state.keep(~segment.new)
         added = [part.added(segment) for part in self.learned.values()]
         objective, loss, state = self.loss(segment, added)
@@ -371,7 +385,7 @@ def _train(
             if trainer.step % 20 == 0:
                 mean = trainer.window[0] / trainer.window[1]
                 speed = read / per_word / (time.perf_counter() - clock)
-                ppl = math.exp(min(50.0, mean * per_word))
+                ppl = trainer.text.word_perplexity(mean)
                 bar.set_postfix_str(f"loss {mean:.3f}, ppl {ppl:.0f}, {speed:,.0f} words/s")
 
 
@@ -392,7 +406,7 @@ def _validate(
         "tokens": trainer.step * trainer.stream.lanes * s.segment,
         "train_loss": nats / tokens,
         "valid_loss": loss,
-        "valid_word_perplexity": math.exp(min(50.0, loss * valid.tokens_per_word)),
+        "valid_word_perplexity": valid.word_perplexity(loss),
         "words_per_second": speed or None,  # None: the validation was all that was left to do
         "precision": str(trainer.precision).removeprefix("torch."),
     }

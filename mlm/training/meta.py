@@ -269,9 +269,8 @@ def train_meta(
                         words_per_second=speed,
                         flushed=trainer.flushed or None,
                     )
-                ppl = math.exp(min(50.0, loss * tokens_per_word))
                 bar.set_postfix_str(
-                    f"loss {loss:.3f}, ppl {ppl:.0f}, gain {trainer.best[0]:.3f} nats/token, "
+                    f"loss {loss:.3f}, gain {trainer.best[0]:.3f} nats/token, "
                     f"{speed:,.0f} words/s"
                     + (f", {trainer.flushed} lanes reset by the guard" if trainer.flushed else "")
                 )

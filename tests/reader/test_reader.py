@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from mlm.base.errors import UserError
 from mlm.kernels import switches, use
 from mlm.reader import TrainedModel
-from mlm.reader.reader import BYTE_NATS, spell
+from mlm.reader.reader import spell
 from mlm.reading.scoring import score_protocol
 from mlm.runs.rules import ready_rule
 from mlm.spelling import Word
@@ -220,5 +221,5 @@ def test_an_unknown_word_pays_for_its_spelling() -> None:
         return Word("x", 0, 1, forms, False, 0)
 
     assert spell(word("bado"), vocabulary, False) == ([2], [0.0])
-    assert spell(word("né"), vocabulary, False) == ([1], [4 * BYTE_NATS])
+    assert spell(word("né"), vocabulary, False) == ([1], [4 * math.log(257)])
     assert spell(word("<unk>"), vocabulary, True) == ([1], [0.0])

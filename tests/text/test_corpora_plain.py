@@ -187,8 +187,7 @@ def test_bits_per_byte_count_the_bytes_of_the_text(tmp_path: Path) -> None:
     path.write_text("A  “well-known”, 1,000-year-old end…\n\n\nIt’s so.", encoding="utf-8")
     source = open_corpus(str(path), whole=True)
     size = len(b'A "well-known", 1,000-year-old end...\nIt\'s so.\n')
-    assert [article.size for article in source.articles("valid")] == [size]
-    assert Article("é", "é\n").size == 3
+    assert [article.canonical_bytes for article in source.articles("valid")] == [size]
     articles = [*source.articles("valid"), Article("One", "a b\n")]
     vocabulary = fit_vocabulary(articles, "word", 0)
     ((_, encoded),) = encode_articles(articles, vocabulary, tmp_path)
