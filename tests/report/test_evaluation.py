@@ -25,7 +25,12 @@ from mlm.report.evaluation import (
     write_evaluation,
 )
 from mlm.report.losses import LossTable, column_name, rule_and_protocol, splits, write_losses
-from mlm.report.tables import escape_markdown, evaluation_markdown, format_totals
+from mlm.report.tables import (
+    escape_markdown,
+    evaluation_markdown,
+    format_totals,
+    totals_markdown,
+)
 
 
 def small_table(lengths: tuple[int, ...] = (450, 30, 700), **options) -> LossTable:
@@ -258,14 +263,40 @@ def test_totals_against_sums_by_hand():
     assert fixed["interval"] == [0, 0]
 
 
-def test_bytes_are_those_of_the_text_in_wikitext_form():
-    table = dataclasses.replace(
-        small_table((4, 2)), word_N=np.array(["é", "a", "<eos>", "b", "c", "<eos>"], dtype=object)
-    )
-    text = "é a \nb c \n"
+def test_bytes_are_those_of_the_canonical_text():
+    words = ["<eos>", "é", "a", "<eos>", "<eos>", "<eos>", "c", "<eos>"]
+    table = dataclasses.replace(small_table((5, 3)), word_N=np.array(words, dtype=object))
     rows = rows_of(table)
-    assert one(rows, "total", "rms")["bytes"] == len(text.encode())
-    assert one(rows, "article", "rms", article=1)["bytes"] == len("c \n")
+    assert one(rows, "total", "rms")["bytes"] == len("\né a\n\n\nc\n".encode())
+    assert one(rows, "article", "rms", article=1)["bytes"] == len("\nc\n")
+
+
+def test_unknown_words_stand_in_every_table():
+    table = small_table()
+    rows = rows_of(table, unknown_A=[0, 3, 56])
+    assert one(rows, "total", "rms")["unknown_words"] == 59
+    assert one(rows, "article", "rms", article=1)["unknown_words"] == 3
+    for text in (evaluation_markdown(rows), format_totals(rows), totals_markdown(rows)):
+        assert text.count("1,180 words (5.00 % unknown), 3 articles") == 2
+        assert text.replace("\n ", "").count("its spelling") == 2
+    for text in (evaluation_markdown(rows_of(table)), format_totals(rows_of(table))):
+        assert "unknown" not in text
+
+
+def test_the_largest_articles_share_of_a_gain_stands_in_the_tables():
+    table = small_table()
+    static = table.losses["static"]
+    gain = np.where(table.article_N == 1, 0.9 / 30, 0.1 / 450 * (table.article_N == 0))
+    table = dataclasses.replace(table, losses={"static": static, "rms": static - gain})
+    rows = rows_of(table)
+    total = one(rows, "total", "rms")
+    assert total["largest_article"] == 1
+    assert total["largest_share"] == pytest.approx(0.9, abs=1e-3)
+    assert one(rows, "total", "static")["largest_share"] is None
+    assert "90 %" in evaluation_markdown(rows)
+    assert "90 %" in format_totals(rows)
+    worse = dataclasses.replace(table, losses={"static": static, "rms": static + gain})
+    assert one(rows_of(worse), "total", "rms")["largest_share"] is None
 
 
 def test_rows_by_article_hold_the_gains_in_perplexity_of_both_halves():

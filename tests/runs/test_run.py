@@ -28,6 +28,7 @@ from mlm.settings.config import Config
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.settings.sections import EvaluationConfig
+from mlm.spelling import canonical_text
 from mlm.store.run_folder import RunFolder
 from mlm.store.versions import FORMAT
 from mlm.text.corpora import count_words, open_corpus
@@ -122,7 +123,7 @@ def test_rows_of_the_evaluation(finished: Finished) -> None:
         assert set(row) >= TOTAL_KEYS
         assert row["split"] == "valid"
         assert row["words"] == count_words(text)
-        assert row["bytes"] == len(text.encode())
+        assert row["bytes"] == len(canonical_text(text).encode())
         assert row["word_perplexity"] == pytest.approx(math.exp(row["nll"] / row["words"]))
         assert row["bits_per_byte"] == pytest.approx(row["nll"] / math.log(2) / row["bytes"])
         assert row["words_per_second"] > 0

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlm.text.streams import LaneStream
+from mlm.text.streams import LaneStream, with_noise
 
 TEXTS = [np.arange(1, n + 1) + 100 * k for k, n in enumerate((7, 0, 1, 12, 5, 10))]
 
@@ -59,3 +59,25 @@ def test_cursor_continues_the_same_segments() -> None:
 def test_no_token_at_all_is_refused() -> None:
     with pytest.raises(ValueError, match="no article"):
         LaneStream([np.zeros(0, dtype=int)], 1, 4, eos=0)
+
+
+def test_noise_is_read_as_it_is_predicted_and_the_rest_stays() -> None:
+    texts, pool = [np.arange(1, 6000), np.arange(1, 4000)], np.array([7001, 7002, 7003])
+    overwritten, runs, tokens = 0, 0, 0
+    for step, piece in enumerate(LaneStream(texts, 2, 64, eos=0)):
+        one, again = (
+            with_noise(piece, pool, 0.1, np.random.default_rng([3, step])) for _ in range(2)
+        )
+        assert torch.equal(one.targets, again.targets)
+        noise = torch.isin(one.targets, torch.from_numpy(pool))
+        assert torch.equal(one.targets[~noise], piece.targets[~noise])
+        assert torch.equal(one.inputs[:, 0], piece.inputs[:, 0])
+        assert torch.equal(
+            one.inputs[:, 1:][piece.mask[:, 1:]], one.targets[:, :-1][piece.mask[:, 1:]]
+        )
+        assert not noise[~piece.mask].any()
+        overwritten += int(noise.sum())
+        runs += int((noise[:, 1:] & ~noise[:, :-1]).sum())
+        tokens += int(piece.mask.sum())
+    assert 0.05 < overwritten / tokens < 0.12
+    assert overwritten > 5 * runs, "they come in runs"

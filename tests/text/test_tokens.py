@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mlm.base.errors import UserError
+from mlm.spelling import canonical_text
 from mlm.text import encoding
 from mlm.text.corpora import SPLITS, Article, Corpus, count_words, open_corpus, split_articles
 from mlm.text.tokens import (
@@ -251,7 +252,7 @@ def test_token_file_holds_the_articles(vocabulary: Vocabulary, tmp_path: Path) -
         assert tokens.dtype == np.int32
         assert np.array_equal(tokens, vocabulary.encode_article(article.text))
         assert file.words[index] == count_words(article.text)
-        assert file.bytes[index] == len(article.text.encode())
+        assert file.bytes[index] == len(canonical_text(article.text).encode())
     assert file.total_words == sum(count_words(a.text) for a in articles)
     assert file.offsets[-1] == len(file.tokens)
     assert isinstance(file.tokens, np.memmap)

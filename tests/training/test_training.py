@@ -15,7 +15,7 @@ from mlm.base.schedule import cosine
 from mlm.models.output_layer import token_nll
 from mlm.models.recurrent import RecurrentLM, initial_state, run_lstm
 from mlm.reading.scoring import score_protocol
-from mlm.reading.static import StaticReader
+from mlm.reading.static import StaticReader, static_loss
 from mlm.rules.hand_made import RMS, SGD
 from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig, ModelConfig
@@ -50,6 +50,38 @@ def test_objective_adds_ar_and_tar_over_real_tokens_only() -> None:
     torch.testing.assert_close(loss, mean.detach())
     want = mean + 2 * h.square().mean() + steps.square().mean()
     torch.testing.assert_close(objective, want)
+
+
+def test_byte_tokens_that_training_never_saw_cost_little_more_than_guessing_them() -> None:
+    """All logits are pushed down for a token that never comes; noise keeps those of bytes."""
+    noise, text = np.arange(12, 28), Text([np.tile(np.arange(1, 12), 60)] * 2, 1320, EOS)
+    model = ModelConfig(embedding=16, hidden=16, adaptive_above=1000)
+    cost = []
+    for share in (0.0, 0.1):
+        lm = dataclasses.replace(
+            LMTrainingConfig(), lanes=2, segment=30, epochs=8.0, learning_rate=0.02,
+            precision="float32", byte_noise=share,
+        )  # fmt: skip
+        config = Config(model=model, lm=lm)
+        trainer = LMTrainer(
+            config,
+            shape_of(config, 28),
+            dataclasses.replace(text, noise=noise),
+            torch.device("cpu"),
+        )
+        while trainer.step < trainer.steps:
+            trainer.train_step()
+        strange = Text([np.random.default_rng(0).choice(noise, 200)], 1, EOS)
+        cost.append(static_loss(trainer.model(), trainer.shape, strange, 1, 30) / math.log(2))
+    assert cost[1] < 6 < 8 < cost[0], "bits; to guess one of 16 costs 4"
+
+
+def test_the_start_gives_noise_its_share() -> None:
+    text = dataclasses.replace(_text((130, 80)), noise=np.array([10, 11, 11]))
+    shape = RecurrentLM(12, 8, 8, 1)
+    plain, noisy = (unigram_biases(shape, text, s)["softmax.bias"].exp() for s in (0.0, 0.2))
+    assert float(noisy[11] / noisy[9]) > float(plain[11] / plain[9])
+    assert float(noisy[10:].sum() - plain[10:].sum()) == pytest.approx(0.2, abs=0.1)
 
 
 def test_cosine_warms_up_and_ends_at_zero() -> None:
