@@ -3,13 +3,15 @@
 from mlm.kernels.compile import eager, numba, share_out, usable
 from mlm.kernels.ngram import recall_phrases
 from mlm.kernels.recurrent import (
+    half_lstm_backward,
+    half_lstm_forward,
     lstm_backward,
     lstm_forward,
     matrix_vector,
     qrnn_backward,
     qrnn_forward,
 )
-from mlm.kernels.softmax import softmax_rows, teach_rows
+from mlm.kernels.softmax import half_softmax_rows, softmax_rows, teach_rows
 from mlm.kernels.switches import Switches, computing, switches, use
 from mlm.kernels.update import TILE, pull_back, push_forward, relax, relax_both, tiles
 
@@ -18,6 +20,9 @@ __all__ = [
     "Switches",
     "computing",
     "eager",
+    "half_lstm_backward",
+    "half_lstm_forward",
+    "half_softmax_rows",
     "lstm_backward",
     "lstm_forward",
     "matrix_vector",

@@ -114,6 +114,20 @@ def _exp32(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+@jit
+def widened(bits):
+    """The float32 of a bfloat16, which is given as its 16 bits."""
+    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+
+
+@jit
+def narrowed(x):
+    """The bits of the bfloat16 nearest to a finite float32, ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    even = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+
 if numba is not None:
 
     @overload(fast_exp, jit_options={"fastmath": _FLAGS})  # type: ignore[call-arg]

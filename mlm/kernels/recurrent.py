@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlm.kernels.compile import fast_exp, jit
+from mlm.kernels.compile import fast_exp, jit, narrowed, widened
 
 
 @jit
@@ -141,6 +141,59 @@ def lstm_backward(
                 along[:] = 0
                 _add_transposed(low[lane], d, along)
                 _add_transposed(directions, along, dh)
+
+
+@jit
+def half_lstm_forward(
+    lo, hi, projected_BG, again_BG, bias, gates_BG, c_BH, new_BH, tanh_c_BH, h_BH
+):
+    """Lanes lo..hi of one step of an LSTM in bfloat16, which comes as its bits.
+
+    The gates' sums are those of `projected_BG` (of the input), `again_BG` (of the last h) and
+    `bias` (G) in float32; cells `c_BH` and `new_BH` are float32. `gates_BG` receives the
+    activated gates, `tanh_c_BH` and `h_BH` what their names say.
+    """
+    hidden = c_BH.shape[1]
+    one, two = np.float32(1), np.float32(2)
+    for lane in range(lo, hi):
+        x, r, a = projected_BG[lane], again_BG[lane], gates_BG[lane]
+        for k in range(hidden):
+            kf, kg, ko = hidden + k, 2 * hidden + k, 3 * hidden + k
+            i = one / (one + fast_exp(-(widened(x[k]) + widened(r[k]) + bias[k])))
+            f = one / (one + fast_exp(-(widened(x[kf]) + widened(r[kf]) + bias[kf])))
+            g = widened(x[kg]) + widened(r[kg]) + bias[kg]
+            g = two / (one + fast_exp(-two * g)) - one
+            o = one / (one + fast_exp(-(widened(x[ko]) + widened(r[ko]) + bias[ko])))
+            new = f * c_BH[lane, k] + i * g
+            squashed = two / (one + fast_exp(-two * new)) - one
+            new_BH[lane, k] = new
+            tanh_c_BH[lane, k] = narrowed(squashed)
+            h_BH[lane, k] = narrowed(o * squashed)
+            a[k], a[kf], a[kg], a[ko] = narrowed(i), narrowed(f), narrowed(g), narrowed(o)
+
+
+@jit
+def half_lstm_backward(lo, hi, gates_BG, c_BH, tanh_c_BH, dy_BH, dh_BH, dc_BH, dgates_BG):
+    """Lanes lo..hi of one step of back-propagation through `half_lstm_forward`.
+
+    `c_BH` are the cells before the step; `dc_BH` (float32) holds the gradient of those after it
+    and receives that of those before; `dgates_BG` receives the gradient of the gates' sums.
+    """
+    hidden = c_BH.shape[1]
+    one = np.float32(1)
+    for lane in range(lo, hi):
+        a, d = gates_BG[lane], dgates_BG[lane]
+        for k in range(hidden):
+            kf, kg, ko = hidden + k, 2 * hidden + k, 3 * hidden + k
+            i, f, g, o = widened(a[k]), widened(a[kf]), widened(a[kg]), widened(a[ko])
+            tanh_c = widened(tanh_c_BH[lane, k])
+            up = widened(dh_BH[lane, k]) + widened(dy_BH[lane, k])
+            down = dc_BH[lane, k] + up * o * (one - tanh_c * tanh_c)
+            d[k] = narrowed(down * g * i * (one - i))
+            d[kf] = narrowed(down * c_BH[lane, k] * f * (one - f))
+            d[kg] = narrowed(down * i * (one - g * g))
+            d[ko] = narrowed(up * tanh_c * o * (one - o))
+            dc_BH[lane, k] = down * f
 
 
 @jit

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 
-from mlm.kernels.compile import fast_exp, jit
+import numpy as np
+
+from mlm.kernels.compile import fast_exp, jit, narrowed, widened
 
 
 @jit
@@ -47,6 +49,39 @@ def softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient, slo
                     add = bias_gradient[group]
                     for v in range(size):
                         add[v] += row[v]
+
+
+@jit
+def half_softmax_rows(lo, hi, logits, targets, weights, bias, nll, bias_gradient):
+    """Groups lo..hi of `logits` (K, R, V) in bfloat16, which come as their bits.
+
+    As `softmax_rows`, with the gradient always; sums are float32.
+    """
+    rows, size = logits.shape[1], logits.shape[2]
+    row = np.empty(size, np.float32)
+    for group in range(lo, hi):
+        add = bias_gradient[group]
+        for r in range(rows):
+            bits = logits[group, r]
+            high = np.float32(-np.inf)
+            for v in range(size):
+                x = widened(bits[v]) + bias[v]
+                row[v] = x
+                high = x if x > high else high
+            target = targets[group, r]
+            hit = row[target]
+            total = np.float32(0)
+            for v in range(size):
+                e = fast_exp(row[v] - high)
+                row[v] = e
+                total += e
+            nll[group, r] = high + math.log(total) - hit
+            row[target] -= total
+            factor = weights[group, r] / total
+            for v in range(size):
+                x = row[v] * factor
+                add[v] += x
+                bits[v] = narrowed(x)
 
 
 @jit

@@ -30,6 +30,7 @@ from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import adam_tensors, load_adam, load_tensors, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
+from mlm.training.half_precision import half_precision_loss, serves
 
 WARM_UP = 0.02
 
@@ -158,6 +159,11 @@ class LMTrainer:
             added: (B, T, E) each, what extensions add to the hidden states.
         """
         use = self.precision == torch.bfloat16
+        plain = self.dropout == Dropout() and not (self.settings.ar or self.settings.tar)
+        if use and plain and serves(self.shape, self.device, *added):
+            own = (self.weights, self.shape, segment, self.state, added)
+            loss, state = half_precision_loss(*own)
+            return loss, loss.detach(), state
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
             hidden = self.shape.run(
                 self.weights, segment.inputs, self.state, self.dropout, self.dropout_generator
