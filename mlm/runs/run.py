@@ -98,6 +98,11 @@ class Run:
     results: Path | None = None
     """Where scores go; None = the run folder."""
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of what the folder holds is kept."""
+        return "lm" in self.config.stages and not self.config.resume
+
     # -- texts ------------------------------------------------------------------------------
 
     @cached_property
@@ -113,10 +118,24 @@ class Run:
             max_train_words=text.train_words,
             progress=not self.quiet,
         )
-        if self.folder.vocabulary.exists() and "lm" not in self.config.stages:
+        if self.folder.vocabulary.exists() and not self.fresh:
             mine = load_vocabulary(self.folder.vocabulary)
             check_vocabulary(self.folder.path, {"vocabulary": mine.hash}, found.vocabulary.hash)
+        marks, recorded = marks_of(found), {} if self.fresh else self.folder.text
+        other = [name for name, mark in recorded.items() if marks.get(name, mark) != mark]
+        if other:
+            raise UserError(
+                f"{self.folder.path} was trained with another text than {self.config.corpus} is "
+                f"now ({', '.join(other)}). Name the text it was trained with (--corpus), wherever "
+                "it lies now, or train again with another --out"
+            )
         return found
+
+    @cached_property
+    def text_marks(self) -> dict[str, str]:
+        """Hashes of the vocabulary and of the splits: those recorded, for the text may be gone."""
+        recorded = {} if self.fresh else self.folder.text
+        return recorded or marks_of(self.data)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -181,6 +200,12 @@ class Run:
         """A base in its fastest form."""
         # What else is learned, or was, is stored in terms of the plain form.
         return fold_low_rank(base) if set(self.config.meta.learn) <= {"rule"} else base
+
+
+def marks_of(data: Prepared) -> dict[str, str]:
+    """Hashes of the content of the vocabulary and of the splits."""
+    splits = {name: file.source_hash for name, file in data.splits.items()}
+    return {"vocabulary": data.vocabulary.hash, **splits}
 
 
 def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:
