@@ -77,6 +77,11 @@ def of_learned(key: str) -> bool:
 def tuned_settings(run: Run) -> dict[str, dict[str, float]]:
     """The settings in tuning.json that are the run's, by `<rule>/<protocol>`."""
     if run.folder.released:  # its checksums say that its files belong together
+        its, mine = run.folder.load_record()["config"]["evaluation"], run.config.evaluation
+        if any(
+            its[name] != getattr(mine, name) for name in ("budget", "tune_words", "cache_words")
+        ):
+            return {}
         return {key: entry["setting"] for key, entry in _known(run).items()}
     marks = {learned: identity(run, learned) for learned in (False, True)}
     return {

@@ -103,6 +103,12 @@ class Run:
         """Whether nothing of what the folder holds is kept."""
         return "lm" in self.config.stages and not self.config.resume
 
+    @property
+    def begun(self) -> bool:
+        """Whether what the folder holds is trained on, or read with."""
+        last = self.folder.checkpoint("lm_last")
+        return not self.fresh and ("lm" not in self.config.stages or last.exists())
+
     # -- texts ------------------------------------------------------------------------------
 
     @cached_property
@@ -118,10 +124,10 @@ class Run:
             max_train_words=text.train_words,
             progress=not self.quiet,
         )
-        if self.folder.vocabulary.exists() and not self.fresh:
+        if self.folder.vocabulary.exists() and self.begun:
             mine = load_vocabulary(self.folder.vocabulary)
             check_vocabulary(self.folder.path, {"vocabulary": mine.hash}, found.vocabulary.hash)
-        marks, recorded = marks_of(found), {} if self.fresh else self.folder.text
+        marks, recorded = marks_of(found), self.folder.text if self.begun else {}
         other = [name for name, mark in recorded.items() if marks.get(name, mark) != mark]
         if other:
             raise UserError(
@@ -134,7 +140,7 @@ class Run:
     @cached_property
     def text_marks(self) -> dict[str, str]:
         """Hashes of the vocabulary and of the splits: those recorded, for the text may be gone."""
-        recorded = {} if self.fresh else self.folder.text
+        recorded = self.folder.text if self.begun else {}
         return recorded or marks_of(self.data)
 
     @cached_property

@@ -34,7 +34,7 @@ def _run(run: Run) -> Run:
     elif not config.resume:
         remove_results(run)
     trained = "lm" not in config.stages
-    if not (config.resume and run.folder.checkpoint("lm_last").exists()):
+    if trained or not (config.resume and run.folder.checkpoint("lm_last").exists()):
         run.folder.save_config(config, None if trained else marks_of(run.data))
     if "lm" in config.stages:
         stage_lm(run)
