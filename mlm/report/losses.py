@@ -258,8 +258,9 @@ def write_losses(
     place = whole.column_names.index("title")  # titles repeat: a dictionary for readers too
     titles = whole["title"].combine_chunks().dictionary_encode()
     whole = whole.set_column(place, "title", titles)
-    with atomic_path(path) as temporary:
-        pq.write_table(whole, temporary, compression="zstd")
+    # Open files: Arrow takes no paths that are not UTF-8 in the locale at hand.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(whole, file, compression="zstd")
     return table
 
 
@@ -287,7 +288,8 @@ def _read(path: Path, *, split: str | None = None, columns: list[str] | None = N
     if not path.is_file():
         raise UserError(f"{path} not found; run evaluate.py on this run folder first")
     try:
-        schema = pq.read_schema(path)
+        with open(path, "rb") as file:
+            schema = pq.read_schema(file)
         missing = [name for name in _KEYS if name not in schema.names]
         if missing:
             raise UserError(
@@ -295,7 +297,8 @@ def _read(path: Path, *, split: str | None = None, columns: list[str] | None = N
                 "losses; run evaluate.py on this run folder again"
             )
         filters = None if split is None else [("split", "=", split)]
-        table = pq.read_table(path, columns=columns, filters=filters)
+        with open(path, "rb") as file:
+            table = pq.read_table(file, columns=columns, filters=filters)
         for name in set(_KEYS) & set(table.column_names):
             place = table.column_names.index(name)
             table = table.set_column(place, name, table[name].cast(_KEYS[name]))

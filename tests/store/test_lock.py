@@ -48,12 +48,12 @@ def test_another_writer_is_refused_by_the_holders_name(
                 pass
             name = f"{folder} is being written by process {other.pid} on "
             assert name in str(refused.value)
-            for words in (
-                ("train", "--out", folder, "--resume"),
-                ("train", "--out", folder, "--stages", "meta"),
-                ("evaluate", folder),
+            for script, *more in (
+                ("train", "--out", str(folder), "--resume"),
+                ("train", "--out", str(folder), "--stages", "meta"),
+                ("evaluate", str(folder)),
             ):
-                assert name in command(*words).error
+                assert name in command(script, *more).error
             results = tmp_path / "results"
             words = ("--rules", "static", "--protocols", "article", "--no-draw")
             outcome = command("evaluate", folder, "--out", results, *words)
