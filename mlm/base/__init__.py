@@ -1,7 +1,7 @@
 """What every room may use: errors for users, atomic files, the learning-rate schedule, names."""
 
 from mlm.base.errors import UserError, run_cli, uninterrupted
-from mlm.base.files import atomic_path, naming, write_text
+from mlm.base.files import atomic_path, naming, parse_json, readable, write_text
 from mlm.base.lazy import lazily
 from mlm.base.names import (
     CACHE,
@@ -36,6 +36,8 @@ __all__ = [
     "cosine",
     "lazily",
     "naming",
+    "parse_json",
+    "readable",
     "rule_label",
     "rule_order",
     "rule_texts",

@@ -7,7 +7,9 @@ Letters: N words, A articles. A column `rms` holds the losses of rule `rms` in p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +160,12 @@ class LossTable:
             )
         return self.losses[name].astype(np.float64)
 
+    def only(self, valid: Collection[tuple[str, str]] | None) -> LossTable | None:
+        """The table with those of its columns that `valid` names, by split and name; None = all."""
+        names = [n for n in self.losses if valid is None or (self.split, n) in valid]
+        losses = {name: self.losses[name] for name in names}
+        return dataclasses.replace(self, losses=losses) if losses else None
+
     @classmethod
     def load(cls, path: Path, split: str | None = None) -> LossTable:
         """Read one split of `losses.parquet` (the run's default one if `split` is None).
@@ -222,8 +230,12 @@ def splits(path: Path) -> list[str]:
     return present
 
 
-def write_losses(path: Path, table: LossTable) -> LossTable:
+def write_losses(
+    path: Path, table: LossTable, valid: Collection[tuple[str, str]] | None = None
+) -> LossTable:
     """Write one split into `losses.parquet`, atomically; return the split as it now stands.
+
+    `valid` names the columns there that may stay, by split and name; None = all.
 
     Other splits in the file stay. Rows of the same split are replaced; columns of rules that were
     not measured again stay too, provided that the text and the static losses are unchanged (the
@@ -233,10 +245,11 @@ def write_losses(path: Path, table: LossTable) -> LossTable:
     if path.exists():
         try:
             for split in splits(path):
-                if split != table.split:
-                    kept.append(_read(path, split=split))
-                else:
-                    table = _with_old_columns(table, LossTable.load(path, split))
+                old = LossTable.load(path, split).only(valid)
+                if split != table.split and old is not None:
+                    kept.append(old.to_arrow())
+                elif old is not None:
+                    table = _with_old_columns(table, old)
         except UserError:
             kept = []
     kept.append(table.to_arrow())
@@ -245,8 +258,9 @@ def write_losses(path: Path, table: LossTable) -> LossTable:
     place = whole.column_names.index("title")  # titles repeat: a dictionary for readers too
     titles = whole["title"].combine_chunks().dictionary_encode()
     whole = whole.set_column(place, "title", titles)
-    with atomic_path(path) as temporary:
-        pq.write_table(whole, temporary, compression="zstd")
+    # Open files: Arrow takes no paths that are not UTF-8 in the locale at hand.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        pq.write_table(whole, file, compression="zstd")
     return table
 
 
@@ -274,7 +288,8 @@ def _read(path: Path, *, split: str | None = None, columns: list[str] | None = N
     if not path.is_file():
         raise UserError(f"{path} not found; run evaluate.py on this run folder first")
     try:
-        schema = pq.read_schema(path)
+        with open(path, "rb") as file:
+            schema = pq.read_schema(file)
         missing = [name for name in _KEYS if name not in schema.names]
         if missing:
             raise UserError(
@@ -282,7 +297,8 @@ def _read(path: Path, *, split: str | None = None, columns: list[str] | None = N
                 "losses; run evaluate.py on this run folder again"
             )
         filters = None if split is None else [("split", "=", split)]
-        table = pq.read_table(path, columns=columns, filters=filters)
+        with open(path, "rb") as file:
+            table = pq.read_table(file, columns=columns, filters=filters)
         for name in set(_KEYS) & set(table.column_names):
             place = table.column_names.index(name)
             table = table.set_column(place, name, table[name].cast(_KEYS[name]))

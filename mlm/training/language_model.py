@@ -28,7 +28,7 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import adam_tensors, load_adam, load_tensors, save_tensors
+from mlm.store.tensors import adam_tensors, load_adam, load_latest, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
 from mlm.training.half_precision import half_precision_loss, serves
 
@@ -282,7 +282,7 @@ class LMTrainer:
             "best": self.best if math.isfinite(self.best) else None,
             "cursor": self.stream.state_dict(),
         }
-        save_tensors(run.checkpoint("lm_last"), tensors, about)
+        save_tensors(run.checkpoint("lm_last"), tensors, about, keep_previous=True)
 
     def load(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Continue from `save`.
@@ -291,7 +291,7 @@ class LMTrainer:
             UserError: the checkpoint belongs to other settings or another vocabulary.
         """
         path = run.checkpoint("lm_last")
-        tensors, about = load_tensors(path, "nothing to resume")
+        tensors, about = load_latest(path, "nothing to resume")
         carried = [f"state/{k}" for k in range(len(self.state.tensors()))]
         mine = {f"weights/{n}": w for n, w in self.weights.items()}
         mine |= dict(zip(carried, self.state.tensors(), strict=True))
