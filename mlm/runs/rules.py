@@ -13,6 +13,7 @@ from torch import Tensor
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, STATIC, rule_label, rule_order
+from mlm.base.progress import Progress
 from mlm.models.base import AdaptationBase, unfold_low_rank
 from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
@@ -26,7 +27,7 @@ from mlm.rules.family import (
 )
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, UpdateRule, as_parameters
-from mlm.runs.base import made_from, through_run
+from mlm.runs.base import made_from, progress_of, through_run
 from mlm.runs.identity import base_identity, identity
 from mlm.runs.run import Run, say
 from mlm.settings.sections import MetaConfig
@@ -77,16 +78,20 @@ def _ready_ones(run: Run, protocol: str) -> str:
     return f"Rules that are ready: {', '.join(ready_rules(run, protocol))}"
 
 
-def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
+def _tuned(run: Run, key: str, trials: Callable[[Progress], list[Trial]]) -> dict[str, float]:
     """The best setting under this key of tuning.json, tried and remembered there if need be.
+
+    An interrupted search goes on.
 
     Raises:
         UserError: it is not there, and the folder is a released model's.
     """
     path, known, mark = run.folder.path / TUNING, _known(run), identity(run, of_learned(key))
-    if known.get(key, {}).get("identity") == mark:
-        return known[key]["setting"]
     rule, _, protocol = key.partition("/")
+    progress = progress_of(run, f"{rule}_{protocol}", mark)
+    if known.get(key, {}).get("identity") == mark:
+        progress.forget()
+        return known[key]["setting"]
     if run.folder.released:
         raise UserError(
             f"{rule} in protocol {protocol} has no settings in {run.folder.path}, and tuning needs "
@@ -94,13 +99,14 @@ def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, f
         )
     budget = run.config.evaluation.budget
     say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
-    found = trials()
+    found = trials(progress)
     known[key] = {
         "identity": mark,
         "setting": found[0].setting,
         "trials": [{**t.setting, "nll": t.nll if math.isfinite(t.nll) else None} for t in found],
     }
     write_text(path, json.dumps(known, indent=1) + "\n")
+    progress.forget()
     return found[0].setting
 
 
@@ -110,10 +116,11 @@ def tuned_rule(
     """A hand-made rule and its best settings on validation."""
     rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
     base = base.for_rule(rule)
-    setting = _tuned(
-        run, f"{name}/{protocol}", lambda: tune(base, rule, run.tune_text, protocol, budget)
-    )
-    return rule, setting
+
+    def trials(progress: Progress) -> list[Trial]:
+        return tune(base, rule, run.tune_text, protocol, budget, progress=progress)
+
+    return rule, _tuned(run, f"{name}/{protocol}", trials)
 
 
 def starting_point(run: Run, base: AdaptationBase) -> LoadedRule:
@@ -252,9 +259,10 @@ def ready_rule(run: Run, name: str, protocol: str) -> Ready:
     if base == name:
         return ready
 
-    def trials() -> list[Trial]:
+    def trials(progress: Progress) -> list[Trial]:
         budget, window = run.config.evaluation.budget, cache_window(run)
-        return tune_cache(ready.base, ready.bound, run.tune_text, protocol, budget, window)
+        how = (run.tune_text, protocol, budget, window, progress)
+        return tune_cache(ready.base, ready.bound, *how)
 
     found = dict(_tuned(run, f"{name}/{protocol}", trials))
     window = int(found.pop("window", 0)) or cache_window(run)

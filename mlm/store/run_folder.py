@@ -23,6 +23,7 @@ from mlm.store.versions import FORMAT
 
 RESULTS = (
     "checkpoints/*.safetensors",
+    "unfinished_*.safetensors",
     "evaluation.json",
     "evaluation.md",
     "losses.parquet",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
@@ -82,26 +81,3 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         packing = about.pop("packing", None)
         return (tensors if packing is None else unpack(tensors, packing)), about
-
-
-def adam_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """Adam's state as plain tensors; `names` are those of its parameters, in order."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"adam/{key}/{name}": value
-        for k, name in enumerate(names)
-        for key, value in state.get(k, {}).items()
-    }
-
-
-def load_adam(
-    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]
-) -> None:
-    """Give an optimizer the state that `adam_tensors` found, in place."""
-    state = {}
-    for k, name in enumerate(names):
-        keys = [
-            n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
-        ]
-        state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
