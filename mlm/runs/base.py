@@ -24,7 +24,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 from mlm.training.directions import add_low_rank
 from mlm.training.fisher import estimate_fisher
-from mlm.training.progress import KeptProgress
+from mlm.training.kept_progress import KeptProgress
 
 
 def new_base(

@@ -32,7 +32,7 @@ from mlm.settings.config import Config
 from mlm.text.corpora import open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split
 from mlm.text.vocabulary import Vocabulary
-from mlm.training.progress import KeptProgress
+from mlm.training.kept_progress import KeptProgress
 
 WHOLE = "whole"
 """What results call the split of a text that is not divided into splits."""

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import scipy.stats  # noqa: F401 (imported here, so that no attempt has to)
 import sentencepiece  # noqa: F401
 import torch
-import torch._dynamo  # noqa: F401
+import torch._dynamo
 from safetensors.torch import load_file
 from tiny import corpus_text, tiny_config
 
@@ -185,7 +185,9 @@ def kill_runs(home: Path, kills: int, seed: int, signals: Sequence[int]) -> Coun
 
 def main() -> None:
     """Parse the command line; stop runs; print how often each stage was stopped."""
-    parser = argparse.ArgumentParser(description="Stop runs at random moments; compare what is left.")
+    parser = argparse.ArgumentParser(
+        description="Stop runs at random moments; compare what is left."
+    )
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", default=["KILL"])
