@@ -56,7 +56,7 @@ class _Moments:
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         here = {n: t.to(self.device) for n, t in tensors.items()}
-        self.sums = {n.removeprefix("sums/"): t for n, t in here.items() if n.startswith("sums/")}
+        self.sums = {n: here[f"sums/{n}"] for n in self.names if about["tokens"]}
         parts = range(len(self.carried.tensors()))
         self.carried = self.carried.of([here[f"state/{k}"] for k in parts])
         self.tokens = about["tokens"]

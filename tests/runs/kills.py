@@ -163,14 +163,16 @@ def kill_runs(home: Path, kills: int, seed: int, signals: Sequence[int]) -> Coun
     clock = time.monotonic()
     first = attempt(dataclasses.replace(config, out=whole), log, 600, signal.SIGKILL)
     assert first == 0, log.read_text()
-    usual = time.monotonic() - clock
+    usual = time.monotonic() - clock  # seconds of an attempt; follows the machine's load
     while (left := kills - found.total() + found["runs"]) > 0:
         shutil.rmtree(folder, ignore_errors=True)
         while True:
             log.write_text("")
             minutes, number = rng.choice((1e-9, 1e-3, 5.0)), rng.choice(signals)
             after = rng.uniform(0, usual) if left > 0 else 600.0
+            clock = time.monotonic()
             code = attempt(again(config, minutes), log, after, number)
+            usual = (usual + time.monotonic() - clock) / 2 if code == 0 else 1.02 * usual
             if code == 0:
                 break
             assert code in (CODES[number], -number), f"{code}:\n{log.read_text()}"
