@@ -81,10 +81,11 @@ def _stand_in(folder: Path, name: str, text: str) -> None:
     (folder / name).chmod(0o755)
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_the_job_script_goes_on_after_sigterm(tmp_path: Path) -> None:
     """SIGTERM in stage 1, the job in the queue again, then the end: equal bits."""
     corpus = write_corpus(tmp_path / "toy")
-    more: dict[str, Any] = {"stages": ("lm",), "lm__epochs": 12.0, "lm__validations": 8}
+    more: dict[str, Any] = {"stages": ("lm",), "lm__epochs": 6.0, "lm__validations": 6}
     run_stages(tiny_config(corpus, tmp_path / "whole", **more), quiet=True)
     out, slurm = tmp_path / "parts", tmp_path / "bin"
     slurm.mkdir()
@@ -114,7 +115,8 @@ def test_the_job_script_goes_on_after_sigterm(tmp_path: Path) -> None:
     about = load_about(out / "checkpoints" / "lm_last.safetensors", "")
     assert about["validated"] <= about["step"] < about["steps"]
     second = submit()
-    assert second.wait(timeout=120) == 0
+    err = second.communicate(timeout=120)[1]
+    assert second.returncode == 0, err
     for name in ("lm", "lm_last"):
         a, b = (
             load_file(tmp_path / run / "checkpoints" / f"{name}.safetensors")

@@ -26,7 +26,7 @@ TUNED = TuneText([np.tile(np.array([3, 7, 7, 1]), 9), np.tile(np.array([2, 9]), 
 
 
 class Stopping(KeptProgress):
-    """Ctrl-C after every step."""
+    """Ctrl-C after every step that does something."""
 
     def of(self, name: str, work: Work) -> Any:
         kept = super().of(name, work)
@@ -34,9 +34,11 @@ class Stopping(KeptProgress):
         class Stopped:
             def __enter__(self) -> Tick:
                 kept.__enter__()
+                before = work.state()[1]
 
                 def stop() -> None:
-                    raise KeyboardInterrupt
+                    if work.state()[1] != before:
+                        raise KeyboardInterrupt
 
                 return stop
 
