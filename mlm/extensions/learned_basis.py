@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mlm.base.errors import UserError
 from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.word_coupling import COUPLING, uncoupled
@@ -230,6 +231,13 @@ class BasisTrainer:
         self.rule = RMS().bind(self.setting, self.base)
 
 
+def _diverged(tokens: int, nats: float) -> UserError:
+    return UserError(
+        f"--learned-basis.words: after {tokens:,} tokens the loss is {nats} nats; the "
+        "language model's loss is NaN, train it again"
+    )
+
+
 @torch.no_grad()
 def learn_bases(
     base: AdaptationBase,
@@ -260,7 +268,7 @@ def learn_bases(
         min(text.tokens, int(words * text.tokens_per_word)),
         max(1, TOKENS // base.segment),
         PEAK,
-        "the language model's loss is NaN, train it again",
+        _diverged,
     )
     learn_by_reading(bases, lanes, course, quiet, progress)
     return bases.base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,8 +52,8 @@ class Course:
     """Between two steps."""
     peak: float
     """Of Adam's rate; cosine to zero."""
-    cure: str
-    """What to do about a loss that is not finite."""
+    diverged: Callable[[int, float], UserError]
+    """What to say where, after so many tokens, the nats of a step are not finite."""
 
 
 class _Lesson:
@@ -85,10 +85,7 @@ class _Lesson:
         nats = self.learner.learn(pieces, rate)
         finite = all(bool(tensor.isfinite().all()) for tensor in self.learner.learned())
         if not (math.isfinite(nats) and finite):
-            flag = f"--{course.name.replace('_', '-')}.words"
-            raise UserError(
-                f"{flag}: after {self.tokens:,} tokens the loss is {nats} nats; {course.cure}"
-            )
+            raise course.diverged(self.tokens, nats)
         read = sum(int(piece.mask.sum()) for piece in pieces)
         self.tokens += read
         return nats, read

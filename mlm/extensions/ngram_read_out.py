@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mlm.base.errors import UserError
 from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
@@ -226,6 +227,13 @@ class ReadOutTrainer:
         self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
 
 
+def _diverged(tokens: int, nats: float) -> UserError:
+    return UserError(
+        f"--ngram-read-out.words: after {tokens:,} tokens the loss is {nats} nats; the "
+        "rule's weights diverged, train it again with a smaller --meta.learning-rate"
+    )
+
+
 @torch.no_grad()
 def learn_read_out(
     base: AdaptationBase,
@@ -254,7 +262,7 @@ def learn_read_out(
         min(text.tokens, int(words * text.tokens_per_word)),
         max(1, TOKENS // base.segment),
         PEAK,
-        "the rule's weights diverged, train it again with a smaller --meta.learning-rate",
+        _diverged,
     )
     learn_by_reading(learner, lanes, course, quiet, progress)
     return learner.read_out

@@ -36,7 +36,7 @@ from mlm.store.run_folder import RunFolder
 
 ENDS = ("lm", "memory", "four_levels", "evaluation")
 """What the stages leave, in order."""
-CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES: dict[int, int] = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
 """Exit status of a run that such a signal stops."""
 
 
