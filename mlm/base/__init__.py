@@ -1,7 +1,7 @@
 """What every room may use: errors for users, atomic files, kept progress, schedule, names."""
 
 from mlm.base.errors import UserError, going_on, run_cli, uninterrupted
-from mlm.base.files import atomic_path, naming, write_text
+from mlm.base.files import atomic_path, naming, parse_json, readable, write_text
 from mlm.base.lazy import lazily
 from mlm.base.names import (
     CACHE,
@@ -50,6 +50,8 @@ __all__ = [
     "lazily",
     "load_adam",
     "naming",
+    "parse_json",
+    "readable",
     "rule_label",
     "rule_order",
     "rule_texts",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -23,12 +25,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         with naming(path):
             yield temporary
-            os.chmod(temporary, 0o644)
+            os.chmod(temporary, 0o666 & ~_umask())
             with open(temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The permissions that new files of this process lack (`mkstemp` asks for fewer still)."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o077)  # elsewhere it can only be read by setting it
+    os.umask(mask)
+    return mask
 
 
 @contextlib.contextmanager
@@ -46,3 +60,20 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` (UTF-8) to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value that a JSON text in UTF-8 spells.
+
+    Raises:
+        ValueError: it is none, is no UTF-8, or is nested too deeply to be read.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("brackets nested too deeply") from None
+
+
+def readable(name: str) -> str:
+    """A file's name as UTF-8 can hold it: bytes of it that are no text become a sign for that."""
+    return os.fsencode(name).decode("utf-8", "replace")

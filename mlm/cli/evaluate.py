@@ -62,7 +62,12 @@ class Options:
 
 def _settings(config: Config) -> list[Setting]:
     """What this script asks for: its own options, and what it shares with training."""
-    shared = ("device", "threads", *(p for p in leaves(config) if p.startswith("evaluation.")))
+    shared = (
+        "device",
+        "threads",
+        "text.data_dir",
+        *(p for p in leaves(config) if p.startswith("evaluation.")),
+    )
     return [*settings_of(Options()), *(s for s in settings_of(config) if s.path in shared)]
 
 

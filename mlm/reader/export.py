@@ -23,8 +23,16 @@ from mlm.models.low_rank import LOW
 from mlm.report.evaluation import read_evaluation
 from mlm.report.tables import totals_markdown
 from mlm.runs.base import made_from
-from mlm.runs.identity import base_identity, identity
-from mlm.runs.rules import BESIDE, TUNING, cache_window, of_learned, ready_rules, tuned_settings
+from mlm.runs.identity import base_identity, checkpoint_mark, identity
+from mlm.runs.rules import (
+    BESIDE,
+    TUNING,
+    cache_window,
+    current_identity,
+    of_learned,
+    ready_rules,
+    tuned_settings,
+)
 from mlm.runs.run import Run
 from mlm.settings.config import Config
 from mlm.settings.record import to_dict
@@ -127,11 +135,17 @@ def _write(run: Run, target: RunFolder, wanted: Sequence[str], card: Card) -> No
         if key.partition("/")[0].endswith(CACHE):
             setting["window"] = cache_window(run)
     entries = {
-        key: {"identity": identity(copy, of_learned(key)), "setting": setting}
+        key: {"identity": identity(run, of_learned(key)), "setting": setting}
         for key, setting in tuned.items()
     }
     write_text(target.path / TUNING, json.dumps(entries, indent=1) + "\n")
-    rows = [row for row in read_evaluation(run.folder.path) if row.get("rule") in rules]
+    rows = [
+        row
+        for row in read_evaluation(run.folder.path)
+        if row["kind"] == "total"
+        and row["rule"] in rules
+        and row.get("identity") == current_identity(run, row["rule"], row["protocol"])
+    ]
     write_text(target.path / "README.md", _readme(copy, card, facts, rules, totals_markdown(rows)))
     record = run.folder.load_record()
     command = re.sub(r"[^\s=]*[/\\]", "", record["command"])
@@ -160,11 +174,12 @@ def _tensors(run: Run, copy: Run, learned: Sequence[str]) -> dict[str, Any]:
     facts["weights"] = sum(w.numel() for w in base.static.values())
     made_with = [extension.name for extension in run.config.extensions.of_base()]
     path, vocabulary = copy.folder.checkpoint("memory"), run.vocabulary.hash
-    save_base(path, base, vocabulary, base_identity(copy), made_with, packed=True)
+    save_base(path, base, vocabulary, base_identity(run), made_with, packed=True)
+    mark = checkpoint_mark(copy.folder, "memory")
     gains = facts["gains"] = {}
     for name in learned:
         tensors, about = load_tensors(run.folder.checkpoint(name), "")
-        about["identity"] = identity(copy)
+        about["base"] = mark
         gains[name] = about.get("gain")
         # A rule's own parameters are few, and logarithms: an error in them is one of the steps.
         large = [name for name in tensors if name.startswith(BESIDE)]

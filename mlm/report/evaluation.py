@@ -19,7 +19,7 @@ import numpy as np
 from scipy import stats
 
 from mlm.base.errors import UserError
-from mlm.base.files import write_text
+from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
 from mlm.report.losses import LossTable
 from mlm.report.tables import Row, evaluation_markdown
@@ -320,6 +320,17 @@ def _finite(number: Any) -> float | None:
     return None if number is None or not math.isfinite(number) else float(number)
 
 
+_TEXTS = ("split", "protocol", "rule")
+_KEYS = {
+    "total": ("words", "articles", "nll"),
+    "comparison": (),
+    "position": ("words", "articles", "nll", "from", "to"),
+    "article": ("words", "nll", "article"),
+}
+"""Kinds of rows and the numbers that each must have."""
+_MAY_LACK = ("word_perplexity", "bits_per_byte", "nats_per_word_gained", "words_per_second")
+
+
 def read_evaluation(run_dir: Path) -> list[Row]:
     """Return the rows of `evaluation.json` (none if there is no such file).
 
@@ -329,12 +340,30 @@ def read_evaluation(run_dir: Path) -> list[Row]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        rows = parse_json(path.read_bytes())
+    except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and evaluate again") from error
-    if not isinstance(rows, list) or not all(isinstance(r, dict) and "kind" in r for r in rows):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)):
         raise UserError(f"{path} is not a list of evaluation rows; delete it and evaluate again")
     return rows
+
+
+def _is_row(row: Any) -> bool:
+    """Whether this is a row as `evaluate_rows` makes them."""
+
+    def number(name: str) -> bool:
+        return isinstance(row.get(name), int | float)
+
+    if not isinstance(row, dict) or row.get("kind") not in _KEYS:
+        return False
+    texts = [*_TEXTS, *{"comparison": ["against"], "article": ["title"]}.get(row["kind"], ())]
+    kind, pair = row["kind"], row.get("interval")
+    return (
+        all(isinstance(row.get(name), str) for name in texts)
+        and all(number(name) for name in _KEYS[kind])
+        and all(row.get(name) is None or number(name) for name in _MAY_LACK)
+        and (pair is None or (isinstance(pair, list) and len(pair) == 2))
+    )
 
 
 def merge_evaluation(existing: Sequence[Row], new: Sequence[Row]) -> list[Row]:

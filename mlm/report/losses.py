@@ -7,7 +7,9 @@ Letters: N words, A articles. A column `rms` holds the losses of rule `rms` in p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +160,12 @@ class LossTable:
             )
         return self.losses[name].astype(np.float64)
 
+    def only(self, valid: Collection[tuple[str, str]] | None) -> LossTable | None:
+        """The table with those of its columns that `valid` names, by split and name; None = all."""
+        names = [n for n in self.losses if valid is None or (self.split, n) in valid]
+        losses = {name: self.losses[name] for name in names}
+        return dataclasses.replace(self, losses=losses) if losses else None
+
     @classmethod
     def load(cls, path: Path, split: str | None = None) -> LossTable:
         """Read one split of `losses.parquet` (the run's default one if `split` is None).
@@ -222,8 +230,12 @@ def splits(path: Path) -> list[str]:
     return present
 
 
-def write_losses(path: Path, table: LossTable) -> LossTable:
+def write_losses(
+    path: Path, table: LossTable, valid: Collection[tuple[str, str]] | None = None
+) -> LossTable:
     """Write one split into `losses.parquet`, atomically; return the split as it now stands.
+
+    `valid` names the columns there that may stay, by split and name; None = all.
 
     Other splits in the file stay. Rows of the same split are replaced; columns of rules that were
     not measured again stay too, provided that the text and the static losses are unchanged (the
@@ -233,10 +245,11 @@ def write_losses(path: Path, table: LossTable) -> LossTable:
     if path.exists():
         try:
             for split in splits(path):
-                if split != table.split:
-                    kept.append(_read(path, split=split))
-                else:
-                    table = _with_old_columns(table, LossTable.load(path, split))
+                old = LossTable.load(path, split).only(valid)
+                if split != table.split and old is not None:
+                    kept.append(old.to_arrow())
+                elif old is not None:
+                    table = _with_old_columns(table, old)
         except UserError:
             kept = []
     kept.append(table.to_arrow())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mlm.base.errors import UserError
+from mlm.base.files import parse_json
 from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
 from mlm.report.evaluation import PositionBin, position_gains
@@ -171,7 +171,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         return []
     for line in text.splitlines():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict):

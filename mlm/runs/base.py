@@ -59,9 +59,9 @@ def new_base(
     return dataclasses.replace(base, extensions=())
 
 
-def progress_of(run: Run, stage: str, identity: str) -> KeptProgress:
-    """Where the run folder keeps how far the parts of a stage have come."""
-    folder = run.folder.checkpoint(stage).parent
+def progress_of(run: Run, stage: str, identity: str, folder: Path | None = None) -> KeptProgress:
+    """Where a folder, by default that of checkpoints, keeps how far parts of a stage have come."""
+    folder = folder or run.folder.checkpoint(stage).parent
     return KeptProgress(folder, stage, identity, run.config.checkpoint_minutes)
 
 

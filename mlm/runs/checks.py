@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 from mlm.base.errors import UserError
@@ -18,6 +18,7 @@ from mlm.runs.run import Run
 from mlm.settings.checks import extension_problems, plan_of
 from mlm.settings.config import Config
 from mlm.settings.flags import flag, leaves
+from mlm.store.lock import check_writable
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 from mlm.text.corpora import open_corpus
@@ -25,18 +26,13 @@ from mlm.text.tokens import encode_split
 from mlm.training.language_model import shape_of, weights_of_run
 
 HOW = (
-    *("resume", "overwrite", "out", "stages", "device", "threads"),
+    *("corpus", "resume", "overwrite", "out", "stages", "device", "threads"),
     *("checkpoint_minutes", "text.data_dir"),
 )
-"""Settings that say where and how to compute, not what."""
+"""Settings that say where and how to compute, not what: the text counts by its content."""
 
 REMEDIES = ("lm.learning_rate", "lm.precision", "lm.through_rate")
 """Settings that a message advises to change before a run goes on; the change is recorded."""
-
-
-def _fresh(run: Run) -> bool:
-    """Whether nothing of what the folder holds is kept."""
-    return "lm" in run.config.stages and not run.config.resume
 
 
 def check_folder(run: Run) -> None:
@@ -45,12 +41,9 @@ def check_folder(run: Run) -> None:
     Raises:
         UserError: the folder is a file, holds a run already, or lacks one to go on with.
     """
-    folder, config, fresh = run.folder, run.config, _fresh(run)
+    folder, config, fresh = run.folder, run.config, run.fresh
     path = folder.path
-    above = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        problem = "cannot be written" if above.is_dir() else "is no folder"
-        raise UserError(f"--out {path}: {above} {problem}; choose another folder")
+    check_writable(path)
     if folder.released:
         raise UserError(
             f"--out {path} holds a released model, which is only read; choose another folder"
@@ -67,6 +60,7 @@ def check_folder(run: Run) -> None:
         )
     if not fresh and folder.config_file.exists():
         _check_recorded(config, folder)
+        folder.rows()
     trained = set(config.meta.rules) if "meta" in config.stages else set()
     others = {"lm.init": config.lm.init, "lm.through_run": config.lm.through_run}
     for place, other in others.items():
@@ -106,7 +100,7 @@ def _check_recorded(config: Config, folder: RunFolder) -> None:
     differ = [
         f"{flag(path)} {its[path]}"
         for path in mine
-        if mine[path] != its[path]
+        if _place(mine[path]) != _place(its[path])
         and path not in (*HOW, "lm.through_run")  # a folder may have moved
         and (path not in REMEDIES if config.resume else path.startswith(own))
     ]
@@ -121,6 +115,11 @@ def _check_recorded(config: Config, folder: RunFolder) -> None:
             f"the language model in {folder.path} was made with {', '.join(differ)}. Leave these "
             "flags out, or train another one with --stages lm and another --out"
         )
+
+
+def _place(value: Any) -> Any:
+    """A setting; a path as it is found from everywhere."""
+    return value.resolve() if isinstance(value, Path) else value
 
 
 def check_text(run: Run) -> None:
@@ -196,7 +195,7 @@ def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
         start = HAND_MADE_RULES[meta.start]
     elif meta.rules:
         path = run.folder.checkpoint(meta.start)
-        if _fresh(run) or not path.exists():
+        if run.fresh or not path.exists():
             raise UserError(
                 f"--meta.start {meta.start}: this rule is not trained in {run.folder.path} yet; "
                 f"train it first (--stages meta --train-rules {meta.start}), or start from "

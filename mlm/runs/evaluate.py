@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
 from mlm.reading.scoring import Scores, check_finite, score_protocol, word_losses
 from mlm.report.evaluation import (
@@ -24,13 +25,14 @@ from mlm.report.evaluation import (
     write_evaluation,
 )
 from mlm.report.losses import LossTable, column_name, write_losses
-from mlm.report.tables import format_totals
+from mlm.report.tables import Row, format_totals
 from mlm.runs.identity import identity
-from mlm.runs.rules import check_learned, ready_rule
+from mlm.runs.rules import check_learned, current_identity, ready_rule
 from mlm.runs.run import Run, open_run, say
 from mlm.settings.config import Config
-from mlm.text.corpora import open_corpus, results_name
-from mlm.text.tokens import TokenFile, encode_split
+from mlm.store.lock import only_writer
+from mlm.text.corpora import NAMED, open_corpus, results_name
+from mlm.text.tokens import TokenFile, encode_split, source_hash
 from mlm.text.vocabulary import Vocabulary
 from mlm.training.kept_progress import KeptProgress
 
@@ -49,6 +51,8 @@ class SplitText:
     vocabulary: Vocabulary
     chosen: list[int]
     """Places of the articles in the split."""
+    mark: str
+    """Hash of their content: rows of other text are others."""
 
     @property
     def articles(self) -> list[np.ndarray]:
@@ -79,9 +83,17 @@ class SplitText:
 
 
 def _is_another(run: Run, corpus: str) -> bool:
-    """Whether a corpus is not the run's own."""
+    """Whether a corpus is not the run's own: the text it was trained with, wherever it lies."""
     own = run.config.corpus
-    return corpus != own and Path(corpus).resolve() != Path(own).resolve()
+    if corpus == own or Path(corpus).resolve() == Path(own).resolve():
+        return False
+    if corpus in NAMED or run.folder.released:
+        return True
+    try:
+        mark = source_hash(open_corpus(corpus), "train", run.config.text.train_words)
+    except UserError:  # it has no training text, or is too short to divide
+        return True
+    return mark != run.folder.text.get("train")
 
 
 def results_folder(run: Run, corpus: str) -> Path:
@@ -104,7 +116,7 @@ def _split_text(run: Run, corpus: str) -> SplitText:
     if not chosen:
         raise UserError(f"{corpus}, split {evaluation.split}: no article with a word in it")
     split = WHOLE if getattr(source, "whole", False) else evaluation.split
-    return SplitText(split, file, run.vocabulary, chosen)
+    return SplitText(split, file, run.vocabulary, chosen, f"{file.source_hash[:16]}-{number}")
 
 
 class RuleScores(NamedTuple):
@@ -212,6 +224,42 @@ def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str
     return {(n, p): done.scores[n, p] for p in evaluation.protocols for n in rules}
 
 
+def _of_now(run: Run, rows: list[Row], text: SplitText) -> list[Row]:
+    """The rows that stand for what the run holds now; a note says which do not."""
+    marks: dict[tuple[str, str], str | None] = {}
+
+    def current(row: Row, name: str) -> str | None:
+        key = row[name], row["protocol"]
+        if key not in marks:
+            marks[key] = current_identity(run, *key)
+        return marks[key]
+
+    def stands(row: Row) -> bool:
+        same = row["split"] != text.split or row.get("text") == text.mark
+        names = {"rule": "identity", "against": "identity_against"}
+        for name, mark in names.items() if same else ():
+            same = same and (name not in row or row.get(mark) == (current(row, name) or 0))
+        return same
+
+    kept = [row for row in rows if stands(row)]
+    gone = {(r["split"], r["protocol"], r["rule"]) for r in rows if r["kind"] == "total"}
+    gone -= {(r["split"], r["protocol"], r["rule"]) for r in kept if r["kind"] == "total"}
+    if gone:
+        names = ", ".join(f"{rule_label(rule)} ({s}, {p})" for s, p, rule in sorted(gone))
+        say(f"note: results made with other settings, or of another rule or text, go: {names}")
+    return kept
+
+
+def _marked(run: Run, rows: list[Row], text: SplitText) -> list[Row]:
+    """New rows, with what they were made with."""
+    for row in rows:
+        row["identity"] = current_identity(run, row["rule"], row["protocol"])
+        if "against" in row:
+            row["identity_against"] = current_identity(run, row["against"], row["protocol"])
+        row["text"] = text.mark
+    return rows
+
+
 def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict[str, Any]]]:
     """Score every rule in every protocol on a split; write tables and word losses.
 
@@ -221,25 +269,35 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     Returns:
         where the results are, and all rows of its evaluation.json.
     """
+    with only_writer(run.results or run.folder.path):
+        return _evaluate(run, corpus)
+
+
+def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
+    """What `stage_evaluate` does, alone in the folder."""
     evaluation = run.config.evaluation
-    corpus = corpus or run.config.corpus
+    given, corpus = corpus, corpus or run.config.corpus
     folder = results_folder(run, corpus)
     existing = read_evaluation(folder)
     text = _split_text(run, corpus)
+    if given and folder == (run.results or run.folder.path):
+        say(f"{corpus} is the run's own text; its split {text.split} is scored")
     check_learned(run)
     scores = _scores(run, text, _scoring(run, folder, text))
     table = text.table({column_name(*key): found.losses_N for key, found in scores.items()})
-    write_losses(folder / "losses.parquet", table)
+    existing = _of_now(run, existing, text)
+    kept = {(r["split"], column_name(r["rule"], r["protocol"])) for r in existing if "rule" in r}
+    write_losses(folder / "losses.parquet", table, kept)
     rows = evaluate_rows(
         table,
-        corpus=Path(corpus).name,
+        corpus=readable(Path(corpus).name),
         words_per_second={key: sum(text.words_A) / s.seconds for key, s in scores.items()},
         settings={key: found.setting for key, found in scores.items()},
         bytes_A=[int(text.file.bytes[a]) for a in text.chosen],
         resamples=evaluation.resamples,
         seed=run.config.seed,
     )
-    rows = merge_evaluation(existing, rows)
+    rows = merge_evaluation(existing, _marked(run, rows, text))
     write_evaluation(folder, rows)
     return folder, rows
 

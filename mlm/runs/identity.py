@@ -1,4 +1,10 @@
-"""Hashes of what a result of stage 2 depends on: a changed one is not reused."""
+"""Hashes of what a result depends on, by content: one of other content is not reused.
+
+The text counts by its content, a model or a rule by the checksum of its file, and settings by their
+values; paths do not count. The chain: text and settings -> language model (its file) -> base (file)
+-> tuned settings, learned rules (files) -> rows of an evaluation. Every link holds the identity of
+what it was made from, so that what is stale is found wherever it lies.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,38 @@ from typing import Any
 
 from mlm.models.base import has_low_rank
 from mlm.models.extension import Extension
-from mlm.runs.run import Run
+from mlm.runs.run import Run, in_bfloat16
 from mlm.settings.record import to_dict
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_about
+from mlm.store.tensors import CHECKSUM, load_about
 from mlm.store.versions import constants
 
 FIRST_ORDER = ("reverse", "checkpoint", "forward")
+
+
+def lm_identity(run: Run) -> str:
+    """Hash of what the language model depends on."""
+    config = to_dict(run.config)
+    keys = {name: config[name] for name in ("text", "model", "lm", "seed")}
+    keys["text"].pop("data_dir")
+    for name in ("init", "through_run"):
+        keys["lm"].pop(name)
+    return _hash({**keys, "of": run.text_marks, "constants": constants(of_model=True)})
+
+
+def base_identity(run: Run) -> str:
+    """Hash of what the adaptation base depends on."""
+    path = run.folder.checkpoint("lm")
+    keys = {
+        "text": [run.text_marks[name] for name in ("vocabulary", "train")],
+        "held_out": run.config.text.held_out,
+        "lm": checkpoint_mark(run.folder, "lm") if path.exists() else "",
+        "adapt": base_settings(run),
+        "constants": constants(of_model=False),
+    }
+    if run.config.lm.through == "learned" and run.config.lm.through_run is not None:
+        keys["through"] = checkpoint_mark(RunFolder(run.config.lm.through_run), "memory")
+    return _hash(keys)
 
 
 def identity(run: Run, learned: bool = True) -> str:
@@ -23,10 +54,9 @@ def identity(run: Run, learned: bool = True) -> str:
     `learned`: what is learned matters; hand-made rules depend neither on it nor on the seed.
     """
     config = to_dict(run.config)
-    keys = {k: config[k] for k in ("corpus", "text", "adapt", "meta", "evaluation", "seed")}
+    keys = {name: config[name] for name in ("meta", "evaluation", "seed")}
     for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
         keys["evaluation"].pop(name)
-    keys["adapt"].pop("kernels")  # how it is computed; results agree to rounding
     if keys["meta"]["gradient"] in FIRST_ORDER:
         keys["meta"].pop("gradient")
     if not learned:
@@ -34,7 +64,46 @@ def identity(run: Run, learned: bool = True) -> str:
             keys.pop(name)
     enabled = run.config.extensions.enabled()
     keys["extensions"] = _fingerprints(enabled if learned else run.config.extensions.of_base())
-    return _hash(run, keys)
+    keys |= {"base": base_identity(run), "guard": run.config.adapt.guard}
+    return _hash({**keys, "valid": run.text_marks["valid"]})
+
+
+def row_identity(run: Run, rule: str, setting: Any) -> str:
+    """Hash of what the losses of a rule depend on, besides the text that is read.
+
+    Args:
+        setting: tuned settings, or the mark of a learned rule's file.
+    """
+    keys = {
+        "base": checkpoint_mark(run.folder, "memory"),
+        "rule": [rule, setting],
+        "guard": run.config.adapt.guard,
+        "bfloat16": in_bfloat16(run.config.adapt),
+        "extensions": _fingerprints(run.config.extensions.enabled()),
+        "constants": constants(of_model=False),
+    }
+    return _hash(keys)
+
+
+def checkpoint_mark(folder: RunFolder, name: str) -> str:
+    """The checksum of a checkpoint: what is made from it is for no other.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return load_about(folder.checkpoint(name), "run its stage first")[CHECKSUM]
+
+
+def base_settings(run: Run) -> dict[str, Any]:
+    """Settings that the adaptation base depends on, by name."""
+    adapt = to_dict(run.config.adapt)
+    for name in ("kernels", "guard"):  # how it is computed; what is done while reading
+        adapt.pop(name)
+    if not has_low_rank(run.config.adapt.dynamic):
+        adapt.pop("rank")
+    if adapt["precision"] == "float32":
+        adapt.pop("precision")
+    return adapt | _fingerprints(run.config.extensions.of_base())
 
 
 def _fingerprints(extensions: tuple[Extension, ...]) -> dict[str, Any]:
@@ -42,31 +111,5 @@ def _fingerprints(extensions: tuple[Extension, ...]) -> dict[str, Any]:
     return {e.name: e.fingerprint() for e in extensions if not e.of_model}
 
 
-def base_identity(run: Run) -> str:
-    """Hash of what the adaptation base depends on."""
-    config = to_dict(run.config)
-    keys = {k: config[k] for k in ("corpus", "text")} | {"adapt": base_settings(run)}
-    return _hash(run, keys)
-
-
-def base_settings(run: Run) -> dict[str, Any]:
-    """Settings that the adaptation base depends on, by name."""
-    adapt = to_dict(run.config.adapt)
-    for name in ("kernels", "guard"):
-        adapt.pop(name)
-    return adapt | _fingerprints(run.config.extensions.of_base())
-
-
-def _hash(run: Run, keys: dict[str, Any]) -> str:
-    """Of settings, without those that are not in use, and the language model."""
-    if not has_low_rank(run.config.adapt.dynamic):
-        keys["adapt"].pop("rank")
-    if keys["adapt"]["precision"] == "float32":
-        keys["adapt"].pop("precision")
-    if run.config.lm.through == "learned" and run.config.lm.through_run is not None:
-        other = RunFolder(run.config.lm.through_run).checkpoint("memory")
-        keys["through"] = load_about(other, "make it first (`--stages meta`)").get("identity")
-    keys["constants"] = constants(of_model=False, tensors=())
-    path = run.folder.checkpoint("lm")
-    weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-    return hashlib.sha256(json.dumps([keys, weights]).encode()).hexdigest()[:16]
+def _hash(keys: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:16]

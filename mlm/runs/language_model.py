@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from mlm.base.errors import UserError
@@ -9,6 +11,7 @@ from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
 from mlm.rules.protocol import LoadedRule
 from mlm.runs.base import through_run
+from mlm.runs.identity import lm_identity
 from mlm.runs.rules import load_learned
 from mlm.runs.run import Run, say
 from mlm.settings.config import Config
@@ -18,6 +21,9 @@ from mlm.training.language_model import LMTrainer, shape_of, train_lm
 
 def stage_lm(run: Run) -> None:
     """Stage 1: the static language model."""
+    seed = run.folder.seed_of("lm") if run.config.resume else None
+    if seed not in (None, run.config.seed):  # later stages may have had another
+        run = dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed))
     vocabulary = run.data.vocabulary
     shape = shape_of(run.config, vocabulary.size)
     text = run.training_text(0)
@@ -32,7 +38,8 @@ def stage_lm(run: Run) -> None:
         trainer = LMTrainer(run.config, shape, text, run.device)
     else:
         trainer = through_trainer(run.config, shape, text, vocabulary.hash, run.device)
-    train_lm(trainer, run.config, valid, run.folder, vocabulary.hash, run.quiet)
+    folder = dataclasses.replace(run.folder, mark=lm_identity(run))
+    train_lm(trainer, run.config, valid, folder, vocabulary.hash, run.quiet)
 
 
 def through_trainer(

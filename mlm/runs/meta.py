@@ -16,10 +16,10 @@ from mlm.rules.family import (
 )
 from mlm.rules.protocol import Parameters
 from mlm.runs.base import build_base, made_from, progress_of
-from mlm.runs.identity import identity
+from mlm.runs.identity import checkpoint_mark, identity
 from mlm.runs.rules import BESIDE, new_rule, parted, starting_point
 from mlm.runs.run import Run, say
-from mlm.store.tensors import save_tensors
+from mlm.store.tensors import load_about, save_tensors
 from mlm.text.streams import Text
 from mlm.training.judge import static_of, validation_gain
 from mlm.training.meta import EXTENSION_GAIN, MetaTrainer, train_meta
@@ -44,6 +44,9 @@ def stage_meta(run: Run) -> None:
     text, tune_text = meta_text(run), run.tune_text
     static = static_of(base, tune_text, run.config.evaluation.protocols)
     mark = identity(run)
+    made_with = checkpoint_mark(run.folder, "memory")
+    folder = dataclasses.replace(run.folder, mark=mark)
+    _forget_rules_of_another_base(run, made_with)
     for name in meta.rules:
         path, label = run.folder.checkpoint(name), rule_label(name)
         if run.config.resume and made_from(path, mark):
@@ -59,7 +62,7 @@ def stage_meta(run: Run) -> None:
         best, gain = train_meta(
             trainer,
             lambda t: validation_gain(t.base, t.rule, t.parameters, tune_text, static),
-            run.folder,
+            folder,
             run.config.evaluation.budget,
             text.tokens_per_word,
             mark,
@@ -72,6 +75,7 @@ def stage_meta(run: Run) -> None:
             "dynamic": list(base.dynamic),
             "columns": list(rule.columns),
             "identity": mark,
+            "base": made_with,
         }
         progress = progress_of(run, name, f"{mark} {_digest(best)}")
         learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain, progress)
@@ -90,6 +94,21 @@ def _digest(tensors: Parameters) -> str:
     for name, tensor in tensors.items():
         found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _forget_rules_of_another_base(run: Run, made_with: str) -> None:
+    """Drop the training rows of rules that were trained with another base, which is gone."""
+    stale = set()
+    for rule in {row.get("rule") for row in run.folder.rows() if row["stage"] == "meta"}:
+        path = run.folder.checkpoint(str(rule))
+        if rule in run.config.meta.rules or not path.exists():
+            continue
+        if load_about(path, "").get("base") != made_with:
+            stale.add(rule)
+    if stale:
+        names = ", ".join(rule_label(str(rule)) for rule in sorted(map(str, stale)))
+        say(f"note: {names}: trained with other settings; the rows in metrics.jsonl are dropped")
+        run.folder.keep_rows(lambda row: row.get("rule") not in stale)
 
 
 def _learned_by_extensions(
@@ -114,7 +133,8 @@ def _learned_by_extensions(
         able = base.with_weights(found)
         gained = validation_gain(able, rule, parameters, run.tune_text, static)
         row = {"extension": extension.name, EXTENSION_GAIN: gained * text.tokens_per_word}
-        run.folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
+        folder = dataclasses.replace(run.folder, mark=identity(run))
+        folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
         if gained > gain:
             base, gain, kept = able, gained, kept | found
     return kept, gain

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.base.files import write_text
+from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, STATIC, rule_label, rule_order
 from mlm.base.progress import Progress
 from mlm.models.base import AdaptationBase, unfold_low_rank
@@ -28,10 +28,11 @@ from mlm.rules.family import (
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, UpdateRule, as_parameters
 from mlm.runs.base import made_from, progress_of, through_run
-from mlm.runs.identity import base_identity, identity
+from mlm.runs.identity import base_identity, checkpoint_mark, identity, row_identity
 from mlm.runs.run import Run, say
 from mlm.settings.sections import MetaConfig
-from mlm.store.tensors import load_tensors
+from mlm.store.lock import only_writer
+from mlm.store.tensors import CHECKSUM, check_tensors, load_about, load_tensors
 from mlm.training.cache_tuning import tune_cache
 from mlm.training.tuning import Trial, tune
 
@@ -44,11 +45,29 @@ TUNING = "tuning.json"
 
 
 def _known(run: Run) -> dict[str, Any]:
-    """What tuning.json holds, by rule and protocol."""
-    try:
-        return json.loads((run.folder.path / TUNING).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # not tuned yet, or damaged: tune again
-        return {}
+    """The entries of tuning.json, by rule and protocol; those in the folder of results, if that is
+    another, go before the run's."""
+    found: dict[str, Any] = {}
+    for folder in (run.folder.path, run.results or run.folder.path):
+        path = folder / TUNING
+        try:
+            entries = parse_json(path.read_bytes())
+            if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
+                raise ValueError("it holds other things than tuned settings")
+            found |= entries
+        except FileNotFoundError:  # not tuned yet
+            continue
+        except ValueError as error:
+            say(f"note: {path} is damaged ({error}); what it held is tuned again")
+    return found
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is what tuning.json has of a rule."""
+    setting = entry.get("setting") if isinstance(entry, dict) else None
+    return isinstance(setting, dict) and all(
+        isinstance(value, int | float) and math.isfinite(value) for value in setting.values()
+    )
 
 
 def of_learned(key: str) -> bool:
@@ -58,6 +77,13 @@ def of_learned(key: str) -> bool:
 
 def tuned_settings(run: Run) -> dict[str, dict[str, float]]:
     """The settings in tuning.json that are the run's, by `<rule>/<protocol>`."""
+    if run.folder.released:  # its checksums say that its files belong together
+        its, mine = run.folder.load_record()["config"]["evaluation"], run.config.evaluation
+        if any(
+            its[name] != getattr(mine, name) for name in ("budget", "tune_words", "cache_words")
+        ):
+            return {}
+        return {key: entry["setting"] for key, entry in _known(run).items()}
     marks = {learned: identity(run, learned) for learned in (False, True)}
     return {
         key: entry["setting"]
@@ -68,7 +94,8 @@ def tuned_settings(run: Run) -> dict[str, dict[str, float]]:
 
 def ready_rules(run: Run, protocol: str) -> list[str]:
     """Rules of a run folder that can read without being tuned or trained first, in order."""
-    learned = {name for name in LEARNED if run.folder.checkpoint(name).exists()}
+    there = [name for name in LEARNED if run.folder.checkpoint(name).exists()]
+    learned = {name for name in there if not _of_another_base(run, _about(run, name))}
     tuned = {key.partition("/")[0] for key in tuned_settings(run) if key.endswith("/" + protocol)}
     able = {STATIC, *learned, *(tuned & set(HAND_MADE))}
     return sorted(able | {r for r in tuned if r.removesuffix(CACHE) in able}, key=rule_order)
@@ -86,28 +113,32 @@ def _tuned(run: Run, key: str, trials: Callable[[Progress], list[Trial]]) -> dic
     Raises:
         UserError: it is not there, and the folder is a released model's.
     """
-    path, known, mark = run.folder.path / TUNING, _known(run), identity(run, of_learned(key))
-    rule, _, protocol = key.partition("/")
-    progress = progress_of(run, f"{rule}_{protocol}", mark)
-    if known.get(key, {}).get("identity") == mark:
+    folder, mark = run.results or run.folder.path, identity(run, of_learned(key))
+    progress = progress_of(run, key.replace("/", "_"), mark, folder)
+    found = tuned_settings(run).get(key)
+    if found is not None:
         progress.forget()
-        return known[key]["setting"]
+        return found
+    rule, _, protocol = key.partition("/")
     if run.folder.released:
         raise UserError(
             f"{rule} in protocol {protocol} has no settings in {run.folder.path}, and tuning needs "
             f"the text that the model was trained with. {_ready_ones(run, protocol)}"
         )
     budget = run.config.evaluation.budget
-    say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
-    found = trials(progress)
-    known[key] = {
-        "identity": mark,
-        "setting": found[0].setting,
-        "trials": [{**t.setting, "nll": t.nll if math.isfinite(t.nll) else None} for t in found],
-    }
-    write_text(path, json.dumps(known, indent=1) + "\n")
-    progress.forget()
-    return found[0].setting
+    with only_writer(folder):
+        say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
+        tried = trials(progress)
+        entry = {
+            "identity": mark,
+            "setting": tried[0].setting,
+            "trials": [
+                {**t.setting, "nll": t.nll if math.isfinite(t.nll) else None} for t in tried
+            ],
+        }
+        write_text(folder / TUNING, json.dumps({**_known(run), key: entry}, indent=1) + "\n")
+        progress.forget()
+    return tried[0].setting
 
 
 def tuned_rule(
@@ -197,25 +228,65 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
     if run.folder.released and not path.exists():
         ready = _ready_ones(run, PROTOCOLS[0])
         raise UserError(f"{name} is not in {run.folder.path}, a released model. {ready}")
-    tensors, about = load_tensors(path, "train the meta-learner first (`--stages meta`)")
+    tensors, about = load_tensors(path, NOT_TRAINED)
     if tuple(about["dynamic"]) != base.dynamic:
         raise UserError(
             f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
             f"adapt now are {', '.join(base.dynamic)}; run `--stages meta` again"
         )
-    broken = [n for n, t in tensors.items() if not bool(t.isfinite().all())]
-    if broken:
+    if _of_another_base(run, about):
         raise UserError(
-            f"{path}: {', '.join(broken)} of rule {name} are not finite; run `--stages meta` again"
+            f"{path} was trained with another memory.safetensors than the run has now (such as one "
+            f"of another M); train it again (--stages meta --train-rules {name}), or leave it out"
         )
-    tensors = {n: t.to(run.device) for n, t in tensors.items()}
-    parameters, own = parted(tensors)
+    rule = rule_from_description(name, about["rule"])
+    parameters, own = parted({n: t.to(run.device) for n, t in tensors.items()})
     if own_weights(own):
         base = unfold_low_rank(base)
     base = base.with_weights(own)
     base = dataclasses.replace(base, extensions=run.config.extensions.active(base.weights))
-    rule = rule_from_description(name, about["rule"])
+    sizes = {n: tuple(p.shape) for n, p in rule.initial(base).items()}
+    sizes |= {BESIDE + n: tuple(base.weights[n].shape) for n in own}
+    check_tensors(path, tensors, sizes)
     return LoadedRule(rule, parameters, base.derived().for_rule(rule))
+
+
+NOT_TRAINED = "train the meta-learner first (`--stages meta`)"
+
+
+def _about(run: Run, name: str) -> dict[str, Any]:
+    """What the file of a learned rule says of itself."""
+    return load_about(run.folder.checkpoint(name), NOT_TRAINED)
+
+
+def _of_another_base(run: Run, about: Mapping[str, Any]) -> bool:
+    """Whether a rule was trained with another base than its run has now.
+
+    A released model's checksums say that its files belong together.
+    """
+    if run.folder.released and "base" not in about:
+        return False
+    return about.get("base") != checkpoint_mark(run.folder, "memory")
+
+
+def current_identity(run: Run, rule: str, protocol: str) -> str | None:
+    """What rows of a rule in a protocol are marked with now; None = it cannot read as it is.
+
+    Rows that are marked otherwise were made with other settings, or another model or rule.
+    """
+    tuned = tuned_settings(run)
+    setting: list[Any] = []
+    plain = rule.removesuffix(CACHE)
+    if plain in HAND_MADE:
+        setting.append(tuned.get(f"{plain}/{protocol}"))
+    elif plain in LEARNED:
+        there = run.folder.checkpoint(plain).exists()
+        about = _about(run, plain) if there else {}
+        known = there and not _of_another_base(run, about)
+        setting.append(about[CHECKSUM] if known else None)
+    if plain != rule:
+        setting.append(tuned.get(f"{rule}/{protocol}"))
+    return None if None in setting else row_identity(run, rule, setting)
 
 
 def check_learned(run: Run) -> None:
@@ -225,10 +296,11 @@ def check_learned(run: Run) -> None:
         UserError: the memory was made with other settings, or see `Run.memory` and `load_learned`.
     """
     base, path = run.base, run.folder.checkpoint("memory")
-    if not made_from(path, base_identity(run)):
+    if not run.folder.released and not made_from(path, base_identity(run)):
         raise UserError(
             f"{path} was made with other settings of --adapt, --text or an extension than these, "
-            "or from another language model; run `--stages meta` again"
+            "from another language model, or by an earlier version of mlm; run `--stages meta` "
+            "again"
         )
     for name in {rule.removesuffix(CACHE) for rule in run.config.evaluation.rules} & set(LEARNED):
         load_learned(run, name, base)

@@ -98,6 +98,17 @@ class Run:
     results: Path | None = None
     """Where scores go; None = the run folder."""
 
+    @property
+    def fresh(self) -> bool:
+        """Whether nothing of what the folder holds is kept."""
+        return "lm" in self.config.stages and not self.config.resume
+
+    @property
+    def begun(self) -> bool:
+        """Whether what the folder holds is trained on, or read with."""
+        last = self.folder.checkpoint("lm_last")
+        return not self.fresh and ("lm" not in self.config.stages or last.exists())
+
     # -- texts ------------------------------------------------------------------------------
 
     @cached_property
@@ -113,10 +124,24 @@ class Run:
             max_train_words=text.train_words,
             progress=not self.quiet,
         )
-        if self.folder.vocabulary.exists() and "lm" not in self.config.stages:
+        if self.folder.vocabulary.exists() and self.begun:
             mine = load_vocabulary(self.folder.vocabulary)
             check_vocabulary(self.folder.path, {"vocabulary": mine.hash}, found.vocabulary.hash)
+        marks, recorded = marks_of(found), self.folder.text if self.begun else {}
+        other = [name for name, mark in recorded.items() if marks.get(name, mark) != mark]
+        if other:
+            raise UserError(
+                f"{self.folder.path} was trained with another text than {self.config.corpus} is "
+                f"now ({', '.join(other)}). Name the text it was trained with (--corpus), wherever "
+                "it lies now, or train again with another --out"
+            )
         return found
+
+    @cached_property
+    def text_marks(self) -> dict[str, str]:
+        """Hashes of the vocabulary and of the splits: those recorded, for the text may be gone."""
+        recorded = self.folder.text if self.begun else {}
+        return recorded or marks_of(self.data)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -181,6 +206,12 @@ class Run:
         """A base in its fastest form."""
         # What else is learned, or was, is stored in terms of the plain form.
         return fold_low_rank(base) if set(self.config.meta.learn) <= {"rule"} else base
+
+
+def marks_of(data: Prepared) -> dict[str, str]:
+    """Hashes of the content of the vocabulary and of the splits."""
+    splits = {name: file.source_hash for name, file in data.splits.items()}
+    return {"vocabulary": data.vocabulary.hash, **splits}
 
 
 def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:

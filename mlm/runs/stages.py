@@ -7,14 +7,24 @@ from mlm.runs.evaluate import draw, forget_scores, show, stage_evaluate
 from mlm.runs.language_model import stage_lm
 from mlm.runs.meta import stage_meta
 from mlm.runs.rules import check_learned
-from mlm.runs.run import Run, open_run, threads_of, use_threads
+from mlm.runs.run import Run, marks_of, open_run, threads_of, use_threads
 from mlm.settings.config import Config
+from mlm.store.lock import only_writer
 from mlm.store.models import load_lm
 
 
 def run_stages(config: Config, quiet: bool = False) -> Run:
     """Run the chosen stages in order; print the table and the paths of the pictures."""
     run = open_run(config, quiet)
+    if not run.folder.released:
+        with only_writer(run.folder.path):
+            return _run(run)
+    return _run(run)
+
+
+def _run(run: Run) -> Run:
+    """What `run_stages` does, alone in the folder."""
+    config = run.config
     check_folder(run)
     if {"lm", "meta"} & set(config.stages):
         check_text(run)
@@ -23,8 +33,9 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
         _check_models(run)
     elif not config.resume:
         remove_results(run)
-    if not (config.resume and run.folder.checkpoint("lm_last").exists()):
-        run.folder.save_config(config)
+    trained = "lm" not in config.stages
+    if trained or not (config.resume and run.folder.checkpoint("lm_last").exists()):
+        run.folder.save_config(config, None if trained else marks_of(run.data))
     if "lm" in config.stages:
         stage_lm(run)
     use_threads(threads_of(config, first=False))

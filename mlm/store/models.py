@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from mlm.models.language_model import LanguageModel
 from mlm.models.low_rank import LOW
 from mlm.models.recurrent import BaseModel, RecurrentLM
 from mlm.models.snail import SnailShape
-from mlm.store.tensors import load_tensors, save_tensors
+from mlm.store.tensors import check_tensors, damaged, load_tensors, save_tensors
 
 
 def save_lm(
@@ -24,7 +25,7 @@ def save_lm(
 ) -> None:
     """Write a language model's weights."""
     about = {"shape": _record(shape), "vocabulary": vocabulary_hash, **more}
-    save_tensors(path, weights, about, of_model=True)
+    save_tensors(path, weights, about, of_model=True, keep_previous=True)
 
 
 def _record(shape: LanguageModel) -> dict[str, Any]:
@@ -41,9 +42,17 @@ def _record(shape: LanguageModel) -> dict[str, Any]:
     return dataclasses.asdict(shape)
 
 
-def _shape(about: dict[str, Any]) -> RecurrentLM | SnailShape:
-    values = {**about["shape"], "cutoffs": tuple(about["shape"]["cutoffs"])}
-    return SnailShape(**values) if values.get("cell") == "snail" else RecurrentLM(**values)
+def _shape(path: Path, about: dict[str, Any]) -> RecurrentLM | SnailShape:
+    try:
+        values = {**about["shape"], "cutoffs": tuple(about["shape"]["cutoffs"])}
+        return SnailShape(**values) if values.get("cell") == "snail" else RecurrentLM(**values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
+
+
+def _sizes(shape: BaseModel, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """The sizes of a model's weights, by name."""
+    return {prefix + name: tuple(size) for name, (size, _) in shape.layout().items()}
 
 
 def check_vocabulary(path: Path, about: dict[str, Any], vocabulary_hash: str) -> None:
@@ -69,7 +78,9 @@ def load_lm(
     """
     weights, about = load_tensors(path, "train the language model first (`--stages lm`)")
     check_vocabulary(path, about, vocabulary_hash)
-    return weights, _shape(about), about
+    shape = _shape(path, about)
+    check_tensors(path, weights, _sizes(shape))
+    return weights, shape, about
 
 
 def save_base(
@@ -125,14 +136,21 @@ def load_base(
     def part(prefix: str) -> dict[str, Tensor]:
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
+    shape = _shape(path, about)
+    check_tensors(path, tensors, _sizes(shape, "theta_0/"))
     base = AdaptationBase(
-        _shape(about),
+        shape,
         part("theta_0/"),
         tuple(about["dynamic"]),
         part("rms/"),
         about["loss"],
         about["segment"],
     )
+    fisher = {f"rms/{n}": tuple(w.shape) for n, w in base.weights.items() if n in base.dynamic}
+    check_tensors(path, tensors, fisher)
+    negative = [name for name in base.rms if bool((base.rms[name] < 0).any())]
+    if negative or not math.isfinite(base.loss):
+        raise damaged(path, f"the Fisher of {', '.join(negative)}" if negative else "its loss")
     # Of a released model, L_0 is left to follow from the matrix and its basis.
     whole = all(name + LOW in base.weights for name in folded_matrices(base))
     return base if whole else follow_weights(base, base.static)

@@ -15,6 +15,7 @@ from typing import Any
 
 import mlm
 from mlm.base.errors import UserError
+from mlm.base.files import parse_json
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced
 
@@ -99,7 +100,7 @@ def _unlike(path: Path) -> UserError:
 def is_released(folder: Path) -> bool:
     """Whether config.json says that this is a released model."""
     try:
-        return RELEASE in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return RELEASE in parse_json((folder / "config.json").read_bytes())
     except (OSError, ValueError, TypeError):
         return False
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ import torch
 
 import mlm
 from mlm.base.errors import UserError
-from mlm.base.files import naming, write_text
+from mlm.base.files import naming, parse_json, write_text
 from mlm.settings.config import Config
+from mlm.settings.flags import leaves, replaced
 from mlm.settings.record import from_dict, to_dict
 from mlm.store.released import RELEASE, check_files, is_released, portable
 from mlm.store.versions import FORMAT
+from mlm.text.corpora import NAMED
 
 RESULTS = (
     "checkpoints/*.safetensors",
@@ -34,7 +38,9 @@ RESULTS = (
     "figures/*.csv",
 )
 """What the stages leave in a run folder (and in its `on-*` folders) that belongs to one model."""
-ENTRIES = ("format", "config", "command", "versions", "machine", "commit")
+MADE = ("command", "versions", "machine", "commit", "dirty")
+"""What config.json says of a command: of the last one, and of every one in `history`."""
+ENTRIES = ("format", "config", "text", *MADE, "history")
 """Of config.json; that of a released model has one more."""
 
 
@@ -43,6 +49,8 @@ class RunFolder:
     """Paths of one run; a run explains itself from this folder alone."""
 
     path: Path
+    mark: str = ""
+    """The identity that rows of metrics.jsonl are logged with."""
 
     @property
     def config_file(self) -> Path:
@@ -71,23 +79,36 @@ class RunFolder:
     def log(self, **row: Any) -> None:
         """Append one row to metrics.jsonl."""
         self.path.mkdir(parents=True, exist_ok=True)
+        row |= {"identity": self.mark or None}
         line = json.dumps({k: v for k, v in row.items() if v is not None}, allow_nan=False)
         with naming(self.metrics_file), open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """All rows of metrics.jsonl; a half-written last line is ignored."""
+        """All rows of metrics.jsonl; a half-written last line is ignored.
+
+        Raises:
+            UserError: another line is no row.
+        """
         if not self.metrics_file.exists():
             return []
+        lines = self.metrics_file.read_bytes().splitlines()
         found = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for number, line in enumerate(lines, 1):
             try:
-                found.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+                row = parse_json(line)
+                if not isinstance(row, dict) or not isinstance(row.get("stage"), str):
+                    raise ValueError("no row of measurements")
+                found.append(row)
+            except ValueError as error:
+                if number < len(lines):
+                    raise UserError(
+                        f"{self.metrics_file}, line {number}, is damaged ({error}). Remove the "
+                        "line; nothing but the picture of training is made from it"
+                    ) from None
         return found
 
-    def keep_rows(self, keep: Any) -> None:
+    def keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrite metrics.jsonl with the rows for which `keep(row)` holds (resume)."""
         rows = [json.dumps(row) + "\n" for row in self.rows() if keep(row)]
         write_text(self.metrics_file, "".join(rows))
@@ -97,17 +118,39 @@ class RunFolder:
         """Whether this is a released model, which is only read."""
         return is_released(self.path)
 
-    def save_config(self, config: Config) -> None:
-        """Write config.json: settings, command, versions, machine, commit."""
+    def save_config(self, config: Config, text: Mapping[str, str] | None = None) -> None:
+        """Write config.json: settings, hashes of the text, and what made the run.
+
+        `history` has an entry for every command since stage 1 began, this one last.
+
+        Args:
+            text: hashes of the vocabulary and of the splits; None = as before.
+        """
+        fresh = "lm" in config.stages and not config.resume
+        before = {} if fresh or not self.config_file.exists() else self.load_record()
+        made = made_now()
+        entry = {"stages": list(config.stages), "seed": config.seed, **made}
+        history = list(before.get("history", ()))
+        if before and not history:  # a run of a version that kept the last command only
+            history = [{name: before.get(name) for name in MADE}]
         record = {
             "format": FORMAT,
-            "config": to_dict(config),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "machine": machine(),
-            "commit": commit(),
+            "config": to_dict(replaced(config, _absolute(config))),
+            "text": before.get("text", {}) if text is None else dict(text),
+            **made,
+            "history": history if entry in history else [*history, entry],
         }
         write_text(self.config_file, json.dumps(record, indent=1) + "\n")
+
+    @property
+    def text(self) -> dict[str, str]:
+        """Hashes of the vocabulary and of the splits that the run was trained with, if known."""
+        return self.load_record().get("text", {}) if self.config_file.exists() else {}
+
+    def seed_of(self, stage: str) -> int | None:
+        """The seed with which a stage was begun, if it is recorded."""
+        history = self.load_record().get("history", ()) if self.config_file.exists() else ()
+        return next((e.get("seed") for e in history if stage in e.get("stages", ())), None)
 
     def load_record(self) -> dict[str, Any]:
         """All of config.json.
@@ -121,7 +164,7 @@ class RunFolder:
                 f"`python train.py --out {self.path}`"
             )
         try:
-            record = json.loads(self.config_file.read_text(encoding="utf-8"))
+            record = parse_json(self.config_file.read_bytes())
             written = record.get("format", "of an earlier version")
             if written != FORMAT:
                 way = (
@@ -136,6 +179,9 @@ class RunFolder:
             other = [name for name in record if name not in (*ENTRIES, RELEASE)]
             if other:
                 raise ValueError(f"unknown entry {other[0]!r}")
+            for name, kind in (("text", dict), ("history", list)):
+                if not isinstance(record.get(name, kind()), kind):
+                    raise ValueError(f"{name} is none")
             return record
         except (ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
@@ -150,6 +196,9 @@ class RunFolder:
         """The settings the run was made with; of a released model, whose files are checked first,
         without any path but its folder's.
 
+        `text.data_dir` is taken where it holds the run's vocabulary already: no other folder is
+        written to because a file says so.
+
         Raises:
             UserError: no run folder, or a damaged config.json or file of a released model.
         """
@@ -160,7 +209,41 @@ class RunFolder:
             config = from_dict(record["config"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
-        return replace(portable(config), out=self.path) if RELEASE in record else config
+        if RELEASE in record:
+            return replace(portable(config), out=self.path)
+        own = self._has_cache(config.text.data_dir)
+        return config if own else replaced(config, {"text.data_dir": Config().text.data_dir})
+
+    def _has_cache(self, folder: Path) -> bool:
+        """Whether a folder holds tokens of the run's own vocabulary."""
+        mine = self.vocabulary / "vocabulary.model"
+        try:
+            files = folder.glob("*/vocabulary.model")
+            return any(filecmp.cmp(file, mine, shallow=False) for file in files)
+        except (OSError, ValueError):
+            return False
+
+
+def _absolute(config: Config) -> dict[str, Any]:
+    """The paths of texts and runs that the settings name, as they are found from everywhere."""
+    found: dict[str, Any] = {}
+    if config.corpus not in NAMED and Path(config.corpus).expanduser().exists():
+        found["corpus"] = str(Path(config.corpus).expanduser().resolve())
+    for name, path in leaves(config.lm).items():
+        if isinstance(path, Path):
+            found[f"lm.{name}"] = path.resolve()
+    return found
+
+
+def made_now() -> dict[str, Any]:
+    """What makes a result now: `MADE`."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": machine(),
+        "commit": commit(),
+        "dirty": dirty(),
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -180,18 +263,31 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the code, if it is a git checkout (installed, it may lie in another's)."""
+    return _git("rev-parse", "--short", "HEAD")
+
+
+def dirty() -> bool | None:
+    """Whether the code differs from its commit; None = it is no git checkout."""
+    changed = _git("status", "--porcelain", "--", "mlm")
+    return None if changed is None else bool(changed)
+
+
+def _git(*words: str) -> str | None:
+    """What git says of the code; None = it is no checkout, or there is no git."""
     root = Path(mlm.__file__).parents[1]
     if not (root / ".git").exists():
         return None
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
+            ["git", *words],
             cwd=root,
             capture_output=True,
             text=True,
+            encoding="utf-8",
+            errors="replace",
             timeout=10,
-            check=False,
+            check=True,
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return done.stdout.strip()

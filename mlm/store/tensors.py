@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor
+from tqdm import tqdm
 
 from mlm.base.errors import UserError
-from mlm.base.files import atomic_path
+from mlm.base.files import atomic_path, parse_json
 from mlm.store.compact import pack, unpack
+from mlm.store.released import BLANK, is_released
 from mlm.store.versions import differences, written_now
+
+
+class DamagedCheckpoint(UserError):
+    """A file whose content cannot be right."""
+
+
+CHECKSUM = "checksum"
+"""Of the whole file, in its description; computed with `BLANK` in its place."""
+
+_CHUNK = 1 << 20
 
 
 def save_tensors(
@@ -22,23 +37,125 @@ def save_tensors(
     about: dict[str, Any],
     of_model: bool = False,
     packed: Collection[str] = (),
+    keep_previous: bool = False,
 ) -> None:
     """Write tensors and a JSON description to a safetensors file, atomically.
+
+    What was written is read back before it takes the file's place.
 
     Args:
         of_model: it depends on nothing but the language model (`mlm.store.versions`).
         packed: names of those to keep in less space, less exactly (`mlm.store.compact`).
+        keep_previous: the file that is there stays, as `previous(path)`.
+
+    Raises:
+        UserError: what is read back differs from what was written.
     """
     from safetensors.torch import save
 
     plain = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
-    about = {**about, **written_now(of_model, plain)}
+    about = {**about, **written_now(of_model, plain), CHECKSUM: BLANK}
     if packed:
         less, about["packing"] = pack({n: plain.pop(n) for n in packed})
         plain |= less
-    body = save(plain, metadata={"mlm": json.dumps(about)})
+    head, body = signed(save(plain, metadata={"mlm": json.dumps(about)}))
     with atomic_path(path) as temporary:
-        temporary.write_bytes(body)
+        with open(temporary, "wb") as file:
+            file.write(head)
+            file.write(body)
+        try:
+            _checked(temporary)
+        except ValueError as error:
+            raise UserError(
+                f"{path} was not written: what came back from the disk differs ({error}). Check "
+                "disk and memory, or choose another folder; files already complete are kept"
+            ) from None
+        if keep_previous and path.exists():
+            _keep(path)
+
+
+def signed(body: bytes) -> tuple[bytes, memoryview]:
+    """The header of a safetensors file with its checksum in place of `BLANK`, and the rest."""
+    end = 8 + int.from_bytes(body[:8], "little")
+    head, rest = body[:end], memoryview(body)[end:]
+    digest = hashlib.sha256(head)
+    digest.update(rest)
+    return head.replace(BLANK.encode(), digest.hexdigest().encode(), 1), rest
+
+
+def _header(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:
+    """The header of an open safetensors file, and what the file says about itself.
+
+    Raises:
+        ValueError: it has none.
+        KeyError: it says nothing.
+    """
+    start = file.read(8)
+    length, size = int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size
+    if len(start) < 8 or length > size - 8:
+        raise ValueError("cut short")
+    head = start + file.read(length)
+    about = parse_json(parse_json(head[8:])["__metadata__"]["mlm"])
+    if not isinstance(about, dict):
+        raise ValueError("no description")
+    return head, about
+
+
+def _checked(path: Path) -> tuple[dict[str, Any], str]:
+    """What a file says about itself, and the checksum of all its bytes.
+
+    Raises:
+        ValueError: they are not those that were written.
+        KeyError, TypeError: it is another kind of file.
+    """
+    with open(path, "rb") as file:
+        head, about = _header(file)
+        said = about.get(CHECKSUM)
+        if isinstance(said, str) and len(said) == len(BLANK):
+            head = head.replace(said.encode(), BLANK.encode(), 1)
+        digest = hashlib.sha256(head)
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    found = digest.hexdigest()
+    if said is None:
+        if not is_released(path.parent.parent):  # there config.json holds the checksums
+            _note(f"{path} has no checksum, so that damage to it would go unnoticed")
+    elif found != said:
+        raise ValueError("its checksum does not match its content")
+    return about, found
+
+
+_NOTED: set[str] = set()
+
+
+def _note(text: str) -> None:
+    """A note for the person at the terminal, once."""
+    if text not in _NOTED:
+        _NOTED.add(text)
+        tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+def previous(path: Path) -> Path:
+    """Where the checkpoint before the one at `path` is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def _keep(path: Path) -> None:
+    """Give the file at `path` the name `previous(path)` besides, where links are known."""
+    link = path.with_name(f".{path.name}.kept")
+    with suppress(OSError):
+        link.unlink(missing_ok=True)
+        os.link(path, link)
+        os.replace(link, previous(path))
+
+
+def damaged(path: Path, why: object) -> DamagedCheckpoint:
+    """The message about a file whose content cannot be right, with the ways out."""
+    before, text = previous(path), f"{path} is damaged ({why}); delete it and run its stage again"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        _checked(before)
+        text += f", or put the checkpoint before it in its place: {before}"
+    return DamagedCheckpoint(text)
 
 
 @contextmanager
@@ -49,22 +166,22 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
     if not path.exists():
         raise UserError(f"{path} is missing: {what}")
     try:
+        about, checksum = _checked(path)
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["mlm"])
             other = differences(about, file.keys())
             if other:
                 way = "install that version" if "packing" in about else "run its stage again"
                 raise UserError(f"{path} was written by another version of mlm ({other}); {way}")
-            yield file, about
-    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and run its stage again") from None
+            yield file, about | {CHECKSUM: checksum}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise damaged(path, error) from None
 
 
 def load_about(path: Path, what: str) -> dict[str, Any]:
-    """What a file that `save_tensors` wrote says about itself; its tensors are not read.
+    """What a file that `save_tensors` wrote says about itself, and its `CHECKSUM`.
 
     Raises:
-        UserError: missing or damaged (a file that was cut off is), with what makes it.
+        UserError: missing or damaged (its bytes are not those written), with what makes it.
     """
     with _opened(path, what) as (_, about):
         return about
@@ -81,3 +198,48 @@ def load_tensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, An
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         packing = about.pop("packing", None)
         return (tensors if packing is None else unpack(tensors, packing)), about
+
+
+def load_latest(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote last, or before that if the last file is damaged.
+
+    The sound file then takes the place of the damaged one.
+
+    Raises:
+        UserError: missing, or damaged both.
+    """
+    try:
+        return load_tensors(path, what)
+    except DamagedCheckpoint as error:
+        before = previous(path)
+        try:
+            found = load_tensors(before, what)
+        except UserError:
+            raise error from None
+        os.replace(before, path)
+        _note(f"{str(error).partition(';')[0]}; going on from the checkpoint before it")
+        return found
+
+
+def check_tensors(
+    path: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse tensors that are not what a model or a rule computes with.
+
+    Args:
+        sizes: those that must be there, in floating point, by name.
+
+    Raises:
+        UserError: one is missing, of another shape or kind, or not finite.
+    """
+    for name, size in sizes.items():
+        if name not in tensors:
+            raise damaged(path, f"{name} is missing")
+        found = tensors[name]
+        if tuple(found.shape) != tuple(size):
+            raise damaged(path, f"{name} has the shape {tuple(found.shape)}, not {tuple(size)}")
+        if not found.is_floating_point():
+            raise damaged(path, f"{name} holds {str(found.dtype).removeprefix('torch.')}")
+    for name, found in tensors.items():
+        if found.is_floating_point() and not bool(found.isfinite().all()):
+            raise damaged(path, f"{name} is not finite")

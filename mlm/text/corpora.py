@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 
 from mlm.base.errors import UserError
+from mlm.base.files import readable
 from mlm.spelling import WordFeed, guess_form
 from mlm.text.articles import (
     SPLIT_WORDS,
@@ -306,13 +307,13 @@ class PlainFiles:
         if path != self.path and _has_titles(path):
             return split_articles(read_lines(path), str(path))
         title = path.name if _stem(path) is None else str(_stem(path))
-        article = _converted(title, "".join(read_lines(path)))
+        article = _converted(readable(title), "".join(read_lines(path)))
         return iter([article] if article.text.strip() else [])
 
     def fingerprint(self, split: str) -> str:
         digest = hashlib.sha256()
         for path in self._files(split):
-            digest.update(f"{path.name} {file_hash(path)}\n".encode())
+            digest.update(f"{readable(path.name)} {file_hash(path)}\n".encode())
         return f"plain-{_CONVERSION}-{digest.hexdigest()}"
 
 

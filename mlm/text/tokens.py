@@ -35,6 +35,7 @@ __all__ = [
     "fit_vocabulary",
     "load_vocabulary",
     "prepare",
+    "source_hash",
     "write_token_file",
 ]
 
@@ -178,6 +179,11 @@ def _digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps([_FORMAT, *parts]).encode()).hexdigest()
 
 
+def source_hash(corpus: Corpus, split: str, max_words: int = 0) -> str:
+    """Hash of a split's content, as its token file has it."""
+    return _digest(corpus.fingerprint(split), max_words)
+
+
 def limited(articles: Iterable[Article], max_words: int) -> Iterator[Article]:
     """The first whole articles of up to `max_words` words together (at least one); 0 = all."""
     total = 0
@@ -210,7 +216,7 @@ def _split_file(
     total: int | None = None,
 ) -> TokenFile:
     """The token file at `path` if it is whole and made from this source, else a new one."""
-    source = _digest(corpus.fingerprint(split), max_words)
+    source = source_hash(corpus, split, max_words)
     try:
         found = TokenFile(path)
         if (found.vocabulary_hash, found.source_hash) == (vocabulary.hash, source):
@@ -273,8 +279,10 @@ def encode_split(
 ) -> TokenFile:
     """Token file of one split with an existing vocabulary, such as for another corpus.
 
+    Its folder is named after the content: two texts of one name have a folder each.
+
     max_words: only the first articles of up to so many words (0 = all).
     """
-    directory = Path(cache_dir) / f"{corpus.name}-{vocabulary.hash[:12]}"
-    path = directory / (f"{split}-{max_words}.tokens" if max_words else f"{split}.tokens")
+    key = _digest(corpus.fingerprint(split), max_words, vocabulary.hash)[:12]
+    path = Path(cache_dir) / f"{corpus.name}-{key}" / f"{split}.tokens"
     return _split_file(path, corpus, split, vocabulary, max_words, progress)

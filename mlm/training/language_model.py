@@ -30,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_tensors, save_tensors
+from mlm.store.tensors import load_latest, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text
 
 WARM_UP = 0.02
@@ -265,8 +265,8 @@ class LMTrainer:
             "best": self.best if math.isfinite(self.best) else None,
             "cursor": self.stream.state_dict(),
         }
-        path = run.checkpoint("lm_last")
-        save_tensors(path, tensors, about, of_model=self.settings.through == "none")
+        path, of_model = run.checkpoint("lm_last"), self.settings.through == "none"
+        save_tensors(path, tensors, about, of_model, keep_previous=True)
 
     def load(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Continue from `save`.
@@ -275,7 +275,7 @@ class LMTrainer:
             UserError: the checkpoint belongs to other settings or another vocabulary.
         """
         path = run.checkpoint("lm_last")
-        tensors, about = load_tensors(path, "nothing to resume")
+        tensors, about = load_latest(path, "nothing to resume")
         carried = [f"state/{k}" for k in range(len(self.state.tensors()))]
         mine = {f"weights/{n}": w for n, w in self.weights.items()}
         mine |= dict(zip(carried, self.state.tensors(), strict=True))

@@ -34,7 +34,7 @@ from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Parameters
 from mlm.settings.sections import MetaConfig
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_tensors, save_tensors
+from mlm.store.tensors import load_latest, save_tensors
 from mlm.text.streams import MixedLanes, Segment, Text
 
 EXTENSION_GAIN = "gain_with_extension_per_word"
@@ -200,14 +200,15 @@ class MetaTrainer:
             "cursor": self.lanes.state_dict(),
             "flushed": self.flushed,
         }
-        save_tensors(run.checkpoint(f"{self.rule.name}_last"), tensors, about)
+        path = run.checkpoint(f"{self.rule.name}_last")
+        save_tensors(path, tensors, about, keep_previous=True)
 
     def load(self, run: RunFolder, identity: str) -> None:
         """Continue from `save`, if there is one and it was made under the same `identity`."""
         path = run.checkpoint(f"{self.rule.name}_last")
         if not path.exists():
             return
-        tensors, about = load_tensors(path, "nothing to resume")
+        tensors, about = load_latest(path, "nothing to resume")
         if about.get("identity") != identity:
             return
         device = self.reader.age.device

@@ -330,6 +330,11 @@ def cut(name: str, keep: float = 0.6) -> Callable[[Path], None]:
     return change
 
 
+def junk(name: str, body: bytes) -> Callable[[Path], object]:
+    """Other content in a file."""
+    return lambda folder: (folder / name).write_bytes(body)
+
+
 def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
@@ -361,7 +366,24 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "memory missing": (remove("checkpoints/memory.safetensors"), EVALUATE, "is missing"),
     "gates cut short": (cut("checkpoints/two_levels.safetensors"), EVALUATE, "is damaged"),
     "gates missing": (remove("checkpoints/three_levels.safetensors"), EVALUATE, "is missing"),
-    "training state cut short": (cut("checkpoints/lm_last.safetensors"), RESUME, "is damaged"),
+    "training state cut short, and the one before": (
+        lambda folder: [
+            cut(f"checkpoints/lm_last{which}.safetensors")(folder) for which in ("", ".previous")
+        ],
+        RESUME,
+        "is damaged",
+    ),
+    "evaluation not text": (junk("evaluation.json", b"\xff"), EVALUATE, "cannot be read"),
+    "evaluation of other things": (junk("evaluation.json", b"[{}]"), EVALUATE, "is not a list of"),
+    "evaluation all brackets": (junk("evaluation.json", b"[" * 200_000), EVALUATE, "too deeply"),
+    "settings all brackets": (junk("config.json", b"[" * 200_000), EVALUATE, "too deeply"),
+    "metrics not text": (junk("metrics.jsonl", b"\xff\n{}\n"), RESUME, "line 1, is damaged"),
+    "metrics of other things": (junk("metrics.jsonl", b"[]\n{}\n"), RESUME, "no row of"),
+    "metrics all brackets": (
+        junk("metrics.jsonl", b"[" * 200_000 + b"\n{}\n"),
+        RESUME,
+        "nested too deeply",
+    ),
     "model cut short": (cut("checkpoints/lm.safetensors"), META, "is damaged"),
     "model missing": (remove("checkpoints/lm.safetensors"), META, "is missing"),
     "vocabulary cut short": (cut("vocabulary/vocabulary.model"), EVALUATE, "is damaged"),
@@ -384,14 +406,25 @@ def test_damaged_run_folder(
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("name", ["tuning.json", "losses.parquet"])
+AGAIN: dict[str, Callable[[Path], object]] = {
+    "tuned settings cut short": cut("tuning.json"),
+    "tuned settings not text": junk("tuning.json", b"\xff"),
+    "tuned settings a list": junk("tuning.json", b"[]"),
+    "tuned settings all brackets": junk("tuning.json", b"[" * 200_000),
+    "tuned settings of other things": junk("tuning.json", b'{"sgd/article": 5}'),
+    "word losses cut short": cut("losses.parquet"),
+}
+
+
+@pytest.mark.parametrize("case", AGAIN)
 def test_what_can_be_made_again_is(
-    name: str, finished: Finished, command: Command, tmp_path: Path
+    case: str, finished: Finished, command: Command, tmp_path: Path
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    cut(name)(folder)
+    AGAIN[case](folder)
     outcome = command("evaluate", folder, "--rules", "sgd", "--protocols", "article", "--no-draw")
     assert outcome.code == 0, outcome.err
+    assert ("tuning.json is damaged" in outcome.err) == case.startswith("tuned")
     sgd = [_losses(f / "losses.parquet")["sgd"] for f in (folder, finished.folder)]
     assert (sgd[0] == sgd[1]).all()
 
@@ -508,7 +541,9 @@ def test_nan_in_stage_2(
     before, after = contents(finished.folder), contents(folder)
     changed = {name for name in before if before[name] != after[name]}
     last = "checkpoints/two_levels_last.safetensors"
-    assert changed == {"config.json", "metrics.jsonl", last}, "the trained rules must stay"
+    earlier = last.replace("_last", "_last.previous")
+    files = {"config.json", "metrics.jsonl", last, earlier}
+    assert changed == files, "the trained rules must stay"
     tensors, about = load_tensors(folder / last, "")
     assert about["judged"] == 2
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
@@ -560,7 +595,7 @@ def test_nan_in_evaluation(
     save_tensors(path, {n: torch.full_like(t, float("nan")) for n, t in tensors.items()}, about)
     before = contents(folder)
     error = command("evaluate", folder, "--rules", "two_levels").error
-    assert "of rule two_levels are not finite; run `--stages meta` again" in error
+    assert "two_levels.safetensors is damaged (update is not finite); delete it" in error
     assert contents(folder) == before
 
 
@@ -585,7 +620,7 @@ def test_nan_in_the_language_model(finished: Finished, command: Command, tmp_pat
     path = folder / "checkpoints" / "lm.safetensors"
     tensors, about = load_tensors(path, "")
     save_tensors(path, {n: t * float("nan") for n, t in tensors.items()}, about)
-    assert "the Fisher is not finite" in command(*META, folder).error
+    assert "lm.safetensors is damaged (embedding is not finite)" in command(*META, folder).error
 
 
 # ---------------------------------------------------------------- a full disk

@@ -116,7 +116,7 @@ def test_every_part_of_best_is_in_the_model(best: Path, model: Path) -> None:
             assert after[name].dtype == weight.dtype
             error = (after[name] - weight).double().norm() / weight.double().norm().clamp(min=1e-9)
             assert float(error) < 5e-3, name
-    assert made_from(RunFolder(model).checkpoint("memory"), base_identity(its))
+    assert made_from(RunFolder(model).checkpoint("memory"), base_identity(mine))
     assert ready_rules(its, "article") == ready_rules(mine, "article") == list(RULES)
 
 

@@ -121,7 +121,9 @@ def plain(rows: list[dict[str, Any]]) -> list[str]:
 def differences(one: Path, two: Path) -> list[str]:
     """Names of files, or of what is in them, that are not equal bit for bit."""
     found = []
-    names = [{f.name for f in (run / "checkpoints").glob("[!.]*")} for run in (one, two)]
+    found_in = [list((run / "checkpoints").glob("[!.]*")) for run in (one, two)]
+    # The checkpoint before the last is of whatever step was saved then.
+    names = [{f.name for f in files if ".previous." not in f.name} for files in found_in]
     if names[0] != names[1]:
         found.append(f"files {sorted(names[0] ^ names[1])}")
     for name in sorted(names[0] & names[1]):

@@ -28,7 +28,7 @@ from mlm.settings.config import Config
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.settings.sections import EvaluationConfig
-from mlm.store.run_folder import RunFolder
+from mlm.store.run_folder import ENTRIES, RunFolder
 from mlm.store.versions import FORMAT
 from mlm.text.corpora import count_words, open_corpus
 from mlm.training.language_model import LMTrainer
@@ -97,7 +97,7 @@ def test_run_folder_holds_what_scripts_outside_read(finished: Finished) -> None:
 
 def test_config_explains_the_run(finished: Finished) -> None:
     record = json.loads((finished.folder / "config.json").read_text(encoding="utf-8"))
-    assert set(record) == {"format", "config", "command", "versions", "machine", "commit"}
+    assert set(record) == set(ENTRIES)
     assert record["format"] == FORMAT
     assert record["versions"]["torch"] == torch.__version__
     assert RunFolder(finished.folder).load_config() == finished.config
@@ -552,5 +552,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(
         "metrics.jsonl",
         "vocabulary/vocabulary.model",
         "checkpoints/lm.safetensors",
+        "checkpoints/lm.previous.safetensors",
         "checkpoints/lm_last.safetensors",
+        "checkpoints/lm_last.previous.safetensors",
     }

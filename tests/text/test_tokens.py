@@ -518,3 +518,22 @@ def test_progress_shows_words_per_second(
         assert words in shown
     prepare(corpus, "word", 0, tmp_path / "other", progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_texts_of_one_name_have_a_folder_each(
+    vocabulary: Vocabulary, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By content: neither is encoded again when the other was."""
+    files = []
+    for _ in range(2):
+        for place, text in (("a", "One old lamp."), ("b", "Two old lamps.")):
+            path = tmp_path / place / "story.txt"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            corpus = open_corpus(str(path), whole=True)
+            file = encode_split(corpus, "valid", vocabulary, tmp_path / "cache", progress=False)
+            files.append((file.path, file.path.stat().st_mtime_ns))
+    assert files[0] == files[2]
+    assert files[1] == files[3]
+    assert files[0] != files[1]
+    assert "again" not in capsys.readouterr().err
