@@ -51,7 +51,7 @@ from mlm.extensions import (
 )
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
-from mlm.runs.evaluate import results_folder, stage_evaluate
+from mlm.runs.evaluate import forget_scores, results_folder, stage_evaluate
 from mlm.runs.identity import identity
 from mlm.runs.rules import tuned_rule
 from mlm.runs.run import Run, open_run, say
@@ -314,6 +314,7 @@ def read(reading: Reading, run: Run, corpus: str) -> LossTable:
     if not wanted <= {(r["split"], r["protocol"], r["rule"]) for r in rows}:
         say(f"{reading.name}: reading {corpus}, {split}")
         stage_evaluate(run, corpus)
+        forget_scores(folder)
     return LossTable.load(folder / "losses.parquet", split)
 
 

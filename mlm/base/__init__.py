@@ -1,6 +1,6 @@
-"""What every room may use: errors for users, atomic files, the learning-rate schedule, names."""
+"""What every room may use: errors for users, atomic files, kept progress, schedule, names."""
 
-from mlm.base.errors import UserError, run_cli, uninterrupted
+from mlm.base.errors import UserError, going_on, run_cli, uninterrupted
 from mlm.base.files import atomic_path, naming, parse_json, readable, write_text
 from mlm.base.lazy import lazily
 from mlm.base.names import (
@@ -18,6 +18,14 @@ from mlm.base.names import (
     rule_order,
     rule_texts,
 )
+from mlm.base.progress import (
+    NOTHING_KEPT,
+    Progress,
+    Work,
+    adam_tensors,
+    load_adam,
+    saved_by_the_clock,
+)
 from mlm.base.schedule import cosine
 
 __all__ = [
@@ -25,16 +33,22 @@ __all__ = [
     "EOS",
     "HAND_MADE",
     "LEARNED",
+    "NOTHING_KEPT",
     "PROTOCOLS",
     "RULES",
     "RULE_TEXTS",
     "STATIC",
     "LearnedName",
+    "Progress",
     "RuleText",
     "UserError",
+    "Work",
+    "adam_tensors",
     "atomic_path",
     "cosine",
+    "going_on",
     "lazily",
+    "load_adam",
     "naming",
     "parse_json",
     "readable",
@@ -42,6 +56,7 @@ __all__ = [
     "rule_order",
     "rule_texts",
     "run_cli",
+    "saved_by_the_clock",
     "uninterrupted",
     "write_text",
 ]

@@ -19,38 +19,94 @@ class UserError(Exception):
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler, or the system, wants the process to end. It saves as Ctrl-C does."""
+
+
+_held = 0
+"""Blocks of `uninterrupted` that are open."""
+_noted: list[int] = []
+"""Signals that came meanwhile."""
+
+
+def _interrupt(number: int, _: object = None) -> None:
+    """What SIGINT and SIGTERM do: end the main thread, outside `uninterrupted` blocks."""
+    if _held:
+        _noted.append(number)
+    else:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def _handle(number: int, usual: object) -> bool:
+    """Let `_interrupt` handle a signal that has its `usual` handler; whether it does now."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(number) is not usual:
+        return False
+    signal.signal(number, _interrupt)
+    return True
+
+
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is through: no step is half done when its state is saved.
+    """Hold Ctrl-C and SIGTERM back until the block is through: no step is half done when its state
+    is saved. SIGTERM is held back where `run_cli` handles it.
 
     Raises:
-        KeyboardInterrupt: after the block, if Ctrl-C was pressed in it.
+        KeyboardInterrupt: after the block, if Ctrl-C was pressed in it; `Terminated` for SIGTERM.
     """
-    pressed = False
-
-    def note(*_: object) -> None:
-        nonlocal pressed
-        pressed = True
-
-    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not usual or threading.current_thread() is not threading.main_thread():
+    global _held
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(signal.SIGINT, note)
+    mine = _handle(signal.SIGINT, signal.default_int_handler)
+    _held += 1
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if pressed:
-        raise KeyboardInterrupt
+        _held -= 1
+        noted = [] if _held else _noted.copy()
+        if not _held:
+            _noted.clear()
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if noted:
+        _interrupt(noted[0])
+
+
+@contextlib.contextmanager
+def going_on(how: Callable[[], str]) -> Iterator[None]:
+    """Let an interruption of the block say `how` to go on; asked for when it comes."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        stop.add_note(how())
+        raise
+
+
+def _interrupted(stop: KeyboardInterrupt) -> str:
+    """The one line about an interruption."""
+    how = "; ".join(getattr(stop, "__notes__", ()))
+    why = "interrupted by SIGTERM" if isinstance(stop, Terminated) else "interrupted"
+    return f"{why}; everything saved so far is kept" + (f". To go on: {how}" if how else "")
 
 
 def run_cli(main: Callable[[], None]) -> None:
     """Run a command-line entry point; turn foreseeable failures into one line on stderr.
 
     Exit codes: 1 for a `UserError` or what the system refuses (a full disk, a folder that must not
-    be written), 130 for Ctrl-C. Unforeseen errors keep their traceback, because they are bugs.
+    be written), 130 for Ctrl-C, 143 for SIGTERM, which saves as Ctrl-C does. Unforeseen errors keep
+    their traceback, because they are bugs.
     """
+    mine = _handle(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _run(main)
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _run(main: Callable[[], None]) -> None:
+    """`run_cli` but for SIGTERM's handler."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks "−" shows "?" instead
             stream.reconfigure(errors="replace")
@@ -59,9 +115,9 @@ def run_cli(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("interrupted; everything saved so far is kept", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        print(_interrupted(stop), file=sys.stderr)
+        raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None

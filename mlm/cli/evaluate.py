@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, going_on
 from mlm.cli.flags import (
     Setting,
     help_text,
@@ -126,4 +126,5 @@ def main() -> None:
         return
     from mlm.runs.evaluate import evaluate_run
 
-    evaluate_run(validate(config), corpus, options["draw"], results)
+    with going_on(lambda: "the same command again; rules that are scored are not read again"):
+        evaluate_run(validate(config), corpus, options["draw"], results)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, going_on
 from mlm.cli.flags import (
     help_text,
     name_of_script,
@@ -84,6 +84,13 @@ def main() -> None:
         return
     default = _defaults(words)
     config = validate(replaced(default, parse(script, words, settings_of(default))))
+    from mlm.runs.run import run_path
     from mlm.runs.stages import run_stages
 
-    run_stages(config)
+    def again() -> str:
+        path = run_path(config)
+        begun = (path / "config.json").exists()
+        return f"{script} --out {path} --resume" if begun else "the same command again"
+
+    with going_on(again):
+        run_stages(config)

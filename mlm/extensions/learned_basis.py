@@ -25,12 +25,11 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError
-from mlm.base.schedule import cosine
+from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
+from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.word_coupling import COUPLING, uncoupled
-from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase, fold_low_rank
 from mlm.models.extension import Extension, Making, Plan
 from mlm.models.language_model import Weights
@@ -81,7 +80,8 @@ class LearnedBasis(Extension):
 
     def make(self, base: AdaptationBase, making: Making) -> AdaptationBase:
         """With bases learned from the held-out articles."""
-        return learn_bases(fold_low_rank(base), making.text, self.words, making.quiet)
+        base = fold_low_rank(base)
+        return learn_bases(base, making.text, self.words, making.quiet, making.progress)
 
 
 def folded_matrices(base: AdaptationBase) -> list[str]:
@@ -203,6 +203,25 @@ class BasisTrainer:
         self._move()
         return total
 
+    def learned(self) -> list[Tensor]:
+        """R and Q."""
+        return list(self.parameters.values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on besides the place in the text."""
+        found = {f"parameters/{n}": p for n, p in self.parameters.items()}
+        found |= {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+        return found | adam_tensors(self.optimizer, self.parameters)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `tensors`; at least one step was taken."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[f"parameters/{name}"])
+        load_adam(self.optimizer, self.parameters, tensors)
+        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
+        self.base = with_bases(self.first, self.parameters)
+        self.rule = RMS().bind(self.setting, self.base)
+
     def _move(self) -> None:
         """The lanes keep what they have learned."""
         before, self.base = self.base, with_bases(self.first, self.parameters)
@@ -212,14 +231,28 @@ class BasisTrainer:
         self.rule = RMS().bind(self.setting, self.base)
 
 
+def _diverged(tokens: int, nats: float) -> UserError:
+    return UserError(
+        f"--learned-basis.words: after {tokens:,} tokens the loss is {nats} nats; the "
+        "language model's loss is NaN, train it again"
+    )
+
+
 @torch.no_grad()
-def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool = True) -> AdaptationBase:
+def learn_bases(
+    base: AdaptationBase,
+    text: Text,
+    words: int,
+    quiet: bool = True,
+    progress: Progress = NOTHING_KEPT,
+) -> AdaptationBase:
     """The long-term memory with bases learned from `words` words of `text`, or all it has.
 
     Half of the lanes read article by article, the others one text each.
 
     Args:
         base: `mlm.models.base.fold_low_rank`; its Fisher stays as it is.
+        progress: where it is kept how far learning has come.
 
     Raises:
         ValueError: no matrix adapts in a basis of its own.
@@ -228,21 +261,14 @@ def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool = True
     if not folded_matrices(base):
         raise ValueError("no matrix adapts in a basis of its own")
     lanes = MixedLanes(text, LANES, 0.5, base.segment, 0)
-    bases, tokens = BasisTrainer(base, LANES), 0
-    wanted = min(text.tokens, int(words * text.tokens_per_word))
-    device = base.rms[base.dynamic[0]].device
-    with tqdm(total=wanted, desc="bases", unit="tok", unit_scale=True, disable=quiet) as bar:
-        while tokens < wanted:
-            pieces = [lanes.next().to(device) for _ in range(max(1, TOKENS // base.segment))]
-            nats = bases.learn(pieces, PEAK * cosine(tokens, wanted))
-            if not all(bool(p.isfinite().all()) for p in bases.parameters.values()):
-                raise UserError(
-                    f"--learned-basis.words: after {tokens:,} tokens the loss is {nats} nats; the "
-                    "language model's loss is NaN, train it again"
-                )
-            read = sum(int(piece.mask.sum()) for piece in pieces)
-            tokens += read
-            bar.update(read)
-            bar.set_postfix_str(f"loss {nats / read:.3f}")
-    buffers.clear()
+    bases = BasisTrainer(base, LANES)
+    course = Course(
+        LearnedBasis.name,
+        "bases",
+        min(text.tokens, int(words * text.tokens_per_word)),
+        max(1, TOKENS // base.segment),
+        PEAK,
+        _diverged,
+    )
+    learn_by_reading(bases, lanes, course, quiet, progress)
     return bases.base

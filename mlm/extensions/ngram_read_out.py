@@ -21,20 +21,18 @@ Letters: B lanes, T tokens, E width of what the softmax sees, K orders, U units.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError
-from mlm.base.schedule import cosine
+from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
+from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
-from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension, Plan, Told
 from mlm.models.language_model import Weights, gradient_share
@@ -133,12 +131,18 @@ class NGramReadOut(Extension):
         return told._replace(terms=told.terms._replace(added=added))
 
     def after_rule(
-        self, base: AdaptationBase, bound: Bound, text: Text, seed: int, quiet: bool
+        self,
+        base: AdaptationBase,
+        bound: Bound,
+        text: Text,
+        seed: int,
+        quiet: bool,
+        progress: Progress,
     ) -> Weights:
         """A read-out learned with a trained rule."""
         if not self.enabled:
             return {}
-        return self.weights(learn_read_out(base, bound, text, self.words, seed, quiet))
+        return self.weights(learn_read_out(base, bound, text, self.words, seed, quiet, progress))
 
 
 def nothing_learned(base: AdaptationBase, seed: int = 0) -> ReadOut:
@@ -194,7 +198,7 @@ class ReadOutTrainer:
             parts = torch.autograd.grad(said, list(learned), gradient * taught)
         return ReadOut(*parts), float(now.scored.nll.sum())
 
-    def learn(self, segments: list[Segment], rate: float) -> float:
+    def learn(self, segments: Sequence[Segment], rate: float) -> float:
         """Read on, then one step of Adam; returns the nats of the segments."""
         found = [self.gradient(segment) for segment in segments]
         tokens = max(1, sum(int(segment.mask.sum()) for segment in segments))
@@ -205,38 +209,60 @@ class ReadOutTrainer:
         self.optimizer.step()
         return sum(nats for _, nats in found)
 
+    def learned(self) -> ReadOut:
+        """The read-out."""
+        return self.read_out
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on besides the place in the text."""
+        found = {f"read_out/{n}": t for n, t in self.read_out._asdict().items()}
+        found |= {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+        return found | adam_tensors(self.optimizer, ReadOut._fields)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from `tensors`: in place, because the base that reads holds the read-out."""
+        for name, learned in self.read_out._asdict().items():
+            learned.copy_(tensors[f"read_out/{name}"])
+        load_adam(self.optimizer, ReadOut._fields, tensors)
+        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
+
+
+def _diverged(tokens: int, nats: float) -> UserError:
+    return UserError(
+        f"--ngram-read-out.words: after {tokens:,} tokens the loss is {nats} nats; the "
+        "rule's weights diverged, train it again with a smaller --meta.learning-rate"
+    )
+
 
 @torch.no_grad()
 def learn_read_out(
-    base: AdaptationBase, rule: Bound, text: Text, words: int, seed: int, quiet: bool = True
+    base: AdaptationBase,
+    rule: Bound,
+    text: Text,
+    words: int,
+    seed: int,
+    quiet: bool = True,
+    progress: Progress = NOTHING_KEPT,
 ) -> ReadOut:
     """A read-out learned from `words` words of `text`, or all it has.
 
     Args:
         base: that the rule reads with, with n-gram memory; what it has learned is gone on from.
         seed: of the articles' order, and of V.
+        progress: where it is kept how far learning has come.
 
     Raises:
         UserError: a loss is not finite.
     """
     lanes = LaneStream(text.articles, LANES, base.segment, text.eos, seed)
-    learner, tokens = ReadOutTrainer(base, rule, LANES, seed), 0
-    wanted = min(text.tokens, int(words * text.tokens_per_word))
-    device = learner.read_out.map.device
-    with tqdm(total=wanted, desc="read-out", unit="tok", unit_scale=True, disable=quiet) as bar:
-        while tokens < wanted:
-            number = max(1, TOKENS // base.segment)
-            pieces = [next(lanes).to(device) for _ in range(number)]
-            nats = learner.learn(pieces, PEAK * cosine(tokens, wanted))
-            finite = all(bool(t.isfinite().all()) for t in learner.read_out)
-            if not (math.isfinite(nats) and finite):
-                raise UserError(
-                    f"--ngram-read-out.words: after {tokens:,} tokens the loss is {nats} nats; the "
-                    "rule's weights diverged, train it again with a smaller --meta.learning-rate"
-                )
-            read = sum(int(piece.mask.sum()) for piece in pieces)
-            tokens += read
-            bar.update(read)
-            bar.set_postfix_str(f"loss {nats / read:.3f}")
-    buffers.clear()
+    learner = ReadOutTrainer(base, rule, LANES, seed)
+    course = Course(
+        NGramReadOut.name,
+        "read-out",
+        min(text.tokens, int(words * text.tokens_per_word)),
+        max(1, TOKENS // base.segment),
+        PEAK,
+        _diverged,
+    )
+    learn_by_reading(learner, lanes, course, quiet, progress)
     return learner.read_out

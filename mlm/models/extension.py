@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
+from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.language_model import OutputTerms, Weights
 from mlm.text.streams import Segment, Text
 
@@ -100,6 +101,8 @@ class Making(NamedTuple):
     corpus: Text
     """The training articles of stage 1."""
     quiet: bool = True
+    progress: Progress = NOTHING_KEPT
+    """For what takes long: `Progress.of(<the extension's name>, work)`."""
 
 
 class Plan(NamedTuple):
@@ -223,9 +226,11 @@ class Extension:
         """What it learns in stage 1 on this text, beside this embedding; None = nothing."""
         return None
 
-    def after_rule(self, base: Base, bound: Any, text: Text, seed: int, quiet: bool) -> Weights:
+    def after_rule(
+        self, base: Base, bound: Any, text: Text, seed: int, quiet: bool, progress: Progress
+    ) -> Weights:
         """Weights that it learns with a trained rule (`mlm.rules.protocol.Bound`), kept where they
-        gain on validation; empty = none."""
+        gain on validation; empty = none. `progress` is as in `Making`."""
         return {}
 
     # -- reading ----------------------------------------------------------------------------

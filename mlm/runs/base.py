@@ -24,6 +24,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 from mlm.training.directions import add_low_rank
 from mlm.training.fisher import estimate_fisher
+from mlm.training.kept_progress import KeptProgress
 
 
 def new_base(
@@ -38,7 +39,8 @@ def new_base(
     Each of `extensions` is made with those before it, and those of the model, at work.
     """
     dynamic = choose_dynamic(weights, adapt.dynamic)
-    weights = add_low_rank(weights, model, dynamic, adapt.rank, making.text, adapt.fisher_words)
+    text, words, progress = making.text, adapt.fisher_words, making.progress
+    weights = add_low_rank(weights, model, dynamic, adapt.rank, text, words, progress)
     base = AdaptationBase(model, weights, dynamic, {}, 0.0, adapt.update_every)
     of_model = tuple(e for e in extensions if e.of_model)
     at_work: tuple[Extension, ...] = ()
@@ -47,8 +49,8 @@ def new_base(
         at_work += () if folded is base else (extension,)
         base = folded
     base = dataclasses.replace(base, extensions=at_work + of_model)
-    quiet, prior = making.quiet, adapt.fisher_prior
-    base = estimate_fisher(base, making.text, adapt.fisher_words, quiet=quiet, prior=prior)
+    how = {"quiet": making.quiet, "prior": adapt.fisher_prior, "progress": progress}
+    base = estimate_fisher(base, text, words, **how)
     at_work = ()
     for extension in (e for e in extensions if not e.of_model):
         base = dataclasses.replace(base, extensions=at_work + of_model)
@@ -57,17 +59,25 @@ def new_base(
     return dataclasses.replace(base, extensions=())
 
 
+def progress_of(run: Run, stage: str, identity: str, folder: Path | None = None) -> KeptProgress:
+    """Where a folder, by default that of checkpoints, keeps how far parts of a stage have come."""
+    folder = folder or run.folder.checkpoint(stage).parent
+    return KeptProgress(folder, stage, identity, run.config.checkpoint_minutes)
+
+
 def build_base(run: Run) -> AdaptationBase:
     """The adaptation base, made after stage 1 and kept in the run folder.
 
     What the folder holds is taken if it was made from the same.
     """
     path, mark = run.folder.checkpoint("memory"), base_identity(run)
+    progress = progress_of(run, "memory", mark)
     if made_from(path, mark):
+        progress.forget()
         return run.base
     weights, model, _ = load_lm(run.folder.checkpoint("lm"), run.data.vocabulary.hash)
     weights = {n: w.to(run.device) for n, w in weights.items()}
-    making = Making(run.training_text(1), run.training_text(0), run.quiet)
+    making = Making(run.training_text(1), run.training_text(0), run.quiet, progress)
     of_model = tuple(e for e in run.config.extensions.active(weights) if e.of_model)
     extensions = (*run.config.extensions.of_base(), *of_model)
     if run.config.lm.through == "learned":
@@ -78,6 +88,7 @@ def build_base(run: Run) -> AdaptationBase:
         base = new_base(weights, model, run.config.adapt, making, extensions)
     made_with = [extension.name for extension in run.config.extensions.of_base()]
     save_base(path, base, run.data.vocabulary.hash, mark, made_with)
+    progress.forget()
     return run.ready(base)
 
 

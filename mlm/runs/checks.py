@@ -25,7 +25,10 @@ from mlm.text.corpora import open_corpus
 from mlm.text.tokens import encode_split
 from mlm.training.language_model import shape_of, weights_of_run
 
-HOW = ("corpus", "resume", "overwrite", "out", "stages", "device", "threads", "text.data_dir")
+HOW = (
+    *("corpus", "resume", "overwrite", "out", "stages", "device", "threads"),
+    *("checkpoint_minutes", "text.data_dir"),
+)
 """Settings that say where and how to compute, not what: the text counts by its content."""
 
 REMEDIES = ("lm.learning_rate", "lm.precision", "lm.through_rate")

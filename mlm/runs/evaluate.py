@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, uninterrupted
 from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
 from mlm.reading.scoring import Scores, check_finite, score_protocol, word_losses
@@ -22,6 +26,7 @@ from mlm.report.evaluation import (
 )
 from mlm.report.losses import LossTable, column_name, write_losses
 from mlm.report.tables import Row, format_totals
+from mlm.runs.identity import identity
 from mlm.runs.rules import check_learned, current_identity, ready_rule
 from mlm.runs.run import Run, open_run, say
 from mlm.settings.config import Config
@@ -29,9 +34,12 @@ from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split, source_hash
 from mlm.text.vocabulary import Vocabulary
+from mlm.training.kept_progress import KeptProgress
 
 WHOLE = "whole"
 """What results call the split of a text that is not divided into splits."""
+SCORES = "evaluation"
+"""The stage whose progress is kept."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +193,53 @@ def _score_pass(
         yield RuleScores(name, losses_N, mine.seconds, setting)
 
 
+class _Finished:
+    """What has been scored so far: `mlm.base.progress.Work`, whose steps are readings of a text."""
+
+    def __init__(self) -> None:
+        self.scores: dict[tuple[str, str], RuleScores] = {}
+        """By rule and protocol."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, rest = {}, []
+        for (name, protocol), found in self.scores.items():
+            tensors[column_name(name, protocol)] = torch.from_numpy(found.losses_N)
+            rest.append([name, protocol, found.seconds, found.setting])
+        return tensors, {"scores": rest}
+
+    def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        for name, protocol, seconds, setting in about["scores"]:
+            losses_N = tensors[column_name(name, protocol)].numpy()
+            self.scores[name, protocol] = RuleScores(name, losses_N, seconds, setting)
+
+
+def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
+    """Where what has been scored of a text is kept; what the scores depend on is its identity."""
+    rules = [run.folder.checkpoint(n.removesuffix(CACHE)) for n in run.config.evaluation.rules]
+    digest = hashlib.sha256(json.dumps([identity(run), text.split, text.chosen]).encode())
+    for tokens in text.articles:
+        digest.update(tokens.tobytes())
+    for file in (run.folder.checkpoint("memory"), *sorted(set(rules))):
+        digest.update(file.read_bytes() if file.exists() else b"")
+    return KeptProgress(folder, SCORES, digest.hexdigest(), run.config.checkpoint_minutes)
+
+
+def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str, str], RuleScores]:
+    """Every rule in every protocol; what was scored before an interruption is not read again."""
+    evaluation, done = run.config.evaluation, _Finished()
+    rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
+    with progress.of("scores", done):
+        for protocol in evaluation.protocols:
+            for names in _passes(rules):
+                if all((name, protocol) in done.scores for name in names):
+                    continue
+                found = list(_score_pass(run, text, protocol, names))
+                with uninterrupted():
+                    done.scores |= {(one.name, protocol): one for one in found}
+                    progress.save("scores", done)
+    return {(n, p): done.scores[n, p] for p in evaluation.protocols for n in rules}
+
+
 def _of_now(run: Run, rows: list[Row], text: SplitText) -> list[Row]:
     """The rows that stand for what the run holds now; a note says which do not."""
     marks: dict[tuple[str, str], str | None] = {}
@@ -224,7 +279,8 @@ def _marked(run: Run, rows: list[Row], text: SplitText) -> list[Row]:
 def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict[str, Any]]]:
     """Score every rule in every protocol on a split; write tables and word losses.
 
-    Another corpus than the run's own gets a folder of its own inside the run folder.
+    Another corpus than the run's own gets a folder of its own inside the run folder. What is scored
+    is kept until `forget_scores`.
 
     Returns:
         where the results are, and all rows of its evaluation.json.
@@ -243,24 +299,16 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     if given and folder == (run.results or run.folder.path):
         say(f"{corpus} is the run's own text; its split {text.split} is scored")
     check_learned(run)
-    rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
-    columns: dict[str, np.ndarray] = {}
-    speed, settings = {}, {}
-    for protocol in evaluation.protocols:
-        for names in _passes(rules):
-            for found in _score_pass(run, text, protocol, names):
-                columns[column_name(found.name, protocol)] = found.losses_N
-                speed[found.name, protocol] = sum(text.words_A) / found.seconds
-                settings[found.name, protocol] = found.setting
-    table = text.table(columns)
+    scores = _scores(run, text, _scoring(run, folder, text))
+    table = text.table({column_name(*key): found.losses_N for key, found in scores.items()})
     existing = _of_now(run, existing, text)
     kept = {(r["split"], column_name(r["rule"], r["protocol"])) for r in existing if "rule" in r}
     write_losses(folder / "losses.parquet", table, kept)
     rows = evaluate_rows(
         table,
         corpus=readable(Path(corpus).name),
-        words_per_second=speed,
-        settings=settings,
+        words_per_second={key: sum(text.words_A) / s.seconds for key, s in scores.items()},
+        settings={key: found.setting for key, found in scores.items()},
         bytes_A=[int(text.file.bytes[a]) for a in text.chosen],
         unknown_A=text.unknown_A,
         resamples=evaluation.resamples,
@@ -269,6 +317,11 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     rows = merge_evaluation(existing, _marked(run, rows, text))
     write_evaluation(folder, rows)
     return folder, rows
+
+
+def forget_scores(folder: Path) -> None:
+    """The evaluation is shown and drawn: no interruption can make it necessary again."""
+    KeptProgress(folder, SCORES, "", 0.0).forget()
 
 
 def show(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -294,3 +347,4 @@ def evaluate_run(
     if pictures:
         split = config.evaluation.split
         draw(folder, split if any(row["split"] == split for row in rows) else WHOLE)
+    forget_scores(folder)

@@ -6,14 +6,16 @@ Letters: A articles.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 from mlm.base.names import rule_label
+from mlm.base.progress import Progress
 from mlm.models.language_model import Weights
 from mlm.rules.family import (
     describe,
 )
 from mlm.rules.protocol import Parameters
-from mlm.runs.base import build_base
+from mlm.runs.base import build_base, made_from, progress_of
 from mlm.runs.identity import checkpoint_mark, identity
 from mlm.runs.rules import BESIDE, new_rule, parted, starting_point
 from mlm.runs.run import Run, say
@@ -35,7 +37,10 @@ def meta_text(run: Run) -> Text:
 
 
 def stage_meta(run: Run) -> None:
-    """Stage 2: Fisher, a tuned starting point, then the meta-learner."""
+    """Stage 2: Fisher, a tuned starting point, then the meta-learner.
+
+    With --resume, rules that are trained stay as they are.
+    """
     base, meta = build_base(run), run.config.meta
     text, tune_text = meta_text(run), run.tune_text
     static = static_of(base, tune_text, run.config.evaluation.protocols)
@@ -44,6 +49,11 @@ def stage_meta(run: Run) -> None:
     folder = dataclasses.replace(run.folder, mark=mark)
     _forget_rules_of_another_base(run, made_with)
     for name in meta.rules:
+        path, label = run.folder.checkpoint(name), rule_label(name)
+        if run.config.resume and made_from(path, mark):
+            progress_of(run, name, "").forget()
+            say(f"{label}: trained already")
+            continue
         start = starting_point(run, base)
         rule, first = new_rule(meta, name, start)
         # a hand-made start does not see every extension, a trained one may have learned for more
@@ -59,6 +69,7 @@ def stage_meta(run: Run) -> None:
             mark,
             run.config.resume,
             run.quiet,
+            run.config.checkpoint_minutes,
         )
         about = {
             "rule": describe(rule),
@@ -67,14 +78,23 @@ def stage_meta(run: Run) -> None:
             "identity": mark,
             "base": made_with,
         }
-        learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain)
+        progress = progress_of(run, name, f"{mark} {_digest(best)}")
+        learned, gain = _learned_by_extensions(run, trainer, best, text, static, gain, progress)
         kept = {n: w for n, w in own.weights.items() if n not in base.weights} | learned
         tensors = best | {BESIDE + n: w for n, w in kept.items()}
-        save_tensors(run.folder.checkpoint(name), tensors, {**about, "gain": gain})
-        label = rule_label(name)
+        save_tensors(path, tensors, {**about, "gain": gain})
+        progress.forget()
         say(f"{label}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
         if trainer.flushed:
             say(f"{label}: the guard reset a lane {trainer.flushed} times during training")
+
+
+def _digest(tensors: Parameters) -> str:
+    """Hash of a rule's parameters, for what is learned with them."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        found.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _forget_rules_of_another_base(run: Run, made_with: str) -> None:
@@ -99,6 +119,7 @@ def _learned_by_extensions(
     text: Text,
     static: dict[str, float],
     gain: float,
+    progress: Progress,
 ) -> tuple[Weights, float]:
     """What extensions learn with the best rule, where it gains on validation, and the gain then."""
     parameters, own = parted(best)
@@ -106,7 +127,8 @@ def _learned_by_extensions(
     bound = rule.bind(parameters, base)  # which weights of extensions do not change
     kept: Weights = {}
     for extension in base.extensions:
-        found = extension.after_rule(base, bound, text, run.config.seed + 4, run.quiet)
+        how = (run.config.seed + 4, run.quiet, progress)
+        found = extension.after_rule(base, bound, text, *how)
         if not found:
             continue
         able = base.with_weights(found)

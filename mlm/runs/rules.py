@@ -13,6 +13,7 @@ from torch import Tensor
 from mlm.base.errors import UserError
 from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, STATIC, rule_label, rule_order
+from mlm.base.progress import Progress
 from mlm.models.base import AdaptationBase, unfold_low_rank
 from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
@@ -26,7 +27,7 @@ from mlm.rules.family import (
 )
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, UpdateRule, as_parameters
-from mlm.runs.base import made_from, through_run
+from mlm.runs.base import made_from, progress_of, through_run
 from mlm.runs.identity import base_identity, checkpoint_mark, identity, row_identity
 from mlm.runs.run import Run, say
 from mlm.settings.sections import MetaConfig
@@ -104,14 +105,19 @@ def _ready_ones(run: Run, protocol: str) -> str:
     return f"Rules that are ready: {', '.join(ready_rules(run, protocol))}"
 
 
-def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, float]:
+def _tuned(run: Run, key: str, trials: Callable[[Progress], list[Trial]]) -> dict[str, float]:
     """The best setting under this key of tuning.json, tried and remembered there if need be.
+
+    An interrupted search goes on.
 
     Raises:
         UserError: it is not there, and the folder is a released model's.
     """
+    folder, mark = run.results or run.folder.path, identity(run, of_learned(key))
+    progress = progress_of(run, key.replace("/", "_"), mark, folder)
     found = tuned_settings(run).get(key)
     if found is not None:
+        progress.forget()
         return found
     rule, _, protocol = key.partition("/")
     if run.folder.released:
@@ -119,18 +125,19 @@ def _tuned(run: Run, key: str, trials: Callable[[], list[Trial]]) -> dict[str, f
             f"{rule} in protocol {protocol} has no settings in {run.folder.path}, and tuning needs "
             f"the text that the model was trained with. {_ready_ones(run, protocol)}"
         )
-    budget, folder = run.config.evaluation.budget, run.results or run.folder.path
+    budget = run.config.evaluation.budget
     with only_writer(folder):
         say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
-        tried = trials()
+        tried = trials(progress)
         entry = {
-            "identity": identity(run, of_learned(key)),
+            "identity": mark,
             "setting": tried[0].setting,
             "trials": [
                 {**t.setting, "nll": t.nll if math.isfinite(t.nll) else None} for t in tried
             ],
         }
         write_text(folder / TUNING, json.dumps({**_known(run), key: entry}, indent=1) + "\n")
+        progress.forget()
     return tried[0].setting
 
 
@@ -140,10 +147,11 @@ def tuned_rule(
     """A hand-made rule and its best settings on validation."""
     rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
     base = base.for_rule(rule)
-    setting = _tuned(
-        run, f"{name}/{protocol}", lambda: tune(base, rule, run.tune_text, protocol, budget)
-    )
-    return rule, setting
+
+    def trials(progress: Progress) -> list[Trial]:
+        return tune(base, rule, run.tune_text, protocol, budget, progress=progress)
+
+    return rule, _tuned(run, f"{name}/{protocol}", trials)
 
 
 def starting_point(run: Run, base: AdaptationBase) -> LoadedRule:
@@ -323,9 +331,10 @@ def ready_rule(run: Run, name: str, protocol: str) -> Ready:
     if base == name:
         return ready
 
-    def trials() -> list[Trial]:
+    def trials(progress: Progress) -> list[Trial]:
         budget, window = run.config.evaluation.budget, cache_window(run)
-        return tune_cache(ready.base, ready.bound, run.tune_text, protocol, budget, window)
+        how = (run.tune_text, protocol, budget, window, progress)
+        return tune_cache(ready.base, ready.bound, *how)
 
     found = dict(_tuned(run, f"{name}/{protocol}", trials))
     window = int(found.pop("window", 0)) or cache_window(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlm.runs.checks import check_folder, check_plan, check_text, remove_results
-from mlm.runs.evaluate import draw, show, stage_evaluate
+from mlm.runs.evaluate import draw, forget_scores, show, stage_evaluate
 from mlm.runs.language_model import stage_lm
 from mlm.runs.meta import stage_meta
 from mlm.runs.rules import check_learned
@@ -42,9 +42,12 @@ def _run(run: Run) -> Run:
     if "meta" in config.stages:
         stage_meta(run)
     if "evaluate" in config.stages:
-        show(*stage_evaluate(run))
+        folder, rows = stage_evaluate(run)
+        show(folder, rows)
     if "draw" in config.stages:
         draw(run.folder.path, config.evaluation.split if "evaluate" in config.stages else None)
+    if "evaluate" in config.stages:
+        forget_scores(run.folder.path)
     return run
 
 

@@ -40,6 +40,7 @@ NOT_NEGATIVE = (
     "evaluation.max_articles",
 )
 POSITIVE = (
+    "checkpoint_minutes",
     "lm.epochs",
     "lm.learning_rate",
     "lm.clip",

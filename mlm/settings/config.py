@@ -48,6 +48,8 @@ class Config:
     """CPU threads; 0 = PyTorch's choice, after stage 1 one for models under 256 units."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and bootstrap."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two saves of unfinished work in any stage; Ctrl-C and SIGTERM save, too."""
     text: TextConfig = field(default_factory=TextConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lm: LMTrainingConfig = field(default_factory=LMTrainingConfig)

@@ -21,6 +21,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "device": "device",
         "threads": "threads",
         "seed": "seed",
+        "checkpoint-minutes": "checkpoint_minutes",
     },
     "text and language model (stage 1)": {
         "vocabulary": "text.vocabulary",

@@ -27,6 +27,7 @@ from mlm.text.corpora import NAMED
 
 RESULTS = (
     "checkpoints/*.safetensors",
+    "unfinished_*.safetensors",
     "evaluation.json",
     "evaluation.md",
     "losses.parquet",

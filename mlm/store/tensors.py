@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -244,26 +243,3 @@ def check_tensors(
     for name, found in tensors.items():
         if found.is_floating_point() and not bool(found.isfinite().all()):
             raise damaged(path, f"{name} is not finite")
-
-
-def adam_tensors(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
-    """Adam's state as plain tensors; `names` are those of its parameters, in order."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"adam/{key}/{name}": value
-        for k, name in enumerate(names)
-        for key, value in state.get(k, {}).items()
-    }
-
-
-def load_adam(
-    optimizer: torch.optim.Optimizer, names: Iterable[str], tensors: dict[str, Tensor]
-) -> None:
-    """Give an optimizer the state that `adam_tensors` found, in place."""
-    state = {}
-    for k, name in enumerate(names):
-        keys = [
-            n.split("/")[1] for n in tensors if n.startswith("adam/") and n.endswith(f"/{name}")
-        ]
-        state[k] = {key: tensors[f"adam/{key}/{name}"] for key in keys}
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from mlm.training.directions import add_low_rank
     from mlm.training.fisher import estimate_fisher, smooth_fisher
     from mlm.training.judge import validation_gain
+    from mlm.training.kept_progress import KeptProgress
     from mlm.training.language_model import LMTrainer, shape_of, train_lm
     from mlm.training.meta import MetaTrainer, train_meta
     from mlm.training.tuning import Trial, TuneText, tune
 
 __all__ = [
+    "KeptProgress",
     "LMTrainer",
     "MetaTrainer",
     "Trial",
@@ -38,6 +40,7 @@ __getattr__, __dir__ = lazily(
         "judge": "validation_gain",
         "language_model": "LMTrainer shape_of train_lm",
         "meta": "MetaTrainer train_meta",
+        "kept_progress": "KeptProgress",
         "tuning": "Trial TuneText tune",
     },
 )

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlm.base.errors import UserError
+from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import CacheSetting
 from mlm.reading.scoring import score_protocol
 from mlm.rules.protocol import Bound
-from mlm.training.tuning import Trial, TuneText
+from mlm.training.tuning import Trial, Tried, TuneText
 
 PUBLISHED = (0.3, 0.1)
 """theta and lambda that Grave et al. found best on WikiText."""
@@ -33,6 +34,7 @@ def tune_cache(
     protocol: str,
     budget: int,
     window: int,
+    progress: Progress = NOTHING_KEPT,
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on theta and lambda, on top of `rule`; best trial first.
 
@@ -50,33 +52,37 @@ def tune_cache(
     Raises:
         UserError: the losses under `rule` are not finite, whatever the cache.
     """
-    trials: list[Trial] = []
+    tried = Tried()
 
-    def spend(pairs: Sequence[tuple[float, float]]) -> None:
-        settings = [CacheSetting(*pair, window) for pair in pairs[: budget - len(trials)]]
+    def evaluate(settings: list[dict[str, float]]) -> list[float]:
+        caches = [CacheSetting(s["theta"], s["weight"], window) for s in settings]
         scores = score_protocol(
-            base, rule, text.articles, text.eos, protocol, text.lanes, cache=settings
+            base, rule, text.articles, text.eos, protocol, text.lanes, cache=caches
         )
-        for setting, cached in zip(settings, scores.cached, strict=True):
-            tried = {"theta": setting.theta, "weight": setting.weight}
-            trials.append(Trial(tried, cached.total))
-        trials.sort(key=lambda t: t.nll)
+        return [cached.total for cached in scores.cached]
 
-    number = max(2, (round(0.6 * budget) - 1) // len(WEIGHTS))
-    thetas = np.geomspace(*THETAS, number).tolist()
-    spend([PUBLISHED, *((theta, weight) for weight in WEIGHTS for theta in thetas)])
-    if not math.isfinite(trials[0].nll):
-        raise UserError(
-            f"cache, protocol {protocol}: the losses it is put on top of are not finite. Check the "
-            "language model's loss (metrics.jsonl) and the rule's own scores"
-        )
-    theta_gap = (THETAS[1] / THETAS[0]) ** (1 / number)
-    odds_gap = _odds(WEIGHTS[1]) / _odds(WEIGHTS[0])
-    while left := budget - len(trials):
-        theta_gap, odds_gap = theta_gap**0.5, odds_gap**0.5
-        around = _neighbours(**trials[0].setting, theta_gap=theta_gap, odds_gap=odds_gap)
-        spend(around[: max(4, math.ceil(left / 2))])
-    return trials
+    def spend(pairs: Sequence[tuple[float, float]]) -> Trial:
+        pairs = pairs[: budget - len(tried.trials)]
+        tried.spend([{"theta": theta, "weight": weight} for theta, weight in pairs], evaluate)
+        tick()
+        return min(tried.trials, key=lambda t: t.nll)
+
+    with progress.of("trials", tried) as tick:
+        number = max(2, (round(0.6 * budget) - 1) // len(WEIGHTS))
+        thetas = np.geomspace(*THETAS, number).tolist()
+        best = spend([PUBLISHED, *((theta, weight) for weight in WEIGHTS for theta in thetas)])
+        if not math.isfinite(best.nll):
+            raise UserError(
+                f"cache, protocol {protocol}: the losses it is put on top of are not finite. Check "
+                "the language model's loss (metrics.jsonl) and the rule's own scores"
+            )
+        theta_gap = (THETAS[1] / THETAS[0]) ** (1 / number)
+        odds_gap = _odds(WEIGHTS[1]) / _odds(WEIGHTS[0])
+        while left := budget - len(tried.trials):
+            theta_gap, odds_gap = theta_gap**0.5, odds_gap**0.5
+            around = _neighbours(**best.setting, theta_gap=theta_gap, odds_gap=odds_gap)
+            best = spend(around[: max(4, math.ceil(left / 2))])
+    return sorted(tried.trials, key=lambda t: t.nll)
 
 
 def _odds(weight: float) -> float:

@@ -5,10 +5,14 @@ Letters: B lanes, T time, I inputs, O outputs, r rank, N vectors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, uninterrupted
+from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.language_model import LanguageModel, Weights
 from mlm.models.low_rank import DIRECTIONS, LOW
 from mlm.models.recurrent import RecurrentLM, RecurrentState, embed
@@ -32,6 +36,42 @@ def _multiplied(
     return found, hidden.state
 
 
+class _Moments:
+    """Sums of x x^T over the tokens read so far: `mlm.base.progress.Work`."""
+
+    def __init__(
+        self, weights: Weights, shape: RecurrentLM, names: list[str], stream: LaneStream
+    ) -> None:
+        self.weights, self.shape, self.names, self.stream = weights, shape, names, stream
+        like = weights["softmax.bias"]
+        self.device = like.device
+        self.carried = shape.initial_state(stream.lanes, like.device, like.dtype)
+        self.sums: Weights = {}
+        self.tokens = 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"sums/{n}": total for n, total in self.sums.items()}
+        tensors |= {f"state/{k}": t for k, t in enumerate(self.carried.tensors())}
+        return tensors, {"tokens": self.tokens, "cursor": self.stream.state_dict()}
+
+    def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        here = {n: t.to(self.device) for n, t in tensors.items()}
+        self.sums = {n: here[f"sums/{n}"] for n in self.names if about["tokens"]}
+        parts = range(len(self.carried.tensors()))
+        self.carried = self.carried.of([here[f"state/{k}"] for k in parts])
+        self.tokens = about["tokens"]
+        self.stream.load_state_dict(about["cursor"])
+
+    def read(self, piece: Segment) -> None:
+        """Read a segment statically."""
+        state = self.carried.keep(~piece.new)
+        vectors, self.carried = _multiplied(self.weights, self.shape, piece, state)
+        for name in self.names:
+            x_NI = vectors[name][piece.mask].double()
+            self.sums[name] = self.sums.get(name, 0) + x_NI.t() @ x_NI
+        self.tokens += int(piece.mask.sum())
+
+
 def second_moments(
     weights: Weights,
     shape: RecurrentLM,
@@ -40,26 +80,21 @@ def second_moments(
     words: int,
     lanes: int = 16,
     segment: int = 64,
+    progress: Progress = NOTHING_KEPT,
 ) -> Weights:
     """Mean of x x^T, (I, I) in float64, over the vectors x that each matrix in `names` multiplies.
 
     Read statically on the first `words` words of `text`, as the Fisher is; `segment` is speed only.
     """
-    like = weights["softmax.bias"]
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
-    state = shape.initial_state(stream.lanes, like.device, like.dtype)
-    sums: Weights = {}
-    tokens, wanted = 0, min(text.tokens, int(words * text.tokens_per_word))
-    for raw in stream:
-        piece = raw.to(like.device)
-        vectors, state = _multiplied(weights, shape, piece, state.keep(~piece.new))
-        for name in names:
-            x_NI = vectors[name][piece.mask].double()
-            sums[name] = sums.get(name, 0) + x_NI.t() @ x_NI
-        tokens += int(piece.mask.sum())
-        if tokens >= wanted:
-            break
-    return {name: total / tokens for name, total in sums.items()}
+    found = _Moments(weights, shape, names, stream)
+    wanted = min(text.tokens, int(words * text.tokens_per_word))
+    with progress.of("directions", found) as tick:
+        while found.tokens < wanted:
+            with uninterrupted():
+                found.read(next(stream).to(found.device))
+            tick()
+    return {name: total / found.tokens for name, total in found.sums.items()}
 
 
 def principal_directions(moment_II: Tensor, rank: int) -> Tensor:
@@ -94,6 +129,7 @@ def add_low_rank(
     rank: int,
     text: Text,
     words: int,
+    progress: Progress = NOTHING_KEPT,
 ) -> Weights:
     """`weights` and, for every name in `dynamic` that ends in `.low`, its D = 0 and its P.
 
@@ -111,7 +147,7 @@ def add_low_rank(
             f"--dynamic: low-rank changes ({', '.join(n + LOW for n in names)}) need an LSTM "
             "or QRNN; name full weights, for example softmax.bias"
         )
-    moments = second_moments(weights, shape, names, text, words)
+    moments = second_moments(weights, shape, names, text, words, progress=progress)
     added: Weights = {}
     for name in names:
         outputs = len(weights["softmax.bias" if name == "softmax" else name])

@@ -6,16 +6,19 @@ Letters: B lanes, M tokens per segment.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, uninterrupted
+from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome
 from mlm.reading.step import begin, carry_extras, open_articles, score_segment
-from mlm.text.streams import LaneStream, Text
+from mlm.text.streams import LaneStream, Segment, Text
 
 
 def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
@@ -26,6 +29,56 @@ def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
     return torch.lerp(fisher, fisher.mean().expand_as(fisher), prior) if prior else fisher
 
 
+class _Estimate:
+    """Sums over the segments read so far: `mlm.base.progress.Work`."""
+
+    def __init__(self, base: AdaptationBase, stream: LaneStream) -> None:
+        self.base, self.stream = base, stream
+        self.reader = begin(base, stream.lanes)
+        self.squares = {n: torch.zeros_like(w) for n, w in base.start().items()}
+        self.segments, self.tokens, self.total = 0, 0, 0.0
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        reader = {n: t for n, t in self.reader.tensors().items() if not _of_theta_0(n)}
+        tensors = {f"reader/{n}": t for n, t in reader.items()}
+        tensors |= {f"squares/{n}": s for n, s in self.squares.items()}
+        numbers = {"segments": self.segments, "tokens": self.tokens, "total": self.total}
+        return tensors, {**numbers, "cursor": self.stream.state_dict()}
+
+    def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        fresh = self.reader.tensors()
+        self.reader = self.reader.of(
+            {n: t if _of_theta_0(n) else tensors[f"reader/{n}"] for n, t in fresh.items()}
+        )
+        for name, squares in self.squares.items():
+            squares.copy_(tensors[f"squares/{name}"])
+        self.segments, self.tokens = about["segments"], about["tokens"]
+        self.total = about["total"]
+        self.stream.load_state_dict(about["cursor"])
+
+    def read(self, piece: Segment) -> int:
+        """Read a segment statically; returns its tokens."""
+        base = self.base
+        reader = open_articles(base, base.start(), self.reader, piece.new)
+        scored = score_segment(base, reader, piece)
+        outcome = Outcome(scored.by_added, piece.mask)
+        extras = carry_extras(base, reader.extras, piece, scored.told, outcome)
+        self.reader = reader._replace(state=scored.state, extras=extras)
+        full = piece.mask.all(1)
+        for n, gradient in scored.gradients.items():
+            self.squares[n] += gradient[full].square().sum(0)
+        self.segments += int(full.sum())
+        count = int(piece.mask.sum())
+        self.total += float(scored.nll.sum())
+        self.tokens += count
+        return count
+
+
+def _of_theta_0(name: str) -> bool:
+    """Whether a reader's tensor is that of theta_0, as all weights are in static reading."""
+    return name.startswith("weights/")
+
+
 @torch.no_grad()
 def estimate_fisher(
     base: AdaptationBase,
@@ -34,6 +87,7 @@ def estimate_fisher(
     lanes: int = 16,
     quiet: bool = True,
     prior: float = 0.0,
+    progress: Progress = NOTHING_KEPT,
 ) -> AdaptationBase:
     """The base with the diagonal empirical Fisher of its dynamic weights, and the text's mean loss.
 
@@ -44,37 +98,36 @@ def estimate_fisher(
         UserError: no article is as long as a segment, or the Fisher is not finite.
     """
     stream = LaneStream(text.articles, min(lanes, len(text.articles)), base.segment, text.eos)
-    reader = begin(base, stream.lanes)
-    squares = {n: torch.zeros_like(w) for n, w in base.start().items()}
-    segments, tokens, total = 0, 0, 0.0
+    found = _Estimate(base, stream)
     wanted = min(text.tokens, int(words * text.tokens_per_word))
     device = base.weights[base.dynamic[0]].device
-    with tqdm(total=wanted, desc="Fisher", unit="tok", unit_scale=True, disable=quiet) as bar:
-        for raw in stream:
-            piece = raw.to(device)
-            reader = open_articles(base, base.start(), reader, piece.new)
-            scored = score_segment(base, reader, piece)
-            outcome = Outcome(scored.by_added, piece.mask)
-            extras = carry_extras(base, reader.extras, piece, scored.told, outcome)
-            reader = reader._replace(state=scored.state, extras=extras)
-            full = piece.mask.all(1)
-            for n, gradient in scored.gradients.items():
-                squares[n] += gradient[full].square().sum(0)
-            segments += int(full.sum())
-            count = int(piece.mask.sum())
-            total += float(scored.nll.sum())
-            tokens += count
-            bar.update(count)
-            if tokens >= wanted and segments:
-                break
-    if not segments:
+    with (
+        progress.of("fisher", found) as tick,
+        tqdm(
+            total=wanted,
+            initial=found.tokens,
+            desc="Fisher",
+            unit="tok",
+            unit_scale=True,
+            disable=quiet,
+        ) as bar,
+    ):
+        while found.tokens < wanted or not found.segments:
+            with uninterrupted():
+                piece = next(stream, None)
+                if piece is None:
+                    break
+                bar.update(found.read(piece.to(device)))
+            tick()
+    if not found.segments:
         raise UserError(
             f"no held-out article is as long as one segment (--update-every {base.segment}); use a "
             "smaller M or more text"
         )
-    rms = {n: smooth_fisher(s / segments, prior).sqrt() for n, s in squares.items()}
+    squares = {n: smooth_fisher(s / found.segments, prior) for n, s in found.squares.items()}
+    rms = {n: s.sqrt() for n, s in squares.items()}
     if not all(bool(r.isfinite().all()) for r in rms.values()):
         raise UserError(
             "the Fisher is not finite: the language model's loss is NaN; train it again"
         )
-    return dataclasses.replace(base, rms=rms, loss=total / tokens)
+    return dataclasses.replace(base, rms=rms, loss=found.total / found.tokens)

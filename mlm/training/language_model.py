@@ -6,6 +6,7 @@ Letters: B lanes, T tokens per segment.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.progress import Tick, adam_tensors, load_adam, saved_by_the_clock
 from mlm.base.schedule import cosine
 from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.models.language_model import State, Weights
@@ -28,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import adam_tensors, load_adam, load_latest, save_tensors
+from mlm.store.tensors import load_latest, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
 from mlm.training.half_precision import half_precision_loss, serves
 
@@ -251,7 +253,8 @@ class LMTrainer:
         return found
 
     def more_tensors(self) -> dict[str, Tensor]:
-        """What a kind of training carries on beside weights, Adam and state."""
+        """What a kind of training carries on beside weights, Adam and state; an extension's
+        tensors have its name before theirs, as its weights have."""
         return {
             f"{name}/{what}": t
             for name, part in self.learned.items()
@@ -259,7 +262,7 @@ class LMTrainer:
         }
 
     def load_more(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `more_tensors`."""
+        """Continue from `more_tensors`, which are among `tensors`."""
         for name, part in self.learned.items():
             own = {n: t for n, t in tensors.items() if n.startswith(f"{name}/")}
             part.load({n.removeprefix(f"{name}/"): t for n, t in own.items()})
@@ -272,7 +275,7 @@ class LMTrainer:
         tensors |= adam_tensors(self.optimizer, self.weights)
         tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
         tensors["dropout"] = self.dropout_generator.get_state()
-        tensors |= {f"more/{n}": t for n, t in self.more_tensors().items()}
+        tensors |= self.more_tensors()
         about = {
             "vocabulary": vocabulary_hash,
             "step": self.step,
@@ -282,7 +285,8 @@ class LMTrainer:
             "best": self.best if math.isfinite(self.best) else None,
             "cursor": self.stream.state_dict(),
         }
-        save_tensors(run.checkpoint("lm_last"), tensors, about, keep_previous=True)
+        path, of_model = run.checkpoint("lm_last"), self.settings.through == "none"
+        save_tensors(path, tensors, about, of_model, keep_previous=True)
 
     def load(self, run: RunFolder, vocabulary_hash: str) -> None:
         """Continue from `save`.
@@ -309,8 +313,7 @@ class LMTrainer:
         load_adam(self.optimizer, self.weights, tensors)
         self.state = self.state.of([tensors[name].to(self.device) for name in carried])
         self.dropout_generator.set_state(tensors["dropout"])
-        more = {n.removeprefix("more/"): t for n, t in tensors.items() if n.startswith("more/")}
-        self.load_more(more)
+        self.load_more(tensors)
         self.stream.load_state_dict(about["cursor"])
         self.step = about["step"]
         self.validated = about.get("validated", self.step)
@@ -337,7 +340,7 @@ def train_lm(
     """Stage 1: train the language model, keep the weights that do best on validation.
 
     Writes `checkpoints/lm.safetensors` (best) and `lm_last.safetensors` (for `--resume`), and rows
-    of metrics.jsonl. On Ctrl-C the state of training is saved first.
+    of metrics.jsonl. The state of training is saved by the clock and when interrupted, too.
     """
     last = run.checkpoint("lm_last")
     if config.resume and last.exists():
@@ -350,11 +353,9 @@ def train_lm(
         run.keep_rows(lambda row: row.get("stage") != "lm")
         few = _few_segments(valid, config)
         static_loss(trainer.weights, trainer.shape, few, 1, config.lm.segment)
-    try:
-        _train(trainer, config, valid, run, vocabulary_hash, quiet)
-    except KeyboardInterrupt:
-        trainer.save(run, vocabulary_hash)
-        raise
+    save = functools.partial(trainer.save, run, vocabulary_hash)
+    with saved_by_the_clock(save, config.checkpoint_minutes) as tick:
+        _train(trainer, config, valid, run, vocabulary_hash, tick, quiet)
 
 
 def _few_segments(text: Text, config: Config) -> Text:
@@ -368,6 +369,7 @@ def _train(
     valid: Text,
     run: RunFolder,
     vocabulary_hash: str,
+    tick: Tick,
     quiet: bool,
 ) -> None:
     per_word = trainer.text.tokens_per_word
@@ -386,6 +388,7 @@ def _train(
                 loss, count = trainer.train_step()
                 nats, tokens = trainer.window
                 trainer.window = (nats + loss * count, tokens + count)
+            tick()
             read += count
             bar.update()
             if trainer.step % 20 == 0:

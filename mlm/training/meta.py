@@ -6,6 +6,7 @@ Letters: B lanes, M tokens per segment, A articles.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.names import rule_label
+from mlm.base.progress import adam_tensors, load_adam, saved_by_the_clock
 from mlm.base.schedule import cosine
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
@@ -32,7 +34,7 @@ from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Parameters
 from mlm.settings.sections import MetaConfig
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import adam_tensors, load_adam, load_latest, save_tensors
+from mlm.store.tensors import load_latest, save_tensors
 from mlm.text.streams import MixedLanes, Segment, Text
 
 EXTENSION_GAIN = "gain_with_extension_per_word"
@@ -235,11 +237,13 @@ def train_meta(
     identity: str,
     resume: bool = False,
     quiet: bool = False,
+    minutes: float = 5.0,
 ) -> tuple[Parameters, float]:
     """Train one rule; keep the step at which `judge` (validation gain, nats per token) is best.
 
     `judge` is called exactly `budget` times, the start included. Writes rows of metrics.jsonl and
-    `checkpoints/<rule>_last.safetensors`; `identity` names what the run depends on.
+    `checkpoints/<rule>_last.safetensors`, which is saved at every judgement, so many `minutes`
+    after the last save, and when interrupted; `identity` names what the run depends on.
 
     Returns:
         the best of what was trained (`MetaTrainer.trained`) and its gain.
@@ -249,36 +253,33 @@ def train_meta(
     if resume:
         trainer.load(run, identity)
     run.keep_rows(lambda row: not _ahead(row, trainer))
-    with tqdm(
-        total=steps, initial=trainer.step, desc=rule_label(name), unit="step", disable=quiet
-    ) as bar:
-        try:
-            while True:
-                if trainer.step in marks and trainer.step > trainer.judged:
-                    _judge(trainer, judge, run, tokens_per_word, identity)
-                if trainer.step >= steps:
-                    break
-                clock = time.perf_counter()
-                with uninterrupted():
-                    loss, tokens = trainer.train_step()
-                    speed = tokens / tokens_per_word / (time.perf_counter() - clock)
-                    run.log(
-                        stage="meta",
-                        rule=name,
-                        step=trainer.step,
-                        train_loss=loss,
-                        words_per_second=speed,
-                        flushed=trainer.flushed or None,
-                    )
-                bar.set_postfix_str(
-                    f"loss {loss:.3f}, gain {trainer.best[0]:.3f} nats/token, "
-                    f"{speed:,.0f} words/s"
-                    + (f", {trainer.flushed} lanes reset by the guard" if trainer.flushed else "")
+    save = functools.partial(trainer.save, run, identity)
+    bar = tqdm(total=steps, initial=trainer.step, desc=rule_label(name), unit="step", disable=quiet)
+    with bar, saved_by_the_clock(save, minutes) as tick:
+        while True:
+            if trainer.step in marks and trainer.step > trainer.judged:
+                _judge(trainer, judge, run, tokens_per_word, identity)
+            if trainer.step >= steps:
+                break
+            clock = time.perf_counter()
+            with uninterrupted():
+                loss, tokens = trainer.train_step()
+                speed = tokens / tokens_per_word / (time.perf_counter() - clock)
+                run.log(
+                    stage="meta",
+                    rule=name,
+                    step=trainer.step,
+                    train_loss=loss,
+                    words_per_second=speed,
+                    flushed=trainer.flushed or None,
                 )
-                bar.update()
-        except KeyboardInterrupt:
-            trainer.save(run, identity)
-            raise
+            tick()
+            bar.set_postfix_str(
+                f"loss {loss:.3f}, gain {trainer.best[0]:.3f} nats/token, "
+                f"{speed:,.0f} words/s"
+                + (f", {trainer.flushed} lanes reset by the guard" if trainer.flushed else "")
+            )
+            bar.update()
     buffers.clear()
     gain, best = trainer.best
     return best, gain

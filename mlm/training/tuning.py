@@ -6,13 +6,15 @@ Letters: A articles, S settings.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from mlm.base.errors import UserError
+from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_articles, score_protocol
 from mlm.rules.hand_made import RMS, Adam, HandMade, Momentum
@@ -51,6 +53,40 @@ class Trial:
 
     setting: dict[str, float]
     nll: float
+
+
+class Tried:
+    """The trials of a search so far: `mlm.base.progress.Work`, whose steps are readings of text.
+
+    A search that goes on takes the way that it took before, on which kept trials answer at once.
+    """
+
+    def __init__(self) -> None:
+        self.trials: list[Trial] = []
+        self._kept: list[Trial] = []
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The trials; no tensor."""
+        found = max(self.trials, self._kept, key=len)
+        return {}, {"trials": [[trial.setting, trial.nll] for trial in found]}
+
+    def load(self, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
+        self._kept = [Trial(setting, nll) for setting, nll in about["trials"]]
+
+    def spend(
+        self,
+        settings: list[dict[str, float]],
+        evaluate: Callable[[list[dict[str, float]]], Sequence[float]],
+    ) -> list[Trial]:
+        """The trials of settings that one reading serves."""
+        at = len(self.trials)
+        found = self._kept[at : at + len(settings)]
+        if [trial.setting for trial in found] != settings:
+            nlls = evaluate(settings)
+            found = [Trial(own, nll) for own, nll in zip(settings, nlls, strict=True)]
+        self.trials += found
+        return found
 
 
 def losses_of(
@@ -156,6 +192,7 @@ def tune(
     protocol: str,
     budget: int,
     note: Callable[[Trial], None] = lambda trial: None,
+    progress: Progress = NOTHING_KEPT,
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on a rule's settings; best trial first.
 
@@ -163,33 +200,36 @@ def tune(
     the rule has; then other decays, momentums and second moments, one after the other at the best
     setting so far; then step sizes next to the best, further outwards when it lies at the edge.
     """
-    search = _Search(rule, base)
-    trials: list[Trial] = []
+    search, tried = _Search(rule, base), Tried()
     points: list[dict[str, float]] = []
 
+    def evaluate(settings: list[dict[str, float]]) -> list[float]:
+        return losses_of(base, rule, settings, text, protocol)
+
     def spend(wanted: list[dict[str, float]]) -> None:
-        wanted = wanted[: budget - len(trials)]
-        if not wanted:
-            return
+        wanted = wanted[: budget - len(points)]
+        points.extend(wanted)
         settings = [search.setting(point) for point in wanted]
-        found = losses_of(base, rule, settings, text, protocol)
-        for point, setting, nll in zip(wanted, settings, found, strict=True):
-            points.append(point)
-            trials.append(Trial(setting, nll))
-            note(trials[-1])
+        # In protocol `stream` settings are lanes of one reading.
+        at_once = 1 if protocol == "article" else max(1, len(settings))
+        for k in range(0, len(settings), at_once):
+            for trial in tried.spend(settings[k : k + at_once], evaluate):
+                note(trial)
+            tick()
 
     def best() -> dict[str, float]:
-        return min(zip(points, trials, strict=True), key=lambda pair: pair[1].nll)[0]
+        return min(zip(points, tried.trials, strict=True), key=lambda pair: pair[1].nll)[0]
 
-    coarse, shares = _shares(budget, len(search.others))
-    spend([{"rate": rate, **search.usual} for rate in search.rates(coarse)])
-    for (name, values), share in zip(search.others.items(), shares, strict=True):
-        spend([{**best(), name: value} for value in values[:share]])
-    gap = (RATES[1] / RATES[0]) ** (1 / (coarse - 1)) if coarse > 1 else 3.0
-    while len(trials) < budget:
-        top, tried = best(), [point["rate"] for point in points]
-        spend([{**top, "rate": rate} for rate in _neighbours(top["rate"], tried, gap)])
-    trials.sort(key=lambda trial: trial.nll)
+    with progress.of("trials", tried) as tick:
+        coarse, shares = _shares(budget, len(search.others))
+        spend([{"rate": rate, **search.usual} for rate in search.rates(coarse)])
+        for (name, values), share in zip(search.others.items(), shares, strict=True):
+            spend([{**best(), name: value} for value in values[:share]])
+        gap = (RATES[1] / RATES[0]) ** (1 / (coarse - 1)) if coarse > 1 else 3.0
+        while len(points) < budget:
+            top, rates = best(), [point["rate"] for point in points]
+            spend([{**top, "rate": rate} for rate in _neighbours(top["rate"], rates, gap)])
+    trials = sorted(tried.trials, key=lambda trial: trial.nll)
     if not np.isfinite(trials[0].nll):
         raise UserError(
             f"rule {rule.name}, protocol {protocol}: every setting tried diverged. Check the "

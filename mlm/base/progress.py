@@ -1,0 +1,91 @@
+"""Long work that may be stopped after any step: what it keeps to go on from, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mlm.base.errors import uninterrupted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+Tick = Callable[[], None]
+"""Called between two steps: the place where work may be saved."""
+
+
+class Work(Protocol):
+    """Work of many steps that can go on from a file, bit for bit."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the next step depends on: tensors by name, and values that JSON holds."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Go on from `state`; nothing has been done yet."""
+        ...
+
+
+@contextlib.contextmanager
+def saved_by_the_clock(save: Callable[[], None], minutes: float) -> Iterator[Tick]:
+    """Call `save` on an interruption of the block, and between steps after so many minutes.
+
+    Steps are taken in `uninterrupted` blocks, so that the state that is saved is that of whole
+    ones.
+    """
+    last = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last
+        if time.monotonic() - last >= 60 * minutes:
+            with uninterrupted():
+                save()
+            last = time.monotonic()
+
+    try:
+        yield tick
+    except KeyboardInterrupt:
+        with uninterrupted():
+            save()
+        raise
+
+
+class Progress:
+    """Where parts of a stage keep how far they have come. This one keeps nothing."""
+
+    @contextlib.contextmanager
+    def of(self, name: str, work: Work) -> Iterator[Tick]:
+        """Go on with `work` where it was left; keep it by the clock, when interrupted, and when it
+        is done, so that it need not be done again as long as the stage is not.
+
+        Args:
+            name: of the part, such as `fisher`.
+        """
+        yield lambda: None
+
+
+NOTHING_KEPT = Progress()
+"""For work that is quick, or done by hand."""
+
+
+def adam_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
+    """Adam's state as plain tensors; `names` are those of its parameters, in order."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"adam/{key}/{name}": value
+        for k, name in enumerate(names)
+        for key, value in state.get(k, {}).items()
+    }
+
+
+def load_adam(optimizer: Optimizer, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Give an optimizer the state that `adam_tensors` found, in place."""
+    state = {}
+    for k, name in enumerate(names):
+        keys = [n.split("/")[1] for n in tensors if n.startswith("adam/")]
+        kept = {key: f"adam/{key}/{name}" for key in keys}
+        state[k] = {key: tensors[n] for key, n in kept.items() if n in tensors}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

@@ -1,0 +1,80 @@
+"""Signals end a command between steps, with its own exit code and one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+
+from mlm.base.errors import Terminated, going_on, run_cli, uninterrupted
+
+
+def _send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted;"), (signal.SIGTERM, 143, "interrupted by SIGTERM;")],
+)
+def test_a_signal_waits_for_the_step_and_ends_the_command(
+    number: int, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = []
+
+    def main() -> None:
+        with going_on(lambda: "again, please"):
+            for _ in range(3):
+                with uninterrupted():
+                    with uninterrupted():
+                        _send(number)
+                    steps.append("whole")
+            steps.append("never")
+
+    with pytest.raises(SystemExit) as stop:
+        run_cli(main)
+    assert stop.value.code == code
+    assert steps == ["whole"]
+    line = f"{said} everything saved so far is kept. To go on: again, please\n"
+    assert capsys.readouterr().err == line
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_is_an_interruption() -> None:
+    with pytest.raises(SystemExit, match="143"):
+        run_cli(lambda: _send(signal.SIGTERM))
+    assert issubclass(Terminated, KeyboardInterrupt)
+
+
+def test_an_error_within_a_step_is_what_is_seen_of_it() -> None:
+    def step() -> None:
+        with uninterrupted():
+            _send(signal.SIGINT)
+            raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        step()
+    with uninterrupted():
+        pass  # the signal is not held over to the next step
+
+
+def test_other_threads_and_other_handlers_are_left_alone() -> None:
+    seen = []
+
+    def block() -> None:
+        with uninterrupted():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=block)
+    thread.start()
+    thread.join()
+    usual = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        mine = signal.getsignal(signal.SIGINT)
+        block()
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    assert seen == [usual, mine]

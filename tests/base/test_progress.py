@@ -1,0 +1,32 @@
+"""Work is saved by the clock and when interrupted, and finished work is kept, too."""
+
+from __future__ import annotations
+
+import pytest
+
+from mlm.base import progress
+from mlm.base.progress import saved_by_the_clock
+
+
+def test_work_is_saved_by_the_clock_and_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saved = [0.0], list[float]()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+
+    def work() -> None:
+        with saved_by_the_clock(lambda: saved.append(now[0]), 2.0) as tick:
+            for second in range(0, 400, 50):
+                now[0] = float(second)
+                tick()
+            now[0] = 399.0
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert saved == [150.0, 300.0, 399.0]
+
+
+def test_an_error_saves_nothing() -> None:
+    saved = []
+    with pytest.raises(ValueError, match="mine"), saved_by_the_clock(lambda: saved.append(1), 1e9):
+        raise ValueError("mine")
+    assert saved == []
