@@ -173,7 +173,7 @@ class Run:
 
     def ready(self, base: AdaptationBase) -> AdaptationBase:
         """A long-term memory as this run reads with it: guarded, and in its fastest form."""
-        base = self.folded(guarded(base, self.config.adapt, self.vocabulary.size))
+        base = self.folded(base.guarded(self.config.adapt.guard, self.vocabulary.size))
         extensions = self.config.extensions.active(base.weights)
         return dataclasses.replace(base, extensions=extensions).derived()
 
@@ -181,12 +181,6 @@ class Run:
         """A base in its fastest form."""
         # What else is learned, or was, is stored in terms of the plain form.
         return fold_low_rank(base) if set(self.config.meta.learn) <= {"rule"} else base
-
-
-def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:
-    """The memory with the loss above which a lane starts afresh (--adapt.guard)."""
-    limit = adapt.guard * math.log(vocabulary_size) if adapt.guard else math.inf
-    return dataclasses.replace(base, limit=limit)
 
 
 def open_run(config: Config, quiet: bool = False) -> Run:

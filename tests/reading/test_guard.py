@@ -19,6 +19,7 @@ from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
 from mlm.reading.meta_gradient import GradientMode, MetaGradient, meta_gradient
 from mlm.reading.scoring import score_articles
+from mlm.reading.static import StaticReader
 from mlm.reading.step import Reader, Step, begin, read, score_segment, step
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS, SGD
@@ -384,14 +385,15 @@ def test_a_lane_that_explodes_last_is_reset_in_the_next_unroll() -> None:
 
 
 def test_a_lane_is_above_the_limit_by_the_mean_of_its_own_tokens() -> None:
-    """Nats per token, also where an article's last segment holds a single one."""
+    """Nats per token more than theta_0, also where an article's last segment holds a single one."""
     base = tiny_base(DYNAMIC)
     bound, _ = _rule("sgd", base)
     pieces = segments(base, (6, 6, 6), 3, 2)
     assert pieces[1].mask.sum(1).tolist() == [1, 1, 1]
     first = step(base, bound, begin(base, 3), pieces[0]).after
     losses = step(base, bound, first, pieces[1]).scored.nll.sum(1)
-    low, middle, high = losses.sort().values.tolist()
+    fresh = StaticReader(base, 3).read(pieces[1]).nll * pieces[1].mask
+    low, middle, high = (losses - fresh.sum(1)).sort().values.tolist()
     for limit, number in ((low - 1e-9, 3), (middle - 1e-9, 2), (high - 1e-9, 1), (high, 0)):
         guarded = dataclasses.replace(base, limit=limit)
         assert int(step(guarded, bound, first, pieces[1]).flushed.sum()) == number
@@ -422,7 +424,7 @@ def test_without_a_limit_no_finite_loss_resets_a_lane(kind: str, engine) -> None
 @pytest.mark.parametrize("kind", KINDS)
 def test_theta_0_itself_is_never_above_the_limit(kind: str) -> None:
     """With a limit that every loss passes, a lane is reset after every second segment."""
-    base = dataclasses.replace(tiny_base(DYNAMIC), limit=0.0)
+    base = dataclasses.replace(tiny_base(DYNAMIC), limit=-math.inf)
     bound, _ = _rule(kind, base)
     pieces = segments(base, (200, 200, 200), 3, 6)
     found = _flushed(base, bound, begin(base, 3, bound), pieces)
