@@ -23,11 +23,12 @@ from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.base.errors import run_cli
+from mlm.kernels.switches import use_threads
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Making
 from mlm.rules.hand_made import RMS
 from mlm.runs.base import new_base
-from mlm.runs.run import open_run, use_threads
+from mlm.runs.run import open_run
 from mlm.store.models import load_lm
 from mlm.training.fisher import smooth_fisher
 from mlm.training.judge import static_of

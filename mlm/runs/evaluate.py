@@ -108,18 +108,19 @@ class RuleScores(NamedTuple):
     seconds: float
     setting: dict[str, Any]
     """What the tables show of it."""
+    resets: int
+    """How often the guard reset a lane."""
 
 
-def _resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> dict[str, int]:
-    """Report what the guard did: to the person at the terminal, and for the table."""
+def _tell_resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> None:
+    """Report what the guard did to the person at the terminal."""
     if not scores.flushes:
-        return {}
+        return
     article, token = min(scores.flushes)
     say(
         f"{rule_label(name)}, protocol {protocol}: the guard reset the weights "
         f"{len(scores.flushes)} times, first at token {token} of {titles[article]!r}"
     )
-    return {"guard resets": len(scores.flushes)}
 
 
 def _passes(rules: Sequence[str]) -> list[list[str]]:
@@ -147,14 +148,15 @@ def _score_pass(
         title,
         ready[-1].cache,
     )
-    resets = _resets(scores, names[0], protocol, titles)
+    _tell_resets(scores, names[0], protocol, titles)
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
         parts = [
             word_losses(nll, tokens, starts) for nll, tokens in zip(mine.nll, articles, strict=True)
         ]
-        yield RuleScores(name, np.concatenate(parts), mine.seconds, {**one.setting, **resets})
+        losses_N, resets = np.concatenate(parts), len(scores.flushes)
+        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets)
 
 
 def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict[str, Any]]]:
@@ -173,13 +175,14 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
     check_learned(run)
     rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
     columns: dict[str, np.ndarray] = {}
-    speed, settings = {}, {}
+    speed, settings, resets = {}, {}, {}
     for protocol in evaluation.protocols:
         for names in _passes(rules):
             for found in _score_pass(run, text, protocol, names):
                 columns[column_name(found.name, protocol)] = found.losses_N
                 speed[found.name, protocol] = sum(text.words_A) / found.seconds
                 settings[found.name, protocol] = found.setting
+                resets[found.name, protocol] = found.resets
     table = text.table(columns)
     write_losses(folder / "losses.parquet", table)
     rows = evaluate_rows(
@@ -187,6 +190,7 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
         corpus=Path(corpus).name,
         words_per_second=speed,
         settings=settings,
+        resets=resets,
         bytes_A=[int(text.file.bytes[a]) for a in text.chosen],
         resamples=evaluation.resamples,
         seed=run.config.seed,

@@ -15,7 +15,7 @@ import torch
 
 from mlm.base.errors import UserError
 from mlm.kernels.processor import multiplies_bfloat16
-from mlm.kernels.switches import use
+from mlm.kernels.switches import use, use_threads
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
 from mlm.models.low_rank import check_rank
 from mlm.settings.config import Config
@@ -215,9 +215,3 @@ def threads_of(config: Config, first: bool) -> int:
     """CPU threads of stage 1 (`first`) or of the stages after it; 0 = PyTorch's choice."""
     few = max(config.model.embedding, config.model.hidden) < MANY_UNITS
     return config.threads or (1 if few and not first else 0)
-
-
-def use_threads(number: int) -> None:
-    """Let PyTorch use so many CPU threads; 0 changes nothing."""
-    if number:
-        torch.set_num_threads(number)
