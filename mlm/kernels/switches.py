@@ -1,8 +1,8 @@
 """How loops and products are computed: compiled kernels or not, bfloat16 or not, threads.
 
 A process has one setting (`use`). A block of code may have its own (`computing`), which no other
-thread sees and no other block changes: so two readers never change each other's numbers. A forked child
-(`os.fork`, `multiprocessing`'s "fork") computes on one thread.
+thread sees and no other block changes: so two readers never change each other's numbers. A
+forked child (`os.fork`, `multiprocessing`'s "fork") computes on one thread.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def grown(x):
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
-    """Write a kernel and, in another file, what it is made of; import both as a new process does."""
+    """Write a kernel and, in another file, what it is made of; import both as in a new process."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "kernel_of_a_test.py").write_text(KERNEL)
 

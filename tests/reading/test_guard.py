@@ -17,6 +17,7 @@ from mlm import kernels
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
+from mlm.models.recurrent import RecurrentLM, initial_weights
 from mlm.reading.meta_gradient import GradientMode, MetaGradient, meta_gradient
 from mlm.reading.scoring import score_articles
 from mlm.reading.static import StaticReader
@@ -24,6 +25,7 @@ from mlm.reading.step import Reader, Step, begin, read, score_segment, step
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS, SGD
 from mlm.rules.protocol import Bound, Parameters, UpdateRule, per_lane
+from mlm.settings.sections import AdaptConfig
 from mlm.text.streams import Segment
 
 MODES: tuple[GradientMode, ...] = ("reverse", "checkpoint", "forward")
@@ -445,3 +447,77 @@ def test_which_lanes_explode_does_not_depend_on_their_company(limit: float, engi
     free = dataclasses.replace(base, limit=math.inf)
     unguarded = score_articles(free, bound, texts, EOS, 1)
     assert (one.total == unguarded.total) == (limit == math.inf)
+
+
+# ---------------------------------------------------------------- text that is hard for theta_0
+
+GREEK = ["η", "θάλασσα", "και", "το", "μικρό", "καράβι", "του", "ψαρά", "που", "γύρισε", "με", "φως"]
+    "η",
+    "θάλασσα",
+    "και",
+    "το",
+    "μικρό",
+    "καράβι",
+    "του",
+    "ψαρά",
+    "που",
+    "γύρισε",
+    "στο",
+    "λιμάνι",
+    "με",
+    "φως",
+]
+GEORGIAN = ["ზღვა", "და", "პატარა", "ნავი", "მეთევზის", "რომელიც", "დაბრუნდა", "ნავსადგურში"]
+CHINESE = list("海上的小船和漁夫帶著燈光回到港口")
+SEEN = 128
+"""Bytes that training text held; it was English."""
+
+
+def _english_base() -> AdaptationBase:
+    """A model of bytes that never saw most of them, guarded as runs are."""
+    random = torch.Generator().manual_seed(0)
+    shape = RecurrentLM(257, 8, 8, 1)
+    weights = {n: w.double() for n, w in initial_weights(shape, random).items()}
+    weights["softmax.bias"][SEEN:256] -= 9.0
+    dynamic = ("softmax.bias", "lstm.0.recurrent")
+    rms = {n: torch.full_like(weights[n], 0.02) for n in dynamic}
+    rms["softmax.bias"][SEEN:256] = 0.004
+    base = AdaptationBase(shape, weights, dynamic, rms, 3.0, 20)
+    return base.guarded(AdaptConfig().guard, 257)
+
+
+def _unseen(words: list[str], number: int = 200) -> np.ndarray:
+    """A text of these words as bytes."""
+    drawn = np.random.default_rng(0).choice(words, number)
+    return np.frombuffer(" ".join(drawn).encode(), np.uint8).astype(np.int64)
+
+
+@pytest.mark.parametrize("words", [GREEK, GEORGIAN, CHINESE], ids=["Greek", "Georgian", "Chinese"])
+@pytest.mark.parametrize("kind", ["rms", "sgd", "gates"])
+def test_unseen_scripts_reset_nobody(kind: str, words: list[str]) -> None:
+    """theta_0 loses more than guessing does: a rule may too, and learns from it."""
+    base, text = _english_base(), _unseen(words)
+    bound = {
+        "rms": lambda: RMS().bind({"rate": _number(0.05), "decay": _number(0.002)}, base),
+        "sgd": lambda: SGD().bind({"rate": _number(20.0)}, base),
+        "gates": lambda: LinearGates().bind(LinearGates().start_at_rms(base, 0.05, 0.002), base),
+    }[kind]()
+    static = score_articles(base, None, [text], 256, 1)
+    found = score_articles(base, bound, [text], 256, 1)
+    assert static.nll[0][:20].mean() > 1.5 * math.log(257)
+    assert not found.flushes
+    assert found.total < 0.8 * static.total
+
+
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def test_a_rule_that_diverges_on_an_unseen_script_is_reset() -> None:
+    """What it loses stays in proportion to what theta_0 does."""
+    base, text = _english_base(), _unseen(GREEK)
+    bound = RMS().bind({"rate": _number(50.0), "decay": _number(0.0)}, base)
+    wild = score_articles(dataclasses.replace(base, limit=math.inf), bound, [text], 256, 1)
+    found = score_articles(base, bound, [text], 256, 1)
+    assert len(found.flushes) > 10
+    assert found.total < wild.total
