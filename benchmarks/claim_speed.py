@@ -24,11 +24,12 @@ from benchmarks.output import HOME
 from benchmarks.rules import scoring
 from benchmarks.timing import Work, best_threads, ratio, record, speed
 from mlm.base.errors import run_cli
+from mlm.kernels.switches import use_threads
 from mlm.models.base import AdaptationBase
 from mlm.models.recurrent import BaseModel
 from mlm.reading.static import static_loss
 from mlm.runs.rules import ready_rule
-from mlm.runs.run import Run, open_run, use_threads
+from mlm.runs.run import Run, open_run
 from mlm.store.run_folder import RunFolder
 from mlm.text.streams import LaneStream
 

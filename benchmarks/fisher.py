@@ -23,11 +23,12 @@ from benchmarks.output import HOME
 from benchmarks.rows import language_model
 from benchmarks.timing import record
 from mlm.base.errors import run_cli
+from mlm.kernels.switches import use_threads
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Making
 from mlm.rules.hand_made import RMS
 from mlm.runs.base import new_base
-from mlm.runs.run import guarded, open_run, use_threads
+from mlm.runs.run import open_run
 from mlm.store.models import load_lm
 from mlm.training.fisher import smooth_fisher
 from mlm.training.judge import static_of
@@ -83,7 +84,7 @@ def rows(options: Options) -> Iterator[dict[str, Any]]:
     for number in options.words:
         sample = dataclasses.replace(adapt, fisher_words=number)
         plain = new_base(weights, shape, sample, making)
-        plain = guarded(plain, adapt, shape.vocabulary)
+        plain = plain.guarded(adapt.guard, shape.vocabulary)
         static = static_of(plain, text, ("article",))["article"]
         for prior in options.priors:
             base = with_prior(plain, prior)

@@ -32,12 +32,13 @@ from mlm.extensions import (
     SurpriseWeighting,
 )
 from mlm.kernels.bfloat16 import bfloat16_products
+from mlm.kernels.switches import use_threads
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension
 from mlm.reading.scoring import score_protocol
 from mlm.rules.protocol import Bound
 from mlm.runs.rules import ready_rule
-from mlm.runs.run import Run, in_bfloat16, open_run, use_threads
+from mlm.runs.run import Run, in_bfloat16, open_run
 from mlm.store.run_folder import RunFolder
 
 LEFT_OUT: dict[str, type[Extension]] = {

@@ -228,7 +228,7 @@ class Bench:
                 if (r["kind"], r["rule"], r["protocol"]) == ("total", rule, protocol)
             )
             found.setdefault("resets", 0)
-            found["resets"] += total["settings"].get("guard resets", 0)
+            found["resets"] += total.get("resets", 0)
         return found
 
     def entry(self, name: str, path: Path, rule: str) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from tiny import tiny_config, write_corpus
 
 from mlm import kernels
 from mlm.base.errors import run_cli
+from mlm.kernels import buffers
 from mlm.kernels.switches import use
 from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
 
 if TYPE_CHECKING:
     from mlm.reader import TrainedModel
+
+buffers.DEBUG = True
 
 # One process on each core: with two threads in each they only wait for each other.
 torch.set_num_threads(1)

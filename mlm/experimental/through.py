@@ -154,7 +154,7 @@ class ThroughRMS(ThroughTrainer):
         self.dynamic = choose_dynamic(self.weights, config.adapt.dynamic)
         self.squares = {n: torch.zeros_like(self.weights[n]) for n in self.dynamic}
         """Running mean of squared gradients, biased towards zero until corrected."""
-        self.prior = config.adapt.fisher_prior
+        self.prior, self.guard = config.adapt.fisher_prior, config.adapt.guard
         self.seen = torch.zeros((), dtype=torch.float64)
         """Sum of that mean's weights."""
         self.reader = begin(self.base(), self.stream.lanes)
@@ -166,10 +166,8 @@ class ThroughRMS(ThroughTrainer):
         weights = {n: w.detach() for n, w in self.weights.items()}
         seen = max(float(self.seen), 1e-12)
         rms = {n: smooth_fisher(s / seen, self.prior).sqrt() for n, s in self.squares.items()}
-        limit = 2 * math.log(self.shape.vocabulary)
-        return AdaptationBase(
-            self.shape, weights, self.dynamic, rms, 0.0, self.settings.segment, limit
-        )
+        base = AdaptationBase(self.shape, weights, self.dynamic, rms, 0.0, self.settings.segment)
+        return base.guarded(self.guard, self.shape.vocabulary)
 
     def bound(self, base: AdaptationBase) -> Bound:
         """The rule at work; it rests until there is a Fisher."""
@@ -219,7 +217,7 @@ class ThroughLearned(ThroughTrainer):
     ) -> None:
         super().__init__(config, shape, text, device)
         held = learned.base.keeping(lambda e: not isinstance(e, Boundaries | SurpriseWeighting))
-        held = prepared(held, learned.bound())
+        held = prepared(held, learned.bound()).guarded(config.adapt.guard, shape.vocabulary)
         own = {n: w.clone() for n, w in held.weights.items()}
         extensions = held.extensions
         if self.embeddings is not None:

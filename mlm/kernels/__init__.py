@@ -12,7 +12,7 @@ from mlm.kernels.recurrent import (
     qrnn_forward,
 )
 from mlm.kernels.softmax import half_softmax_rows, softmax_rows, teach_rows
-from mlm.kernels.switches import Switches, computing, switches, use
+from mlm.kernels.switches import Switches, computing, switches, use, use_threads
 from mlm.kernels.update import TILE, pull_back, push_forward, relax, relax_both, tiles
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "tiles",
     "usable",
     "use",
+    "use_threads",
 ]

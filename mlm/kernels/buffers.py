@@ -5,10 +5,16 @@ segment. The C library returns such blocks to the system and the system clears t
 when they come back, which took up to half of the time to score a segment (2 layers of 650, 16
 lanes). Whoever is done with a tensor may `release` it; `acquire` then finds it. What is not
 released is freed as usual. On a GPU PyTorch's own allocator does this. Every thread has its own.
+
+Debug mode (the variable MLM_DEBUG_BUFFERS, and all tests): a tensor whose memory was released
+already is refused, and what is released is filled with NaN, so that who reads it nevertheless
+shows in every number.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 from collections.abc import Iterable
 
@@ -17,6 +23,9 @@ from torch import Tensor
 
 MIN_BYTES = 1 << 20
 """Bytes below which the C library is quick enough."""
+
+DEBUG = bool(os.environ.get("MLM_DEBUG_BUFFERS"))
+"""Whether releases are checked."""
 
 
 _Key = tuple[tuple[int, ...], torch.dtype]
@@ -45,15 +54,31 @@ def acquire(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = No
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Tensors that nobody else will read or write: memory for a later `acquire`."""
+    """Tensors that nobody else will read or write: memory for a later `acquire`.
+
+    Raises:
+        RuntimeError: in debug mode, one shares memory with what was released before.
+    """
     for tensor in tensors:
         large = tensor.numel() * tensor.itemsize >= MIN_BYTES
         if large and tensor.device.type == "cpu" and tensor.is_contiguous():
+            if DEBUG and tensor.numel():
+                _check(tensor)
             key = (tuple(tensor.shape[1:]), tensor.dtype)
             found = _pool.free.setdefault(key, [])
             if found and found[0].shape != tensor.shape:
                 found.clear()
             found.append(tensor.detach())
+
+
+def _check(tensor: Tensor) -> None:
+    """Refuse memory that waits in the pool; spoil what goes there."""
+    here = tensor.untyped_storage().data_ptr()
+    for other in itertools.chain.from_iterable(_pool.free.values()):
+        if other.untyped_storage().data_ptr() == here:
+            raise RuntimeError(f"a buffer of shape {tuple(tensor.shape)} is released twice")
+    if tensor.is_floating_point():
+        tensor.detach().fill_(float("nan"))
 
 
 def clear() -> None:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import inspect
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,9 +27,11 @@ from mlm.kernels.switches import computing, switches
 
 try:
     import numba
+    from numba.core.caching import FunctionCache
     from numba.extending import overload
 except ImportError:  # the eager path remains
     numba: Any = None
+    FunctionCache: Any = object
 
 
 _ALONE = 1 << 16
@@ -35,6 +40,7 @@ _ALONE = 1 << 16
 
 _FLAGS = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and products fused; NaN and infinity keep their meaning."""
+_SETTINGS = {"nogil": True, "fastmath": _FLAGS, "error_model": "numpy"}
 
 
 @contextlib.contextmanager
@@ -56,6 +62,10 @@ def usable(*tensors: Tensor) -> bool:
 @functools.lru_cache(1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="mlm")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # its threads stayed in the parent
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -86,11 +96,54 @@ def share_out(kernel: Callable[..., None], number: int, work: int, *arguments: A
 def jit(function: Any) -> Any:
     if numba is None:
         return function
-    settings = {"nogil": True, "fastmath": _FLAGS, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **settings)(function)
-    except RuntimeError:  # no folder to keep the compiled code in: compile in every process
-        return numba.njit(**settings)(function)
+    found = numba.njit(**_SETTINGS)(function)
+    with contextlib.suppress(RuntimeError):  # no folder to keep the compiled code in
+        found._cache = _Cache(function)
+    return found
+
+
+class _Cache(FunctionCache):
+    """Numba's cache of a function's compiled code, keyed by all that is compiled into it.
+
+    Numba itself looks at the function's own file.
+    """
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), compiled_in(self._py_func))
+
+
+def compiled_in(function: Any) -> str:
+    """Hash of what is compiled into a kernel: the functions it calls, the constants that these and
+    it take from their modules, and how it is compiled."""
+    found: dict[str, str] = {}
+    _add_code(function, found)
+    _add_code(_exp32, found)  # what `fast_exp` stands for
+    settings = {**_SETTINGS, "fastmath": sorted(_FLAGS)}
+    return hashlib.sha256(repr((settings, sorted(found.items()))).encode()).hexdigest()
+
+
+def _add_code(function: Any, found: dict[str, str]) -> None:
+    """Add a function, and what it names, to `found`: their full names and what they are."""
+    function = getattr(function, "py_func", function)
+    code, here = function.__code__, f"{function.__module__}.{function.__qualname__}"
+    if here in found:
+        return
+    found[here] = f"{code.co_code.hex()} {_plain(code.co_consts)}"
+    named = (function.__globals__.get(name) for name in code.co_names)
+    modules = [v for v in named if inspect.ismodule(v) and v not in (math, np)]
+    for name in code.co_names:
+        for space in (function.__globals__, *map(vars, modules)):
+            value = space.get(name)
+            if inspect.isfunction(getattr(value, "py_func", value)):
+                _add_code(value, found)
+            elif value is not None and _plain([value]):
+                found[f"{here}: {name}"] = _plain([value])
+
+
+def _plain(values: Iterable[Any]) -> str:
+    """The numbers, texts and tuples of these among `values`."""
+    kinds = (int, float, complex, str, bytes, tuple, np.generic)
+    return " ".join(repr(value) for value in values if isinstance(value, kinds))
 
 
 def fast_exp(x: float) -> float:

@@ -47,7 +47,7 @@ class AdaptationBase:
     loss: float
     segment: int
     limit: float = math.inf
-    """Mean loss of a segment, in nats per token, above which a lane is reset (the guard)."""
+    """Nats per token by which a lane may lose more than theta_0 over a segment (the guard)."""
     extensions: tuple[Extension, ...] = ()
     """What lanes read with besides, in the order in which it is asked."""
 
@@ -74,6 +74,11 @@ class AdaptationBase:
     def with_weights(self, weights: Weights) -> AdaptationBase:
         """The same base with some weights in place of, or beside, its own."""
         return dataclasses.replace(self, weights={**self.weights, **weights})
+
+    def guarded(self, guard: float, vocabulary_size: int) -> AdaptationBase:
+        """The same base with the guard of `--adapt.guard`; 0 = none."""
+        limit = guard * math.log(vocabulary_size) if guard else math.inf
+        return dataclasses.replace(self, limit=limit)
 
     def keeping(self, wanted: Callable[[Extension], bool]) -> AdaptationBase:
         """The same base with some of its extensions."""

@@ -18,7 +18,14 @@ from mlm.models.extension import Outcome, Told
 from mlm.models.language_model import State, Weights, own_weights
 from mlm.models.recurrence import plain_operations
 from mlm.reading.meta_gradient import MetaGradient
-from mlm.reading.step import Reader, Telling, carry_extras, find_restart, open_articles
+from mlm.reading.step import (
+    Reader,
+    Telling,
+    carry_extras,
+    exploded_lanes,
+    find_restart,
+    open_articles,
+)
 from mlm.rules.protocol import Parameters, Signal, UpdateRule
 from mlm.text.streams import Segment
 
@@ -97,7 +104,7 @@ def _unroll(
         own = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
         signal = Signal(own, reader.age)
         theta = rule.formula(phi, base, reader.weights, now.gradients, signal)
-        exploded = (own.detach() > base.limit) & (reader.age > 0)
+        exploded = exploded_lanes(base, segment, taught, own.detach(), reader.age)
         flushed += int(exploded.sum())
         outcome = Outcome(now.by_added, taught)
         extras = carry_extras(base, reader.extras, segment, now.told, outcome)

@@ -11,7 +11,7 @@ from torch import Tensor
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension, Outcome
 from mlm.models.language_model import LanguageModel, Read, Weights, own_weights
-from mlm.reading.step import Telling, begin_extras, carry_extras, open_extras
+from mlm.reading.step import begin_extras, carry_extras, open_extras, read_theta_0
 from mlm.text.streams import LaneStream, Segment, Text
 
 
@@ -20,8 +20,7 @@ class StaticReader:
 
     def __init__(self, base: AdaptationBase, lanes: int) -> None:
         self.base = base.of_model()
-        self.weights = base.static
-        some = next(iter(self.weights.values()))
+        some = next(iter(self.base.static.values()))
         self.state = base.model.initial_state(lanes, some.device, some.dtype)
         self.extras = begin_extras(self.base, lanes)
 
@@ -38,11 +37,7 @@ class StaticReader:
         """
         state = self.state.keep(~segment.new)
         extras = open_extras(self.base, self.extras, segment.new, segment.new)
-        telling = Telling(self.base, self.base.weights, extras, segment)
-        tell = telling if self.base.extensions else None
-        now = self.base.model.read(
-            self.weights, segment.inputs, segment.targets, state, tell=tell, full=full
-        )
+        now, telling = read_theta_0(self.base, state, extras, segment, full)
         self.state = now.state
         outcome = Outcome(None, segment.mask)
         self.extras = carry_extras(self.base, extras, segment, telling.told, outcome)

@@ -7,6 +7,7 @@ Letters: B lanes, M tokens per segment, E width of what the softmax sees.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase, lanes_of, reset_lanes
 from mlm.models.extension import LaneValue, Outcome, Restart, Told
-from mlm.models.language_model import OutputTerms, State, Weights, own_weights
+from mlm.models.language_model import OutputTerms, Read, State, Weights, own_weights
 from mlm.rules.protocol import Bound, Signal
 from mlm.text.streams import Segment
 
@@ -34,7 +35,7 @@ class Reader(NamedTuple):
     age: Tensor
     """(B,) updates since the lane's weights were last theta_0."""
     exploded: Tensor
-    """(B,) lanes whose loss passed `base.limit`: they start from theta_0 at the next segment."""
+    """(B,) lanes that the guard resets (`exploded_lanes`) before the next segment."""
     extras: Extras = {}  # noqa: RUF012 (never written)
 
     def select(self, lanes: Tensor) -> Reader:
@@ -275,7 +276,7 @@ def step(
     (`Restart`). `out` receives the new weights (for speed; it must not be the reader's own);
     `full` asks for the log-probabilities of all tokens (`Scored.log_p`).
 
-    The guard: lanes above `base.limit` nats per token are scored as they are and reset before the
+    The guard: lanes that explode (`exploded_lanes`) are scored as they are and reset before the
     next segment; lanes with non-finite weights, or without a finite loss (which shows before any
     target does), are reset to theta_0 at once and read the segment from there. No other lane
     notices.
@@ -303,11 +304,49 @@ def step(
         new = new | restart.lanes
     signal = Signal(scored.loss, reader.age)
     weights = rule.update(reader.weights, scored.gradients, signal, out)
-    exploded = (scored.loss > base.limit) & (reader.age > 0)
+    exploded = exploded_lanes(base, segment, taught, scored.loss, reader.age)
     outcome = Outcome(scored.by_added, taught)
     extras = carry_extras(base, reader.extras, segment, scored.told, outcome)
     after = Reader(weights, scored.state, reader.age + 1, exploded, extras)
     return Step(reader, new, taught, scored, signal, after, broken | exploded)
+
+
+def read_theta_0(
+    base: AdaptationBase, state: State, extras: Extras, segment: Segment, full: bool = False
+) -> tuple[Read, Telling]:
+    """A segment read under theta_0, which all lanes share; `base` is one `of_model`."""
+    telling = Telling(base, base.weights, extras, segment)
+    tell = telling if base.extensions else None
+    inputs, targets = segment.inputs, segment.targets
+    return base.model.read(base.static, inputs, targets, state, tell=tell, full=full), telling
+
+
+@torch.no_grad()
+def exploded_lanes(
+    base: AdaptationBase, segment: Segment, taught: Tensor, loss_B: Tensor, age_B: Tensor
+) -> Tensor:
+    """(B,) lanes that the guard resets behind a segment.
+
+    They have learned something, and lose `base.limit` nats per token more than theta_0 does on the
+    same tokens: text that is hard for the model itself resets nobody. theta_0 reads the segment
+    from an empty hidden state, as the lane would have, had it been reset before. So nothing is
+    carried along, and only lanes that lose more than the limit by themselves cost time.
+
+    Args:
+        taught: (B, M) the tokens that the loss is of.
+        loss_B: mean loss of every lane, nats per token.
+        age_B: updates since its weights were theta_0.
+    """
+    above = (loss_B > base.limit) & (age_B > 0)
+    if math.isinf(base.limit) or not bool(above.any()):
+        return above
+    home, some = base.of_model(), segment.select(above.cpu().numpy().nonzero()[0])
+    lanes = len(some.article)
+    state = base.model.initial_state(lanes, loss_B.device, loss_B.dtype)
+    nll = read_theta_0(home, state, begin_extras(home, lanes), some)[0].nll
+    counts = taught[above]
+    static = (nll * counts).sum(1) / counts.sum(1).clamp(min=1)
+    return above.masked_scatter(above, loss_B[above] - static > base.limit)
 
 
 @torch.no_grad()

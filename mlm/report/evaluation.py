@@ -165,10 +165,12 @@ def evaluate_rows(
     comparisons: Sequence[tuple[str, str]] = COMPARISONS,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    resets: Mapping[tuple[str, str], int] | None = None,
 ) -> list[Row]:
     """Return the rows of `evaluation.json` for every rule and protocol in `table`.
 
-    `words_per_second` and `settings` are keyed by (rule, protocol) and may lack entries. `bytes_A`
+    `words_per_second`, `settings` and `resets` (how often the guard reset a lane) are keyed by
+    (rule, protocol) and may lack entries. `bytes_A`
     holds the UTF-8 bytes of each article, in the table's order; by default they are counted from
     the words, as of the canonical text (`mlm.spelling.canonical_text`). `unknown_A` says how many
     words of each are outside the vocabulary (default: none); their losses hold their spellings'
@@ -196,7 +198,9 @@ def evaluate_rows(
                 "words_per_second": _finite(words_per_second.get(key)),
                 "settings": dict(settings.get(key, {})),
             }
-            rows += _rule_rows(table, rule, protocol, common, counts_A, resamples, seed)
+            own = _rule_rows(table, rule, protocol, common, counts_A, resamples, seed)
+            own[0]["resets"] = (resets or {}).get(key, 0)
+            rows += own
         for rule, against in comparisons:
             if rule in rules and against in rules:
                 rows.append(_comparison(table, protocol, rule, against, resamples, seed))

@@ -87,6 +87,11 @@ def _share(row: Row) -> str:
     return "" if row["rule"] == STATIC else _number(share, ".0%").replace("%", " %")
 
 
+def _any_reset(totals: Sequence[Row]) -> bool:
+    """Whether the guard reset a lane under any rule."""
+    return any(row.get("resets") for row in totals)
+
+
 def format_totals(rows: Sequence[Row]) -> str:
     """Return the totals as a table for the terminal, one block per split and protocol."""
     lines: list[str] = []
@@ -102,7 +107,7 @@ def format_totals(rows: Sequence[Row]) -> str:
             f"({_PROTOCOL_MEANING.get(protocol, '')}): {_size(first)}".lstrip(),
             *(f"  {line}" for line in textwrap.wrap(" ".join(_about_unknown(first)), 98)),
             f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>25}"
-            f"{'1 article':>11}{'words/s':>10}",
+            f"{'1 article':>11}{'words/s':>10}" + (f"{'resets':>9}" if _any_reset(totals) else ""),
         ]
         for row in totals:
             gain = (
@@ -114,6 +119,7 @@ def format_totals(rows: Sequence[Row]) -> str:
                 f"  {rule_label(row['rule']):<{width}}{_number(row['word_perplexity']):>11}"
                 f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}{_share(row):>11}"
                 f"{_number(row['words_per_second'], ',.0f'):>10}"
+                + (f"{row.get('resets', 0):>9,}" if _any_reset(totals) else "")
             )
         lines.append("")
     if any(_share(row) for row in _of(rows, "total")):
@@ -135,6 +141,8 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
         "",
         *_rules(rows),
     ]
+    if _any_reset(_of(rows, "total")):
+        lines += ["Resets: how often the guard started a lane that diverged from theta_0 anew.", ""]
     for split, protocol in _groups(rows):
         here = {"split": split, "protocol": protocol}
         totals = _of(rows, "total", **here)
@@ -198,6 +206,10 @@ def _totals_table(totals: Sequence[Row]) -> list[str]:
                 _number(row["words_per_second"], ",.0f"),
             ]
         )
+    if _any_reset(totals):  # lanes that diverged and started again from theta_0
+        header.append("resets")
+        for cells, row in zip(body, totals, strict=True):
+            cells.append(f"{row.get('resets', 0):,}")
     return _table(header, body)
 
 

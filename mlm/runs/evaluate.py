@@ -146,18 +146,19 @@ class RuleScores(NamedTuple):
     seconds: float
     setting: dict[str, Any]
     """What the tables show of it."""
+    resets: int
+    """How often the guard reset a lane."""
 
 
-def _resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> dict[str, int]:
-    """Report what the guard did: to the person at the terminal, and for the table."""
+def _tell_resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> None:
+    """Report what the guard did to the person at the terminal."""
     if not scores.flushes:
-        return {}
+        return
     article, token = min(scores.flushes)
     say(
         f"{rule_label(name)}, protocol {protocol}: the guard reset the weights "
         f"{len(scores.flushes)} times, first at token {token} of {titles[article]!r}"
     )
-    return {"guard resets": len(scores.flushes)}
 
 
 def _passes(rules: Sequence[str]) -> list[list[str]]:
@@ -185,12 +186,12 @@ def _score_pass(
         title,
         ready[-1].cache,
     )
-    resets = _resets(scores, names[0], protocol, titles)
+    _tell_resets(scores, names[0], protocol, titles)
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
-        losses_N, setting = text.word_losses(mine.nll), {**one.setting, **resets}
-        yield RuleScores(name, losses_N, mine.seconds, setting)
+        losses_N, resets = text.word_losses(mine.nll), len(scores.flushes)
+        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets)
 
 
 class _Finished:
@@ -204,13 +205,13 @@ class _Finished:
         tensors, rest = {}, []
         for (name, protocol), found in self.scores.items():
             tensors[column_name(name, protocol)] = torch.from_numpy(found.losses_N)
-            rest.append([name, protocol, found.seconds, found.setting])
+            rest.append([name, protocol, found.seconds, found.setting, found.resets])
         return tensors, {"scores": rest}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        for name, protocol, seconds, setting in about["scores"]:
+        for name, protocol, *rest in about["scores"]:
             losses_N = tensors[column_name(name, protocol)].numpy()
-            self.scores[name, protocol] = RuleScores(name, losses_N, seconds, setting)
+            self.scores[name, protocol] = RuleScores(name, losses_N, *rest)
 
 
 def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
@@ -309,6 +310,7 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
         corpus=readable(Path(corpus).name),
         words_per_second={key: sum(text.words_A) / s.seconds for key, s in scores.items()},
         settings={key: found.setting for key, found in scores.items()},
+        resets={key: found.resets for key, found in scores.items()},
         bytes_A=[int(text.file.bytes[a]) for a in text.chosen],
         unknown_A=text.unknown_A,
         resamples=evaluation.resamples,

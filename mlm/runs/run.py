@@ -15,7 +15,7 @@ import torch
 
 from mlm.base.errors import UserError
 from mlm.kernels.processor import multiplies_bfloat16
-from mlm.kernels.switches import use
+from mlm.kernels.switches import use, use_threads
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
 from mlm.models.low_rank import check_rank
 from mlm.settings.config import Config
@@ -200,7 +200,7 @@ class Run:
 
     def ready(self, base: AdaptationBase) -> AdaptationBase:
         """A long-term memory as this run reads with it: guarded, and in its fastest form."""
-        base = self.folded(guarded(base, self.config.adapt, self.vocabulary.size))
+        base = self.folded(base.guarded(self.config.adapt.guard, self.vocabulary.size))
         extensions = self.config.extensions.active(base.weights)
         return dataclasses.replace(base, extensions=extensions).derived()
 
@@ -214,12 +214,6 @@ def marks_of(data: Prepared) -> dict[str, str]:
     """Hashes of the content of the vocabulary and of the splits."""
     splits = {name: file.source_hash for name, file in data.splits.items()}
     return {"vocabulary": data.vocabulary.hash, **splits}
-
-
-def guarded(base: AdaptationBase, adapt: AdaptConfig, vocabulary_size: int) -> AdaptationBase:
-    """The memory with the loss above which a lane starts afresh (--adapt.guard)."""
-    limit = adapt.guard * math.log(vocabulary_size) if adapt.guard else math.inf
-    return dataclasses.replace(base, limit=limit)
 
 
 def open_run(config: Config, quiet: bool = False) -> Run:
@@ -254,9 +248,3 @@ def threads_of(config: Config, first: bool) -> int:
     """CPU threads of stage 1 (`first`) or of the stages after it; 0 = PyTorch's choice."""
     few = max(config.model.embedding, config.model.hidden) < MANY_UNITS
     return config.threads or (1 if few and not first else 0)
-
-
-def use_threads(number: int) -> None:
-    """Let PyTorch use so many CPU threads; 0 changes nothing."""
-    if number:
-        torch.set_num_threads(number)

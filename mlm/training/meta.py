@@ -101,7 +101,8 @@ class MetaTrainer:
                 pairs=settings.pes_pairs,
                 sigma=settings.pes_sigma,
                 seed=seed + 3,
-                scale={n: 10.0 for n in start if n == "flush_scale"},  # it is in thousandths
+                # in thousandths, of either memory
+                scale={n: 10.0 for n in start if n.split("/")[-1] == "flush_scale"},
                 ewc=settings.ewc,
             )
         self.step = 0

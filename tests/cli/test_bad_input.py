@@ -612,7 +612,11 @@ def test_gates_that_ruin_the_weights_are_reported(
     assert "2 levels, protocol article: the guard reset the weights" in done.err
     rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     total = next(r for r in rows if (r["kind"], r["rule"]) == ("total", "two_levels"))
-    assert total["settings"]["guard resets"] > 10
+    assert total["resets"] > 10
+    table = (folder / "evaluation.md").read_text(encoding="utf-8")
+    assert "| words/s | resets |" in table
+    assert f"| {total['resets']:,} |" in table
+    assert f"{total['resets']:>9,}\n" in done.out
 
 
 def test_nan_in_the_language_model(finished: Finished, command: Command, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from mlm.models.extension import Told
 from mlm.models.language_model import OutputTerms, WithinSegment, own_weights
 from mlm.models.output_layer import token_nll
 from mlm.reading.static import static_loss
+from mlm.settings.sections import AdaptConfig
 from mlm.store.models import load_base, load_lm
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
@@ -182,3 +184,7 @@ def test_a_run_must_be_named(finished: Finished, tmp_path: Path, command: Comman
     done = command("train", *flags)
     assert done.code != 0
     assert "Traceback" not in done.err
+
+
+def test_the_guard_is_this_runs_own() -> None:
+    assert through().base().limit == pytest.approx(AdaptConfig().guard * math.log(24))

@@ -394,7 +394,7 @@ def read_with_cache() -> Found:
 
 def read_guarded() -> Found:
     """Steps so large that lanes explode; where the guard reset them, too."""
-    base = dataclasses.replace(plain_memory(), limit=4.0)
+    base = dataclasses.replace(plain_memory(), limit=1.0)
     rule = HAND_MADE_RULES["rms"]
     found = {}
     for protocol in PROTOCOLS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -244,7 +245,7 @@ def test_what_is_read_under_theta_0_owes_nothing() -> None:
 
 def test_a_lane_that_the_guard_resets_forgets_what_it_felt() -> None:
     """A limit that every loss passes: weights are used for one segment, then reset."""
-    base = dataclasses.replace(_base(), limit=0.0)
+    base = dataclasses.replace(_base(), limit=-math.inf)
     unrolls = [segments(base, (400,) * LANES, LANES, 8)[k : k + 4] for k in (0, 4)]
     phi = _parameters(base, RULE)
     evolution = Balanced(base, RULE, phi, LANES, pairs=16, sigma=1e-4, seed=0)

@@ -29,14 +29,31 @@ def _world(rate: float, limit: float) -> tuple[AdaptationBase, Bound]:
     return base, SGD().bind({"rate": torch.tensor(rate).double()}, base)
 
 
-def _beyond(scores: Scores, base: AdaptationBase) -> list[tuple[int, int]]:
-    """Segments whose mean loss passes the limit while their lane has learned something."""
+def _under_theta_0(base: AdaptationBase) -> list[np.ndarray]:
+    """Losses of every token, each segment read from an empty hidden state."""
     found = []
+    for text in articles(LENGTHS):
+        before = np.concatenate([[EOS], text[:-1]]) if len(text) else text
+        nll = np.zeros(len(text))
+        for start in range(0, len(text), base.segment):
+            part = slice(start, start + base.segment)
+            inputs, targets = (torch.from_numpy(x[part])[None] for x in (before, text))
+            state = base.model.initial_state(1, dtype=torch.float64)
+            with torch.no_grad():
+                nll[part] = base.model.read(base.weights, inputs, targets, state).nll[0]
+        found.append(nll)
+    return found
+
+
+def _beyond(scores: Scores, base: AdaptationBase) -> list[tuple[int, int]]:
+    """Segments that cost so much more than under theta_0 while their lane has learned something."""
+    found, fresh = [], _under_theta_0(base)
     for article, nll in enumerate(scores.nll):
         age = 0
         for start in range(0, len(nll), base.segment):
             age += 1
-            if age > 1 and nll[start : start + base.segment].mean() > base.limit:
+            end = start + base.segment
+            if age > 1 and (nll[start:end] - fresh[article][start:end]).mean() > base.limit:
                 found.append((article, start))
                 age = 0
     return found

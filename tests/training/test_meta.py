@@ -21,12 +21,14 @@ from mlm.experimental.through import ThroughRMS
 from mlm.models.base import AdaptationBase
 from mlm.models.recurrent import RecurrentLM
 from mlm.reading.step import begin, step
+from mlm.rules.family import start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
+from mlm.rules.protocol import as_parameters
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced
-from mlm.settings.sections import LMTrainingConfig, MetaConfig, ModelConfig
+from mlm.settings.sections import AdaptConfig, LMTrainingConfig, MetaConfig, ModelConfig
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
 from mlm.text.streams import Text
@@ -330,3 +332,24 @@ def test_a_start_that_is_not_trained_yet_is_named(
     flags = as_flags(dataclasses.replace(finished.config, out=folder))
     done = command("train", *flags, "--stages", "meta", "--meta.start", "lstm")
     assert "--meta.start lstm: this rule is not trained in" in done.error
+
+
+def test_pes_moves_what_is_in_thousandths_ten_times_as_far() -> None:
+    """The scale of FLUSH, of the fast and of the slow memory."""
+    base = tiny_base(DYNAMIC, layers=1)
+    rule = LinearGates(slow=True)
+    start = start_at(rule, RMS(), as_parameters({"rate": 0.02, "decay": 0.05}, base), base)
+    settings = MetaConfig(lanes=1, gradient="pes", pes_pairs=1, pes_sigma=0.03)
+    evolution = MetaTrainer(base, rule, start, _text(), settings, 0).evolution
+    assert evolution is not None
+    sizes = evolution.sigma_P.split([p.numel() for p in start.values()])
+    found = {n: float(s[0]) for n, s in zip(start, sizes, strict=True)}
+    scaled = {"flush_scale", "slow/flush_scale"}
+    assert found == pytest.approx({n: 0.3 if n in scaled else 0.03 for n in start})
+
+
+@pytest.mark.parametrize("guard", [0.0, 2.0])
+def test_training_through_a_rule_follows_the_guard(guard: float) -> None:
+    config = Config(adapt=AdaptConfig(guard=guard), model=ModelConfig(8, 8))
+    trainer = ThroughRMS(config, RecurrentLM(12, 8, 8, 1), _text(), torch.device("cpu"))
+    assert trainer.base().limit == pytest.approx(guard * math.log(12) if guard else math.inf)
