@@ -39,9 +39,40 @@ MIXED = (
 )
 
 CPU_SCALARS = frozenset(
-    "add sub rsub mul div true_divide floor_divide remainder fmod pow atan2 logaddexp logaddexp2 "
-    "maximum minimum fmax fmin eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and "
-    "bitwise_or bitwise_xor hypot copysign xlogy".split()
+    [
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "true_divide",
+        "floor_divide",
+        "remainder",
+        "fmod",
+        "pow",
+        "atan2",
+        "logaddexp",
+        "logaddexp2",
+        "maximum",
+        "minimum",
+        "fmax",
+        "fmin",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "logical_and",
+        "logical_or",
+        "logical_xor",
+        "bitwise_and",
+        "bitwise_or",
+        "bitwise_xor",
+        "hypot",
+        "copysign",
+        "xlogy",
+    ]
 )
 """Binary operations; of theirs, one operand may be a CPU tensor without dimensions
 (`TensorIteratorConfig::allow_cpu_scalars`), unless it is what is written."""
@@ -203,18 +234,21 @@ class FakeGenerator(_Generator):
         return self
 
 
-LOWER = frozenset(
-    (torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.mv, torch.lstm, F.linear)
-    + (Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, Tensor.mm, Tensor.bmm, Tensor.addmm)
-    + (Tensor.baddbmm, torch.gru, torch.lstm_cell)
-)
+def _named(*places: Any, names: str) -> frozenset[Any]:
+    """Functions by their names, of every place that has them."""
+    found = (getattr(place, name, None) for place in places for name in names.split())
+    return frozenset(call for call in found if call is not None)
+
+
+LOWER = _named(
+    torch, Tensor, F,
+    names="matmul __matmul__ __rmatmul__ mm bmm mv addmm baddbmm linear lstm gru lstm_cell",
+)  # fmt: skip
 """In bfloat16 under autocast."""
-UPPER = frozenset(
-    (F.cross_entropy, F.nll_loss, F.log_softmax, F.softmax, torch.log_softmax, torch.softmax)
-    + (Tensor.log_softmax, Tensor.softmax, torch.logsumexp, Tensor.logsumexp, torch.exp, torch.log)
-    + (Tensor.exp, Tensor.log, torch.sum, Tensor.sum, torch.pow, Tensor.pow, torch.norm)
-    + (Tensor.norm, torch.cumsum, Tensor.cumsum, torch.prod, Tensor.prod)
-)
+UPPER = _named(
+    torch, Tensor, F,
+    names="cross_entropy nll_loss log_softmax softmax logsumexp exp log sum pow norm cumsum prod",
+)  # fmt: skip
 """In float32 under autocast."""
 _DATA = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 _ITEMS = (Tensor.__getitem__, Tensor.__setitem__)
