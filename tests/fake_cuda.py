@@ -38,42 +38,11 @@ MIXED = (
     "cpu! (in {})"
 )
 
-CPU_SCALARS = frozenset(
-    [
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "true_divide",
-        "floor_divide",
-        "remainder",
-        "fmod",
-        "pow",
-        "atan2",
-        "logaddexp",
-        "logaddexp2",
-        "maximum",
-        "minimum",
-        "fmax",
-        "fmin",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "logical_and",
-        "logical_or",
-        "logical_xor",
-        "bitwise_and",
-        "bitwise_or",
-        "bitwise_xor",
-        "hypot",
-        "copysign",
-        "xlogy",
-    ]
-)
+CPU_SCALARS = """
+    add sub rsub mul div true_divide floor_divide remainder fmod pow atan2 logaddexp logaddexp2
+    maximum minimum fmax fmin eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and
+    bitwise_or bitwise_xor hypot copysign xlogy
+""".split()  # noqa: SIM905
 """Binary operations; of theirs, one operand may be a CPU tensor without dimensions
 (`TensorIteratorConfig::allow_cpu_scalars`), unless it is what is written."""
 

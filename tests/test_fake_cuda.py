@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 import torch.nn.functional as F
 from fake_cuda import FakeCudaTensor, fake_cuda
 from torch import Tensor
+from worlds import segments, tiny_base
+
+from mlm import kernels
+from mlm.reading.static import StaticReader
+from mlm.runs.run import choose_device
 
 Operation = Callable[[Tensor, Tensor], object]
 """Of a CUDA tensor (3, 4) and a CPU tensor of the same numbers."""
@@ -128,3 +134,24 @@ def test_autocast_multiplies_in_bfloat16_and_adds_in_float32(both: tuple[Tensor,
         with torch.autocast("cuda", enabled=False):
             assert (there @ there.t()).dtype == torch.float32
     assert (there @ there.t()).dtype == torch.float32
+
+
+def test_a_model_on_cuda_is_read_in_full_precision_without_cudnns_advice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        base = tiny_base().to(choose_device("cuda"))
+        (segment,) = segments(base, (7, 5), 2, 1)
+        StaticReader(base, 2).read(segment.to(torch.device("cuda")))
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_kernels_refuse_a_tensor_on_cuda(both: tuple[Tensor, Tensor]) -> None:
+    there, here = both
+    assert kernels.usable(here) == (kernels.numba is not None)
+    assert not kernels.usable(there)
+    assert not kernels.usable(here, there)
+    with pytest.raises(TypeError, match="numpy"):
+        kernels.share_out(lambda *_: None, 1, 1, there)
