@@ -17,7 +17,7 @@ from mlm import kernels
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", gpu_losses.cases(), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", list(gpu_losses.cases()), ids=lambda case: case.name)
 def test_every_rule_and_extension_reads_on_cuda_as_on_the_cpu(case: gpu_losses.Case) -> None:
     with fake_cuda() as device, kernels.eager():
         row = gpu_losses.compare(case, device, gpu_losses.SMALL, [torch.float64])
