@@ -167,7 +167,7 @@ def run_parts(options: Options, parts: dict[str, Part]) -> dict[str, Any]:
             found["parts"][name] = {"skipped": f"{max(0.0, seconds):.0f} s are left for it"}
             continue
         try:
-            own = part.run(options, Clock(seconds))
+            own: dict[str, Any] = part.run(options, Clock(seconds))
         except Exception as error:
             own = {"error": _told(error)}
         own["seconds"] = time.perf_counter() - begin

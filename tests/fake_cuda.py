@@ -48,10 +48,10 @@ CPU_SCALARS = """
 
 
 class FakeCudaTensor(torch.Tensor):
-    """A tensor on the fake device; `inner` is the CPU tensor that holds its data."""
+    """A tensor on the fake device; `held` is the CPU tensor that holds its data."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> FakeCudaTensor:
@@ -63,7 +63,7 @@ class FakeCudaTensor(torch.Tensor):
             dtype=inner.dtype,
             device=META,
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     @classmethod
@@ -83,7 +83,7 @@ class FakeCudaTensor(torch.Tensor):
     @data.setter
     def data(self, value: FakeCudaTensor) -> None:
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
-        self.inner = value.inner
+        self.held = value.held
 
     def get_device(self) -> int:
         """Its number."""
@@ -91,10 +91,10 @@ class FakeCudaTensor(torch.Tensor):
 
     def data_ptr(self) -> int:
         """Of its data."""
-        return self.inner.data_ptr()
+        return self.held.data_ptr()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return f"{self.inner!r} on {CUDA}"
+        return f"{self.held!r} on {CUDA}"
 
 
 # -- operations ---------------------------------------------------------------------------------
@@ -109,8 +109,8 @@ def _compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     def lowered(x: Any) -> Any:
         if isinstance(x, FakeCudaTensor):
-            mine[id(x.inner)] = x
-            return x.inner
+            mine[id(x.held)] = x
+            return x.held
         if isinstance(x, Tensor):
             plain.append(x)
         return [lowered(y) for y in x] if isinstance(x, list | tuple) else x
@@ -127,7 +127,7 @@ def _compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if torch.Tag.inplace_view in func.tags:  # of the wrapper, too
         with no_dispatch():
             func(*args, **kwargs)
-    if func._schema.is_mutable and any(x.inner.shape != x.shape for x in mine.values()):
+    if func._schema.is_mutable and any(x.held.shape != x.shape for x in mine.values()):
         raise NotImplementedError(f"{func} resizes a tensor on the fake device")
     mine |= {id(x): x for x in plain}
 
@@ -308,7 +308,7 @@ def _check_generator(generator: Any, there: bool) -> None:
 
 def _warn_of_weights(args: tuple[Any, ...]) -> None:
     """cuDNN's warning of weights that do not lie side by side."""
-    places = {weight.inner.untyped_storage().data_ptr() for weight in args[2]}
+    places = {weight.held.untyped_storage().data_ptr() for weight in args[2]}
     if len(places) > 1:
         warnings.warn(
             "RNN module weights are not part of single contiguous chunk of memory. This means they "
