@@ -107,7 +107,17 @@ def test_tests_mirror_the_rooms() -> None:
     """Above the rooms' folders: what is about the repository, its pages and every room at once."""
     folders = {path.parent.relative_to(TESTS).as_posix() for path in TESTS.rglob("test_*.py")}
     assert folders <= {".", "benchmarks", "golden", *ROOMS}
-    about_all = {"docs", "examples", "gpu", "house", "links", "package", "readme", "results"}
+    about_all = {
+        "docs",
+        "examples",
+        "fake_cuda",
+        "gpu",
+        "house",
+        "links",
+        "package",
+        "readme",
+        "results",
+    }
     assert {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")} <= about_all
 
 

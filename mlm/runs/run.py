@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,15 +37,20 @@ def say(text: str) -> None:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """The device to compute on.
+    """The device to compute on; a CUDA device is told to compute as the CPU does.
 
     Raises:
         UserError: CUDA asked for and absent.
     """
     if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device. Use --device cpu")
+    if wanted == "cuda":
+        # Else cuDNN's LSTM, by default, rounds float32 factors to 10 bits of mantissa.
+        torch.backends.cudnn.allow_tf32 = False
+        # Weights are values here, not a module's: it has no memory of its own to lay them out in.
+        warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
     return torch.device(wanted)
 
 

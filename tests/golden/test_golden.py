@@ -11,9 +11,10 @@ import functools
 from typing import Any
 
 import pytest
+from fake_cuda import fake_cuda
 
 from .stored import allowed, differences, entries, kernels_from_cache, load, machine
-from .world import CASES, compute
+from .world import CASES, ENGINES, compute, computed_on
 
 
 @functools.cache
@@ -31,3 +32,14 @@ def test_no_number_moved(name: str) -> None:
     bits = _stored()["machine"] == machine() and kernels_from_cache()
     moved = differences(found, stored, bits, allowed(name))
     assert not moved, "\n".join([f"{name}, by {'bytes' if bits else 'numbers'}:", *moved])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_no_number_is_another_on_cuda(name: str) -> None:
+    compiled = f"/{ENGINES[0]}"
+    stored = {n: e for n, e in _stored()["cases"][name].items() if not n.endswith(compiled)}
+    with fake_cuda() as device, computed_on(device):
+        found = entries(compute(name))
+    moved = differences(found, stored, False, allowed(name))
+    assert not moved, "\n".join([f"{name}, on CUDA:", *moved])

@@ -106,6 +106,32 @@ def quietly(engine: str = "compiled") -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+# -- where --------------------------------------------------------------------------------------
+
+_place = {"device": torch.device("cpu")}
+
+
+def device() -> torch.device:
+    """Where everything is computed."""
+    return _place["device"]
+
+
+@contextlib.contextmanager
+def computed_on(where: torch.device) -> Iterator[None]:
+    """Everything on another device inside the block."""
+    before = dict(_place)
+    memories = (plain_memory, rich_memory, plain_some)
+    for memory in memories:
+        memory.cache_clear()
+    _place["device"] = where
+    try:
+        yield
+    finally:
+        _place.update(before)
+        for memory in memories:
+            memory.cache_clear()
+
+
 # -- made up ------------------------------------------------------------------------------------
 
 
@@ -158,7 +184,7 @@ def made_up_weights(shape: BaseModel) -> Weights:
 def long_term(shape: BaseModel, weights: Weights, dynamic: tuple[str, ...]) -> AdaptationBase:
     """A long-term memory with a made-up Fisher."""
     rms = {n: between(0.01, 0.21, *weights[n].shape, seed=k) for k, n in enumerate(dynamic, 50)}
-    return AdaptationBase(shape, weights, dynamic, rms, LOSS, SEGMENT)
+    return AdaptationBase(shape, weights, dynamic, rms, LOSS, SEGMENT).to(device())
 
 
 @functools.cache
@@ -247,7 +273,8 @@ def with_parts(base: AdaptationBase, *parts: str) -> AdaptationBase:
         weights |= Boundaries().weights(made_up_borders(RICH.embedding), EOS)
     wanted = {PARTS[part] for part in parts}
     extensions = tuple(e for e in EXTENSIONS if e.name in wanted)
-    return dataclasses.replace(base.with_weights(weights), extensions=extensions).derived()
+    whole = base.with_weights({n: w.to(device()) for n, w in weights.items()})
+    return dataclasses.replace(whole, extensions=extensions).derived()
 
 
 ALL = ("related", "borders", "at_once", "surprise", "phrases", "read_out", "ngrams")
@@ -265,7 +292,7 @@ def extended(*parts: str, rank: int = 99) -> AdaptationBase:
 def shaken(parameters: Parameters, seed: int = 11) -> Parameters:
     """Every number moved, so that no part of a rule is without effect."""
     return {
-        n: p + between(-0.15, 0.15, *p.shape, seed=seed + k)
+        n: p + between(-0.15, 0.15, *p.shape, seed=seed + k).to(p.device)
         for k, (n, p) in enumerate(parameters.items())
     }
 
@@ -327,7 +354,7 @@ def losses(scores: Scores) -> Tensor:
 def read_in_all_ways(base: AdaptationBase, bind: Callable[[], Bound | None]) -> Found:
     """The losses of every token in both protocols, by both engines."""
     found = {}
-    for engine in ENGINES:
+    for engine in ENGINES if device().type == "cpu" else ENGINES[-1:]:
         with quietly(engine):
             bound = bind()
             for protocol in PROTOCOLS:
@@ -411,7 +438,7 @@ def read_guarded() -> Found:
 
 def joined(tensors: Iterable[Tensor]) -> Tensor:
     """All numbers, one after the other, in float64."""
-    return torch.cat([t.detach().double().flatten() for t in tensors])
+    return torch.cat([t.detach().cpu().double().flatten() for t in tensors])
 
 
 def grouped(tensors: Mapping[str, Tensor], prefix: str = "") -> Found:
@@ -482,7 +509,7 @@ def unroll(number: int, seed: int = 3) -> list[Segment]:
         columns = list(zip(*(next(lane) for lane in lanes), strict=True))
         inputs, targets, mask, new = (torch.cat(column) for column in columns[:4])
         article, start = (np.concatenate(column) for column in columns[4:])
-        found.append(Segment(inputs, targets, mask, new, article, start))
+        found.append(Segment(inputs, targets, mask, new, article, start).to(device()))
     return found
 
 
@@ -605,23 +632,23 @@ def in_double(trainer: LMTrainer) -> LMTrainer:
 
 def _usual(shape: BaseModel, **changes: Any) -> LMTrainer:
     config = _lm_config(**changes)
-    return in_double(LMTrainer(config, shape, made_up_text(6, 8), torch.device("cpu")))
+    return in_double(LMTrainer(config, shape, made_up_text(6, 8), device()))
 
 
 def _through_rms() -> LMTrainer:
     config = _lm_config(through="rms", ar=0.0, tar=0.0)
-    return in_double(ThroughRMS(config, RICH, made_up_text(6, 8), torch.device("cpu")))
+    return in_double(ThroughRMS(config, RICH, made_up_text(6, 8), device()))
 
 
 def _through_learned(ngrams: int = 0) -> LMTrainer:
     """Through a rule with everything on that stage 1 goes through."""
     parts = ("related", "at_once", "surprise", "phrases")
-    base = extended(*parts).to("cpu", torch.float32)
+    base = extended(*parts).to(device(), torch.float32)
     rule, parameters = rule_of("four_levels", base)
     own = LoadedRule(rule, {n: p.float() for n, p in parameters.items()}, base)
     more = {"ngrams": ngrams, "init": Path("some")} if ngrams else {}
     config = _lm_config(through="learned", ar=0.0, tar=0.0, **more)
-    return in_double(ThroughLearned(config, RICH, made_up_text(6, 8), torch.device("cpu"), own))
+    return in_double(ThroughLearned(config, RICH, made_up_text(6, 8), device(), own))
 
 
 LANGUAGE: dict[str, Callable[[], LMTrainer]] = {
@@ -707,7 +734,7 @@ def module_memory() -> AdaptationBase:
     weights = model.weights()
     names = tuple(weights)
     rms = {n: between(0.01, 0.21, *weights[n].shape, seed=k) for k, n in enumerate(names, 50)}
-    return AdaptationBase(model, weights, names, rms, LOSS, SEGMENT)
+    return AdaptationBase(model, weights, names, rms, LOSS, SEGMENT).to(device())
 
 
 def read_own_module() -> Found:
