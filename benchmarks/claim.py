@@ -51,14 +51,14 @@ from mlm.extensions import (
 )
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
-from mlm.runs.evaluate import forget_scores, results_folder, stage_evaluate
 from mlm.runs.identity import identity
 from mlm.runs.rules import tuned_rule
 from mlm.runs.run import Run, open_run, say
-from mlm.runs.stages import run_stages
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.presets import settings
+from mlm.stages.evaluate import forget_scores, results_folder, stage_evaluate
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 from mlm.text.corpora import open_corpus
 

@@ -38,12 +38,12 @@ from mlm.reading.static import StaticReader
 from mlm.reading.step import Reader, begin, step
 from mlm.report.evaluation import bootstrap_interval, mean_gain, read_evaluation
 from mlm.rules.gates import LinearGates
-from mlm.runs.meta import meta_text
 from mlm.runs.rules import Ready, load_learned, ready_rule
 from mlm.runs.run import Run, open_run, say
-from mlm.runs.stages import run_stages
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
+from mlm.stages.meta import meta_text
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder, machine
 from mlm.text.streams import LaneStream
 from mlm.training.meta import MetaTrainer, weights_to_learn

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from mlm.models.module import ModuleModel
     from mlm.reader.model import TrainedModel, load
     from mlm.reading.scoring import score_articles
-    from mlm.runs.stages import run_stages
     from mlm.settings.config import Config
+    from mlm.stages.order import run_stages
     from mlm.store.run_folder import RunFolder
 
 # Before torch is imported: OpenMP threads that spin at barriers make small operations up to 80x
@@ -42,7 +42,7 @@ __getattr__, __dir__ = lazily(
         "models.module": "ModuleModel",
         "reader.model": "TrainedModel load",
         "reading.scoring": "score_articles",
-        "runs.stages": "run_stages",
+        "stages.order": "run_stages",
         "settings.config": "Config",
         "store.run_folder": "RunFolder",
     },

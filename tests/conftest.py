@@ -19,8 +19,8 @@ from mlm import kernels
 from mlm.base.errors import run_cli
 from mlm.kernels import buffers
 from mlm.kernels.switches import use
-from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
+from mlm.stages.order import run_stages
 
 if TYPE_CHECKING:
     from mlm.reader import TrainedModel

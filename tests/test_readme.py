@@ -236,7 +236,7 @@ def test_commands_of_other_pages_are_understood(
 ) -> None:
     """They take hours; their flags are parsed, by `train.py` and by every benchmark."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mlm.runs.stages.run_stages", lambda config: None)
+    monkeypatch.setattr("mlm.stages.order.run_stages", lambda config: None)
     variables: dict[str, list[str]] = {}
     for line in commands_in((ROOT / page).read_text(encoding="utf-8")):
         first, *rest = shlex.split(line)
@@ -279,7 +279,7 @@ def test_train_needs_no_arguments(
     """`python train.py` as it stands in README: the default settings reach the stages."""
     monkeypatch.chdir(tmp_path)
     seen = []
-    monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
+    monkeypatch.setattr("mlm.stages.order.run_stages", seen.append)
     outcome = command("train")
     assert outcome.code == 0, outcome.err
     assert seen == [Config()]

@@ -124,7 +124,7 @@ def main() -> None:
 
         audit_run(str(run), validate(config), corpus)
         return
-    from mlm.runs.evaluate import evaluate_run
+    from mlm.stages.evaluate import evaluate_run
 
     with going_on(lambda: "the same command again; rules that are scored are not read again"):
         evaluate_run(validate(config), corpus, options["draw"], results)

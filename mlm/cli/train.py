@@ -85,7 +85,7 @@ def main() -> None:
     default = _defaults(words)
     config = validate(replaced(default, parse(script, words, settings_of(default))))
     from mlm.runs.run import run_path
-    from mlm.runs.stages import run_stages
+    from mlm.stages.order import run_stages
 
     def again() -> str:
         path = run_path(config)

@@ -567,7 +567,7 @@ def test_nan_when_the_start_is_judged(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.runs.meta.validation_gain", 1, float("-inf"))
+    patch(monkeypatch, "mlm.stages.meta.validation_gain", 1, float("-inf"))
     error = command(*META, folder).error
     assert "stage 2, rule two_levels, step 0: the validation loss is not finite" in error
 
@@ -807,7 +807,7 @@ def test_ctrl_c_while_scoring(
     contents: Contents,
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.runs.evaluate.score_protocol", 2, KeyboardInterrupt())
+    patch(monkeypatch, "mlm.stages.evaluate.score_protocol", 2, KeyboardInterrupt())
     outcome = command("evaluate", folder, "--rules", "rms")
     assert outcome.code == 130
     assert outcome.err.strip().endswith("interrupted; everything saved so far is kept")

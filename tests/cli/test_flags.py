@@ -20,7 +20,7 @@ from mlm.store.run_folder import RunFolder
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """The settings with which stages would have begun."""
     found: list[Config] = []
-    monkeypatch.setattr("mlm.runs.stages.run_stages", found.append)
+    monkeypatch.setattr("mlm.stages.order.run_stages", found.append)
     return found
 
 
@@ -138,7 +138,7 @@ def test_the_same_thing_has_the_same_flag_in_every_script(
 ) -> None:
     """What scoring shares with training: one flag, and the same default as the run's."""
     found = []
-    monkeypatch.setattr("mlm.runs.evaluate.evaluate_run", lambda *args: found.append(args))
+    monkeypatch.setattr("mlm.stages.evaluate.evaluate_run", lambda *args: found.append(args))
     words = ("--split", "test", "--rules", "static", "--protocols", "stream", "--threads", 2)
     assert command("evaluate", finished.folder, *words, "--max-articles", 1).code == 0
     config, corpus, draw, results = found[0]

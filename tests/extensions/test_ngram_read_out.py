@@ -32,7 +32,7 @@ from mlm.rules.hand_made import RMS
 from mlm.runs.identity import identity
 from mlm.runs.rules import BESIDE, load_learned, parted
 from mlm.runs.run import open_run
-from mlm.runs.stages import run_stages
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
 from mlm.text.streams import LaneStream, Segment, Text

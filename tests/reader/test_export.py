@@ -23,9 +23,9 @@ from mlm.runs.base import made_from
 from mlm.runs.identity import base_identity
 from mlm.runs.rules import ready_rule, ready_rules
 from mlm.runs.run import Run, open_run
-from mlm.runs.stages import run_stages
 from mlm.settings.flags import replaced
 from mlm.settings.presets import RULE_SETTINGS
+from mlm.stages.order import run_stages
 from mlm.store import released
 from mlm.store.card import Card
 from mlm.store.run_folder import RunFolder

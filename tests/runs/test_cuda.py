@@ -12,8 +12,8 @@ from tiny import tiny_config, write_corpus
 
 from mlm.kernels import eager
 from mlm.reader import load
-from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
+from mlm.stages.order import run_stages
 
 RICH: dict[str, Any] = {
     "adapt__dynamic": "softmax.low,lstm.*.input.low,lstm.*.recurrent,bias",

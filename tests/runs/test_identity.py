@@ -245,7 +245,7 @@ def test_stage_1_goes_on_with_its_own_seed(
     assert command("train", "--out", folder, *words).code == 0
     seen: list[int] = []
     monkeypatch.setattr(
-        "mlm.runs.language_model.train_lm", lambda trainer, config, *_: seen.append(config.seed)
+        "mlm.stages.language_model.train_lm", lambda trainer, config, *_: seen.append(config.seed)
     )
     assert command("train", "--out", folder, "--stages", "lm", "--resume").code == 0
     assert seen == [0]

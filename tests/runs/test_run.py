@@ -23,12 +23,12 @@ from mlm.extensions.ngram_memory import LONGEST_CONTEXT, NGramMemory
 from mlm.kernels.processor import trains_bfloat16
 from mlm.runs.base import base_of_through_run
 from mlm.runs.run import Run
-from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.settings.sections import EvaluationConfig
 from mlm.spelling import canonical_text
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import ENTRIES, RunFolder
 from mlm.store.versions import FORMAT
 from mlm.text.corpora import count_words, open_corpus
@@ -209,7 +209,7 @@ def test_a_rule_named_is_given_to_the_language_model_that_is_there(
     """Settings of stage 1 are the run's own, those of later stages the rule's, unless given."""
     folder = finished.copy(tmp_path / "run")
     seen: list[Config] = []
-    monkeypatch.setattr("mlm.runs.stages.run_stages", seen.append)
+    monkeypatch.setattr("mlm.stages.order.run_stages", seen.append)
     words = ("--out", folder, "--stages", "meta", "evaluate", "--meta-steps", 3)
     assert command("train", *words, "--rule", "best").code == 0
     best, own = settings("tiny", "best"), RunFolder(folder).load_config()
@@ -494,7 +494,7 @@ def test_stage_2_resumes_bit_for_bit(
     for file in (folder / "checkpoints").glob("*levels*"):
         file.unlink()
     words = ("--out", folder, "--stages", "meta")
-    module = importable("mlm.runs.meta")
+    module = importable("mlm.stages.meta")
     interrupt.before(module, "validation_gain", 1)
     assert command("train", *words).code == 130
     interrupt.before(MetaTrainer, "train_step", 2)

@@ -13,12 +13,12 @@ from tiny import tiny_config
 from mlm.base.errors import UserError
 from mlm.cli.flags import Setting, settings_of
 from mlm.extensions.ngram_memory import LONGEST_CONTEXT
-from mlm.runs.checks import check_folder, check_plan, check_text
 from mlm.runs.run import Run
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced
 from mlm.settings.sections import TextConfig
+from mlm.stages.checks import check_folder, check_plan, check_text
 from mlm.store.run_folder import RunFolder
 from mlm.text.tokens import Prepared
 

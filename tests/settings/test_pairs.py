@@ -20,11 +20,11 @@ from mlm.kernels.switches import use
 from mlm.models.base import choose_dynamic
 from mlm.models.low_rank import folds
 from mlm.models.recurrent import BaseModel
-from mlm.runs.stages import run_stages
 from mlm.settings.checks import extension_problems, plan_of, validate
 from mlm.settings.config import Config
 from mlm.settings.flags import flag, replaced
 from mlm.settings.presets import RULE_SETTINGS, SIZES, settings
+from mlm.stages.order import run_stages
 from mlm.training.language_model import shape_of
 
 

@@ -12,12 +12,12 @@ from mlm.models.base import choose_dynamic, has_low_rank
 from mlm.models.low_rank import folds
 from mlm.rules.family import HAND_MADE_RULES, rule_from_description
 from mlm.runs.base import base_of_through_run
-from mlm.runs.language_model import rule_of_through_run
 from mlm.runs.rules import rule_to_train
 from mlm.runs.run import Run
 from mlm.settings.checks import extension_problems, plan_of
 from mlm.settings.config import Config
 from mlm.settings.flags import flag, leaves
+from mlm.stages.language_model import rule_of_through_run
 from mlm.store.lock import check_writable
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about

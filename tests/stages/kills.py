@@ -1,6 +1,6 @@
 """A run that is killed again and again at random moments, and what must come of it: equal bits.
 
-    PYTHONPATH=tests python -m tests.runs.kills --kills 200 --home runs/kills
+    PYTHONPATH=tests python -m tests.stages.kills --kills 200 --home runs/kills
 
 One process imports everything and then starts every attempt by `fork`, before it computes anything.
 """
@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from tiny import corpus_text, tiny_config
 
 from mlm.base.errors import run_cli
-from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 
 ENDS = ("lm", "memory", "four_levels", "evaluation")

@@ -11,11 +11,11 @@ import pytest
 from tiny import tiny_config, write_corpus
 
 from mlm.report.evaluation import read_evaluation
-from mlm.runs.evaluate import stage_evaluate
 from mlm.runs.run import open_run
-from mlm.runs.stages import run_stages
 from mlm.settings.config import Config
 from mlm.spelling import spelling_nats
+from mlm.stages.evaluate import stage_evaluate
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 
 NEW = (

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from mlm.kernels.switches import use_threads
-from mlm.runs.checks import check_folder, check_plan, check_text, remove_results
-from mlm.runs.evaluate import draw, forget_scores, show, stage_evaluate
-from mlm.runs.language_model import stage_lm
-from mlm.runs.meta import stage_meta
 from mlm.runs.rules import check_learned
 from mlm.runs.run import Run, marks_of, open_run, threads_of
 from mlm.settings.config import Config
+from mlm.stages.checks import check_folder, check_plan, check_text, remove_results
+from mlm.stages.evaluate import draw, forget_scores, show, stage_evaluate
+from mlm.stages.language_model import stage_lm
+from mlm.stages.meta import stage_meta
 from mlm.store.lock import only_writer
 from mlm.store.models import load_lm
 

@@ -18,8 +18,8 @@ from conftest import Command, Finished
 from safetensors.torch import load_file
 from tiny import as_flags, tiny_config, write_corpus
 
-from mlm.runs import evaluate
-from mlm.runs.stages import run_stages
+from mlm.stages import evaluate
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
 
@@ -47,7 +47,7 @@ def test_a_run_stopped_anywhere_goes_on_to_equal_bits(
         *signals.split(),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.runs.kills", *words],
+        [sys.executable, "-m", "tests.stages.kills", *words],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT / "tests")},
         capture_output=True,
