@@ -368,6 +368,8 @@ def fake_cuda() -> Iterator[torch.device]:
     calls = _Calls()
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.multiple(torch.cuda, **_queries()))
+        absent = mock.patch.object(torch.backends.cudnn, "is_acceptable", return_value=False)
+        stack.enter_context(absent)
         stack.enter_context(mock.patch.object(torch, "Generator", FakeGenerator))
         stack.enter_context(mock.patch.object(torch, "autocast", _autocast(calls)))
         stack.enter_context(_Operations())
