@@ -38,7 +38,7 @@ from torch import Tensor
 from mlm.extensions.ngram_memory import inverse_square_length
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Plan, Told
+from mlm.models.extension import Extension, Extent, Need, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.text.streams import Segment, Text
 
@@ -214,6 +214,11 @@ class NGramEmbeddings(Extension):
             f"--ngram-embeddings.contexts is {self.contexts}; they are learned by a language model "
             "that goes on from another one (--lm.init), as usual or with --lm.through learned",
         )
+
+    def making(self, text: Extent, corpus: Extent) -> Need:
+        """What is counted together, and the rows."""
+        counted = min(corpus.text, 2 * buffers.NUMBERS)
+        return Need(8 * 6 * counted + self.contexts * (4 * corpus.width + 3 * 8))
 
     def active(self, weights: Weights) -> bool:
         """Where the language model has learned some."""

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Plan, Told
+from mlm.models.extension import Extension, Extent, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.rules.gates import LinearGates
 from mlm.text.streams import Segment
@@ -175,6 +175,11 @@ class NGramMemory(Extension):
             f"--ngram-memory.steps names {len(self.steps)} steps; it must be {LONGEST_CONTEXT}, "
             "one for every number of tokens",
         )
+
+    def lane_bytes(self, extent: Extent) -> float:
+        """The book, and the one it grows into."""
+        columns = min(self.tokens, extent.longest) + 4 * extent.segment
+        return 2.5 * 4 * extent.lanes * columns * (2 * extent.width + LONGEST_CONTEXT + 2)
 
     def derived(self, base: AdaptationBase) -> Weights:
         """1 / w of the embedding as it is now, and eta, made once.

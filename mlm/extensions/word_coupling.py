@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Making, Plan, Told
+from mlm.models.extension import Extension, Extent, Making, Need, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, fold_weights
 from mlm.text.streams import Segment, Text
@@ -72,6 +72,14 @@ class WordCoupling(Extension):
     def problems(self, plan: Plan) -> Sequence[str]:
         """It needs an output layer in a basis of its own."""
         return output_layer_problem("--word-coupling.directions", plan)
+
+    def making(self, text: Extent, corpus: Extent) -> Need:
+        """x x^T with its eigenvectors, blocks of x, the text's counts, and Q."""
+        articles, vocabulary = min(ARTICLES, corpus.articles), corpus.vocabulary
+        block = min(buffers.NUMBERS, articles * vocabulary)
+        counted = corpus.text * min(1.0, articles / max(1, corpus.articles))
+        directions = vocabulary * min(self.directions, articles)
+        return Need(8 * (4 * articles**2 + 3 * block + 3 * counted + 2 * directions))
 
     def fold(self, base: AdaptationBase, making: Making) -> AdaptationBase:
         """With Q of the training articles; the static model is the same."""

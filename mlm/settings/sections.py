@@ -171,8 +171,8 @@ class MetaConfig:
     """Share of the lanes that are never reset at article boundaries."""
     unroll: int = 40
     """Updates per meta-gradient."""
-    gradient: Literal["reverse", "checkpoint", "forward", "second", "pes"] = "reverse"
-    """First order: the same meta-gradient from every update kept (reverse, fastest), from a
+    gradient: Literal["auto", "reverse", "checkpoint", "forward", "second", "pes"] = "auto"
+    """auto = the first of the next three that fits into memory. First order: the same meta-gradient from every update kept (reverse, fastest), from a
     snapshot now and then and the text between read twice (checkpoint), or along with the updates
     (forward: its memory does not grow with the unroll). second = exact, through the inner
     gradients too: slow. pes = persistent evolution strategies: no back-propagation, no bias by
