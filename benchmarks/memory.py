@@ -100,9 +100,9 @@ def probe(config: Any) -> dict[str, Any]:
     estimate, cuda = seconds(want.work, run.device, threads), run.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     run_stages(config, quiet=True)
-    took = time.perf_counter() - begin
+    took, busy = time.perf_counter() - begin, time.process_time() - busy
     peak = torch.cuda.max_memory_allocated() if cuda else resident_bytes("VmHWM")
     return {
         "part": want.largest.name,
@@ -112,6 +112,7 @@ def probe(config: Any) -> dict[str, Any]:
         "predicted / peak": want.bytes / peak,
         "predicted s": estimate,
         "seconds": took,
+        "processor seconds": busy,
     }
 
 

@@ -145,7 +145,8 @@ def most_frequent(articles: Sequence[np.ndarray], eos: int, number: int) -> Tens
     """Fingerprints (N,), rising, of the contexts that come most often, N <= number.
 
     Every article is read behind `eos`, as a lane reads it; no context reaches over its beginning.
-    A long text is gone through several times, each time for some of the contexts (`buffers.NUMBERS`).
+    A long text is gone through several times, each time for some of the contexts, about
+    `buffers.NUMBERS` of them.
     """
     tokens = sum(map(len, articles))
     parts = 1 << max(0, math.ceil(math.log2(max(1, tokens / buffers.NUMBERS))))

@@ -97,7 +97,8 @@ class WordCoupling(Extension):
 def coupling_of(text: Text, vocabulary: int, directions: int) -> Tensor:
     """Q (V, S), orthonormal columns; S is at most the number of articles.
 
-    x is made a block of the vocabulary at a time: no array is larger than `buffers.NUMBERS` or A x A numbers.
+    x is made a block of the vocabulary at a time: no array is larger than `buffers.NUMBERS`, or
+    A x A.
     """
     long = [a for a in text.articles if len(a) >= SHORTEST] or list(text.articles)
     counts = _Counts(long[:ARTICLES], vocabulary)
@@ -124,9 +125,7 @@ class _Counts:
         word_N = np.concatenate([words for words, _ in found]).astype(np.int64)
         count_N = np.concatenate([counts for _, counts in found])
         order = np.argsort(word_N, kind="stable")
-        self.article_N, self.word_N, self.count_N = (
-            x[order] for x in (article_N, word_N, count_N)
-        )
+        self.article_N, self.word_N, self.count_N = (x[order] for x in (article_N, word_N, count_N))
 
     def residuals(self) -> Iterator[tuple[np.ndarray, slice]]:
         """x (A, words of a block) in float64, and which words they are."""

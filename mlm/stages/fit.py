@@ -88,7 +88,9 @@ def sizes_of(run: Run, scored: Lengths | None = None) -> RunSizes:
         scored: the text to score; None = the run's own split, if that is a stage.
     """
     config, stages = run.config, set(run.config.stages)
-    shape = shape_of(config, run.vocabulary.size if "lm" not in stages else run.data.vocabulary.size)
+    shape = shape_of(
+        config, run.vocabulary.size if "lm" not in stages else run.data.vocabulary.size
+    )
     train = held_out = valid = tune = NOTHING
     shares: tuple[float, ...] = ()
     if stages & {"lm", "meta"}:
@@ -116,9 +118,7 @@ def sizes_of(run: Run, scored: Lengths | None = None) -> RunSizes:
     cpu = run.device.type == "cpu"
     half = "lm" in stages and resolve_precision(config.lm.precision, run.device) == torch.bfloat16
     fused = cpu and kernels.usable(torch.zeros(1))
-    return RunSizes(
-        config, shape, fused, half, train, held_out, valid, tune, scored, shares
-    )
+    return RunSizes(config, shape, fused, half, train, held_out, valid, tune, scored, shares)
 
 
 # -- one stage ------------------------------------------------------------------------------------
@@ -152,8 +152,10 @@ def predicted(sizes: RunSizes, device: torch.device, resident: float) -> list[St
 def seconds(work: Work, device: torch.device, threads: int) -> float:
     """About how long some work takes here."""
     speed = pace(device, threads)
-    return work.products / speed.products + work.moved / speed.moved + (
-        SEGMENT_SECONDS * work.segments
+    return (
+        work.products / speed.products
+        + work.moved / speed.moved
+        + (SEGMENT_SECONDS * work.segments)
     )
 
 
@@ -211,8 +213,9 @@ def choices(sizes: RunSizes) -> Iterable[dict[str, Any]]:
     free, mine = left_open(config), leaves(config)
     if config.resume:
         free = [path for path in free if path == MODE]
-    modes: Sequence[str] = _modes(sizes) if "meta" in config.stages else ("reverse",)
-    modes = modes if MODE in free else [config.meta.gradient]
+    if "meta" not in config.stages:
+        free = [path for path in free if path == "evaluation.lanes"]
+    modes: Sequence[str] = _modes(sizes) if MODE in free else [config.meta.gradient]
     many = [_fewer(mine[p]) if p in free else [mine[p]] for p in LANES]
     for scored in many[1]:
         for lanes in many[0]:
@@ -245,7 +248,7 @@ def fitted(run: Run, scored: Lengths | None = None) -> Run:
             break
     assert first is not None
     if chosen is None:
-        raise _refusal(stages, first, sizes.config, limit)
+        raise _refusal(stages, first, sizes, limit)
     for stage in stages(chosen):
         threads = torch.get_num_threads()
         took = shown_seconds(seconds(stage.work, run.device, threads))
@@ -255,40 +258,55 @@ def fitted(run: Run, scored: Lengths | None = None) -> Run:
             f"note: {flag(path)} {chosen[path]} instead of {first[path]}, which would need more "
             f"than the {shown_bytes(limit.bytes)} that may be used ({limit.said})"
         )
-    if "meta" not in run.config.stages:  # nothing was chosen that a later stage should keep
-        chosen = {path: value for path, value in chosen.items() if path == "evaluation.lanes"}
     return run.with_config(replaced(run.config, chosen))
+
+
+SMALLER = {
+    "lm": "a smaller --hidden, --embedding or --vocabulary-size",
+    "meta": "a smaller --dynamic or --rank",
+    "evaluate": "a smaller --max-articles or --dynamic",
+}
+"""What helps where no number of lanes does."""
 
 
 def _refusal(
     stages: Callable[[dict[str, Any]], list[Stage]],
     usual: dict[str, Any],
-    config: Config,
+    sizes: RunSizes,
     limit: Limit,
 ) -> UserError:
     """Why a run does not fit, and what would."""
     worst = next(s for s in stages(usual) if s.bytes > limit.bytes)
-    ways = []
-    path = worst.largest.lanes
-    mine = leaves(config)
 
     def fits(values: dict[str, Any]) -> bool:
         found = next(s for s in stages({**usual, **values}) if s.name == worst.name)
         return found.bytes <= limit.bytes
 
-    for mode in MODES if worst.name == "meta" and usual[MODE] in MODES else ():
-        if mode != usual[MODE] and fits({MODE: mode}):
-            ways.append(f"{flag(MODE)} {mode}")
-            break
-    if path is not None:
-        most = usual.get(path, mine[path])
-        able = next((n for n in range(most - 1, 0, -1) if fits({path: n})), None)
-        if able is not None:
-            ways.append(f"{flag(path)} {able}")
+    modes = _modes(sizes) if worst.name == "meta" and usual[MODE] in MODES else ()
+    able = [{MODE: mode} for mode in modes if fits({MODE: mode})][:1]
+    for paths in ([worst.largest.lanes], LANES) if worst.largest.lanes else ():
+        for more in [{}, *({MODE: mode} for mode in modes if mode != usual[MODE])]:
+            lanes = {path: {**leaves(sizes.config), **usual}[path] for path in paths if path}
+            if fewer := _most(lanes, lambda values, more=more: fits({**more, **values})):
+                able.append({**more, **fewer})
+    ways = [" ".join(f"{flag(path)} {value}" for path, value in way.items()) for way in able[:2]]
     gigabytes = math.ceil(worst.bytes / 1e8) / 10
-    usable = f"{shown_bytes(limit.bytes)} may be used ({limit.said})"
-    fit = " or ".join(ways) or "a smaller --size, --hidden, --vocabulary-size or --dynamic"
     return UserError(
-        f"{worst.largest.name} needs about {shown_bytes(worst.bytes)}, but {usable}. Use {fit}; "
-        f"if the machine has it, --memory-gb {gigabytes:g}"
+        f"{worst.largest.name} needs about {shown_bytes(worst.bytes)}, but "
+        f"{shown_bytes(limit.bytes)} may be used ({limit.said}). Use "
+        f"{' or '.join(ways) or SMALLER[worst.name]}; or, if the machine has it, --memory-gb "
+        f"{gigabytes:g}"
     )
+
+
+def _most(lanes: dict[str, int], fits: Callable[[dict[str, Any]], bool]) -> dict[str, int] | None:
+    """The largest numbers of lanes, none above these, that fit; None = not even one does."""
+
+    def at_most(number: int) -> dict[str, int]:
+        return {path: min(number, own) for path, own in lanes.items()}
+
+    low, high = 0, max(lanes.values())  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(at_most(middle)) else (low, middle)
+    return at_most(low) if low else None

@@ -110,7 +110,9 @@ class RunSizes:
     @cached_property
     def meta_weights(self) -> dict[str, torch.Tensor]:
         """All weights of the adaptation base without content."""
-        found = {n: torch.empty(size, device="meta") for n, (size, _) in self.shape.layout().items()}
+        found = {
+            n: torch.empty(size, device="meta") for n, (size, _) in self.shape.layout().items()
+        }
         for name in self.dynamic:
             if name.endswith(LOW):
                 matrix = name.removesuffix(LOW)
@@ -323,7 +325,7 @@ def stage_2(sizes: RunSizes) -> list[Part]:
 
 def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Part]:
     """Training of a rule, its judgements, and what extensions learn with it."""
-    config, meta, evaluation = sizes.config, sizes.config.meta, sizes.config.evaluation
+    meta, evaluation = sizes.config.meta, sizes.config.evaluation
     label = rule.name.replace("_", " ")
     reader = FLOAT * meta.lanes * sizes.kept(rule)
     judged = sizes.adapting_bytes(rule, evaluation.lanes, sizes.tune, sizes.tune.tokens // 4)
@@ -363,9 +365,7 @@ def meta_part(sizes: RunSizes, rule: LinearGates) -> Part:
     total = FLOAT * (sizes.base_numbers + meta.lanes * copies + sizes.factors(rule))
     if set(meta.learn) != {"rule"}:
         total += FLOAT * 6.0 * sizes.model_numbers
-    total += sizes.reading_bytes(meta.lanes) + sizes.lane_bytes(
-        meta.lanes, sizes.held_out, longest
-    )
+    total += sizes.reading_bytes(meta.lanes) + sizes.lane_bytes(meta.lanes, sizes.held_out, longest)
     tokens = float(held * meta.lanes)
     times = {"checkpoint": 1.8, "forward": 1.3, "pes": 2.0 * meta.pes_pairs, "second": 6.0}
     moved = {"reverse": 16.0, "checkpoint": 14.0, "forward": 40.0}.get(mode, 16.0)

@@ -1,7 +1,7 @@
 """A safetensors file, written tensor by tensor: nothing is copied but one tensor at a time.
 
-The format is that of https://github.com/huggingface/safetensors: the header's length in 8 bytes, the
-header in JSON, the tensors' bytes.
+The format is that of https://github.com/huggingface/safetensors: the header's length in 8 bytes,
+the header in JSON, the tensors' bytes.
 """
 
 from __future__ import annotations
