@@ -16,7 +16,14 @@ from mlm.runs.run import Run, say
 from mlm.settings.config import Config
 from mlm.settings.flags import flag, leaves, replaced
 from mlm.settings.presets import settings
-from mlm.stages.machine import SEGMENT_SECONDS, SHARE, free_bytes, pace, resident_bytes
+from mlm.stages.machine import (
+    EFFICIENCY,
+    SEGMENT_SECONDS,
+    SHARE,
+    free_bytes,
+    pace,
+    resident_bytes,
+)
 from mlm.stages.needs import MODES, STAGES, Lengths, Part, RunSizes, Work
 from mlm.text.corpora import open_corpus
 from mlm.text.streams import Text
@@ -152,11 +159,8 @@ def predicted(sizes: RunSizes, device: torch.device, resident: float) -> list[St
 def seconds(work: Work, device: torch.device, threads: int) -> float:
     """About how long some work takes here."""
     speed = pace(device, threads)
-    return (
-        work.products / speed.products
-        + work.moved / speed.moved
-        + (SEGMENT_SECONDS * work.segments)
-    )
+    products = work.products / (EFFICIENCY * speed.products)
+    return products + work.moved / speed.moved + SEGMENT_SECONDS * work.segments
 
 
 def shown_bytes(number: float) -> str:

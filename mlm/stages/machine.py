@@ -13,8 +13,10 @@ import torch
 
 SHARE = 0.75
 """Of what is free that a run may use unless it is told."""
-SEGMENT_SECONDS = 3e-3
+SEGMENT_SECONDS = 1e-3
 """Of a segment, whatever it computes."""
+EFFICIENCY = 0.65
+"""Share of the pace of large products that a model's own reach."""
 
 
 def free_bytes(device: torch.device, root: Path = Path("/")) -> float | None:

@@ -286,7 +286,7 @@ def stage_1(sizes: RunSizes) -> list[Part]:
     work = sizes.static_work(tokens, lanes, lm.segment, 3.0)
     if lm.through != "none":
         total += FLOAT * lanes * 5.0 * sizes.own + sizes.reading_bytes(lanes)
-        work = work.plus(sizes.adapting_work(tokens, lanes, 8.0))
+        work = work.plus(sizes.adapting_work(tokens, lanes, 6.0))
     work = work.plus(sizes.static_work(lm.validations * sizes.valid.tokens, lanes, lm.segment, 1.0))
     return [Part("stage 1", total, work, "lm.lanes" if config.lm.lanes > 1 else None)]
 
@@ -311,12 +311,12 @@ def stage_2(sizes: RunSizes) -> list[Part]:
         need = extension.making(*texts)
         if need != Need():
             reading = sizes.reading_bytes(lanes) if need.tokens else 0.0
-            work = sizes.adapting_work(need.tokens, lanes, 8.0)
+            work = sizes.adapting_work(need.tokens, lanes, 6.0)
             found.append(Part(_called(extension), base + need.bytes + reading, work))
     if config.meta.start in HAND_MADE and config.lm.through != "learned":
         rule = HAND_MADE_RULES[config.meta.start]
         tuned = sizes.adapting_bytes(rule, evaluation.lanes, sizes.tune, sizes.tune.longest)
-        work = sizes.adapting_work(evaluation.budget * sizes.tune.tokens, evaluation.lanes, 8.0)
+        work = sizes.adapting_work(evaluation.budget * sizes.tune.tokens, evaluation.lanes, 6.0)
         found.append(Part("stage 2 (tuning)", base + tuned, work, "evaluation.lanes"))
     for rule in sizes.learned:
         found += _of_rule(sizes, rule, base)
@@ -335,7 +335,7 @@ def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Part]:
         Part(
             f"stage 2 (judging {label})",
             base + reader + judged,
-            sizes.adapting_work(tokens, evaluation.lanes, 8.0),
+            sizes.adapting_work(tokens, evaluation.lanes, 6.0),
             "evaluation.lanes",
         ),
     ]
@@ -345,7 +345,7 @@ def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Part]:
         if need != Need():
             held = sizes.lane_bytes(meta.lanes, sizes.held_out, sizes.held_out.longest)
             total = base + reader + need.bytes + held + sizes.reading_bytes(meta.lanes)
-            work = sizes.adapting_work(need.tokens, meta.lanes, 8.0)
+            work = sizes.adapting_work(need.tokens, meta.lanes, 6.0)
             found.append(Part(_called(extension), total, work))
     return found
 
@@ -368,7 +368,7 @@ def meta_part(sizes: RunSizes, rule: LinearGates) -> Part:
     total += sizes.reading_bytes(meta.lanes) + sizes.lane_bytes(meta.lanes, sizes.held_out, longest)
     tokens = float(held * meta.lanes)
     times = {"checkpoint": 1.8, "forward": 1.3, "pes": 2.0 * meta.pes_pairs, "second": 6.0}
-    moved = {"reverse": 16.0, "checkpoint": 14.0, "forward": 40.0}.get(mode, 16.0)
+    moved = {"reverse": 10.0, "checkpoint": 9.0, "forward": 24.0}.get(mode, 10.0)
     work = sizes.adapting_work(times.get(mode, 1.0) * tokens, meta.lanes, moved)
     label = rule.name.replace("_", " ")
     name = f"stage 2 (meta-training {label}, {mode}, {meta.lanes} lanes)"
@@ -418,10 +418,10 @@ def scoring(sizes: RunSizes) -> list[Part]:
         total = max(total, words + need)
         tuned = chosen.budget * sizes.tune.tokens * (rule.name in HAND_MADE)
         if "article" in chosen.protocols:
-            work = work.plus(sizes.adapting_work(text.tokens + tuned, lanes, 8.0))
+            work = work.plus(sizes.adapting_work(text.tokens + tuned, lanes, 6.0))
         if "stream" in chosen.protocols:
-            work = work.plus(sizes.adapting_work(text.tokens, 1, 8.0))
-            work = work.plus(sizes.adapting_work(tuned, chosen.budget, 8.0))
+            work = work.plus(sizes.adapting_work(text.tokens, 1, 6.0))
+            work = work.plus(sizes.adapting_work(tuned, chosen.budget, 6.0))
     if caches:
         total += _cache_bytes(sizes)
     work = work.plus(sizes.static_work(text.tokens, chosen.lanes, config.adapt.update_every, 1.0))
