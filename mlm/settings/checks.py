@@ -50,7 +50,15 @@ POSITIVE = (
     "meta.pes_sigma",
     "meta.clip",
 )
-FINITE = ("lm.weight_decay", "lm.ar", "lm.tar", "lm.through_decay", "adapt.guard", "meta.ewc")
+FINITE = (
+    "memory_gb",
+    "lm.weight_decay",
+    "lm.ar",
+    "lm.tar",
+    "lm.through_decay",
+    "adapt.guard",
+    "meta.ewc",
+)
 SHARES = ("adapt.fisher_prior", "meta.stream_share")
 DROPOUT = (
     "lm.dropout_embedding",

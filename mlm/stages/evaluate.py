@@ -32,6 +32,7 @@ from mlm.runs.identity import identity
 from mlm.runs.rules import check_learned, current_identity
 from mlm.runs.run import Run, open_run, say
 from mlm.settings.config import Config
+from mlm.stages.fit import fitted, lengths_of_file
 from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split, source_hash
@@ -339,6 +340,8 @@ def evaluate_run(
 ) -> None:
     """What `evaluate.py` does: score, print, draw; `results` None = in the run folder."""
     run = dataclasses.replace(open_run(config), results=results)
+    text = _split_text(run, corpus or config.corpus)
+    run = fitted(run, lengths_of_file(text.file, config.evaluation.max_articles))
     folder, rows = stage_evaluate(run, corpus)
     show(folder, rows)
     if pictures:
