@@ -1,7 +1,8 @@
 """What every room may use: errors for users, atomic files, kept progress, schedule, names."""
 
-from mlm.base.errors import UserError, going_on, run_cli, uninterrupted
+from mlm.base.errors import UserError, going_on, note, run_cli, uninterrupted
 from mlm.base.files import atomic_path, naming, parse_json, readable, write_text
+from mlm.base.kinds import as_kind, kinds, shown, type_problem
 from mlm.base.lazy import lazily
 from mlm.base.names import (
     CACHE,
@@ -44,12 +45,15 @@ __all__ = [
     "UserError",
     "Work",
     "adam_tensors",
+    "as_kind",
     "atomic_path",
     "cosine",
     "going_on",
+    "kinds",
     "lazily",
     "load_adam",
     "naming",
+    "note",
     "parse_json",
     "readable",
     "rule_label",
@@ -57,6 +61,8 @@ __all__ = [
     "rule_texts",
     "run_cli",
     "saved_by_the_clock",
+    "shown",
+    "type_problem",
     "uninterrupted",
     "write_text",
 ]

@@ -16,6 +16,18 @@ class UserError(Exception):
     """Something the user can mend. The message says what is wrong, where, and how to fix it."""
 
 
+_NOTED: set[str] = set()
+
+
+def note(text: str) -> None:
+    """A note for the person at the terminal, once a process."""
+    if text not in _NOTED:
+        from tqdm import tqdm  # here: `mlm --help` answers at once
+
+        _NOTED.add(text)
+        tqdm.write(f"note: {text}", file=sys.stderr)
+
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import mlm
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, note
 from mlm.base.files import naming, parse_json, write_text
 from mlm.settings.config import Config
 from mlm.settings.flags import leaves, replaced
-from mlm.settings.record import from_dict, to_dict
+from mlm.settings.record import from_dict, missing, to_dict
 from mlm.store.released import RELEASE, check_files, is_released, portable
 from mlm.store.versions import FORMAT
 from mlm.text.corpora import NAMED
@@ -186,7 +186,7 @@ class RunFolder:
         except (ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
 
-    def _damaged(self, error: Exception) -> UserError:
+    def _damaged(self, error: object) -> UserError:
         return UserError(
             f"{self.config_file} is damaged ({error}). Restore it, or train again with another "
             "--out"
@@ -207,8 +207,16 @@ class RunFolder:
             check_files(self.path, record)
         try:
             config = from_dict(record["config"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except KeyError:
+            raise self._damaged("it has no settings") from None
+        except UserError as error:
             raise self._damaged(error) from None
+        absent = missing(record["config"])
+        if absent and RELEASE not in record:
+            note(
+                f"{self.config_file} does not say {', '.join(absent)}, as a run of an earlier "
+                "version does not; the defaults are taken"
+            )
         if RELEASE in record:
             return replace(portable(config), out=self.path)
         own = self._has_cache(config.text.data_dir)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, note
 from mlm.base.files import atomic_path, parse_json
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
@@ -119,20 +117,10 @@ def _checked(path: Path) -> tuple[dict[str, Any], str]:
     found = digest.hexdigest()
     if said is None:
         if not is_released(path.parent.parent):  # there config.json holds the checksums
-            _note(f"{path} has no checksum, so that damage to it would go unnoticed")
+            note(f"{path} has no checksum, so that damage to it would go unnoticed")
     elif found != said:
         raise ValueError("its checksum does not match its content")
     return about, found
-
-
-_NOTED: set[str] = set()
-
-
-def _note(text: str) -> None:
-    """A note for the person at the terminal, once."""
-    if text not in _NOTED:
-        _NOTED.add(text)
-        tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def previous(path: Path) -> Path:
@@ -217,7 +205,7 @@ def load_latest(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any
         except UserError:
             raise error from None
         os.replace(before, path)
-        _note(f"{str(error).partition(';')[0]}; going on from the checkpoint before it")
+        note(f"{str(error).partition(';')[0]}; going on from the checkpoint before it")
         return found
 
 
