@@ -11,7 +11,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 _hints = functools.cache(get_type_hints)
 
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a table"}
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a table",
+}
 
 
 def kinds(tree: Any, path: str = "") -> dict[str, Any]:

@@ -24,11 +24,8 @@ from mlm.models.base import AdaptationBase
 from mlm.rules.fast_gates import FLUSH_UNIT, SQUARE_UNIT
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.hand_made import RMS, SGD, Adam, HandMade, Momentum
-from mlm.rules.protocol import Parameters, UpdateRule
+from mlm.rules.protocol import MOST_UNITS, Parameters, UpdateRule
 from mlm.rules.two_memories import SLOW, parts_of
-
-MOST_UNITS = 4096
-"""Of a network in a rule's gates."""
 
 HAND_MADE_RULES: dict[str, HandMade] = {
     rule.name: rule for rule in (SGD(), Momentum(), RMS(), Adam())

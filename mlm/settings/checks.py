@@ -8,7 +8,7 @@ from mlm.base.errors import UserError
 from mlm.base.kinds import kinds, shown, type_problem
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, RULES
 from mlm.models.extension import Plan
-from mlm.rules.family import MOST_UNITS
+from mlm.rules.protocol import MOST_UNITS
 from mlm.settings.config import Config
 from mlm.settings.flags import UNGROUPED, flag, leaves
 
@@ -173,7 +173,8 @@ def _stage_1(c: Config) -> list[str]:
             "drop: use 0"
         )
     if lm.through != "none":
-        if any((*(leaves(c)[path] for path, kept in RANGES.items() if kept is DROPPED), lm.ar, lm.tar)):
+        dropped = [path for path, allowed in RANGES.items() if allowed is DROPPED]
+        if any(leaves(c)[path] for path in (*dropped, "lm.ar", "lm.tar")):
             found.append(
                 f"--lm.through {lm.through} trains without dropout, AR and TAR; set "
                 "--lm.dropout-*, --lm.weight-drop, --lm.ar and --lm.tar to 0"
@@ -220,11 +221,15 @@ def validate(config: Config) -> Config:
     Raises:
         UserError: all problems at once, each with the flag and what it must be.
     """
-    problems = _types(config) or _values(leaves(config)) or [
-        *_stage_1(config),
-        *_stage_2(config),
-        *extension_problems(plan_of(config)),
-    ]
+    problems = (
+        _types(config)
+        or _values(leaves(config))
+        or [
+            *_stage_1(config),
+            *_stage_2(config),
+            *extension_problems(plan_of(config)),
+        ]
+    )
     if problems:
         raise UserError("; ".join(problems))
     return config

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlm.base.errors import UserError, note
 from mlm.base.files import atomic_path, parse_json
+from mlm.base.kinds import as_kind, shown, type_problem
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
 from mlm.store.versions import differences, written_now
@@ -116,6 +117,9 @@ def _checked(path: Path) -> tuple[dict[str, Any], str]:
             digest.update(chunk)
     found = digest.hexdigest()
     if said is None:
+        last = next(reversed(about.values()), None)
+        if isinstance(last, str) and len(last) == len(BLANK):  # its name was damaged
+            raise ValueError("its checksum has no name")
         if not is_released(path.parent.parent):  # there config.json holds the checksums
             note(f"{path} has no checksum, so that damage to it would go unnoticed")
     elif found != said:
@@ -207,6 +211,32 @@ def load_latest(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any
         os.replace(before, path)
         note(f"{str(error).partition(';')[0]}; going on from the checkpoint before it")
         return found
+
+
+def entry(path: Path, about: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """An entry of a file's description, of this annotated type.
+
+    Raises:
+        UserError: it is not there, or of another type.
+    """
+    value = as_kind(kind, about.get(name))
+    problem = type_problem(kind, value)
+    if problem:
+        raise damaged(path, f"{name} is {shown(value)}; {problem}")
+    return value
+
+
+@contextmanager
+def going_on_from(path: Path) -> Iterator[None]:
+    """Take over what a file holds: whatever does not fit means that it is damaged.
+
+    Raises:
+        UserError: instead of the errors of what cannot be taken over.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise damaged(path, f"it cannot be gone on from: {e}") from None
 
 
 def check_tensors(

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_latest, save_tensors
+from mlm.store.tensors import going_on_from, load_latest, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
 from mlm.training.half_precision import half_precision_loss, serves
 
@@ -303,11 +303,19 @@ class LMTrainer:
         found = {
             n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights/", "state/"))
         }
-        if about["vocabulary"] != vocabulary_hash or sizes != found or about["steps"] != self.steps:
+        its = about.get("vocabulary"), about.get("steps")
+        if its != (vocabulary_hash, self.steps) or sizes != found:
             raise UserError(
                 f"{path} was made with other settings (vocabulary, model, text or length of "
                 "training). Resume with the same flags, or choose another --out"
             )
+        with going_on_from(path):
+            self._go_on(tensors, about, carried)
+
+    def _go_on(
+        self, tensors: dict[str, Tensor], about: Mapping[str, Any], carried: Sequence[str]
+    ) -> None:
+        """Take over what `save` wrote; `carried` names the tensors of the state."""
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weights/{name}"])
         load_adam(self.optimizer, self.weights, tensors)

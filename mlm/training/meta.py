@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
@@ -34,7 +35,7 @@ from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Parameters
 from mlm.settings.sections import MetaConfig
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_latest, save_tensors
+from mlm.store.tensors import going_on_from, load_latest, save_tensors
 from mlm.text.streams import MixedLanes, Segment, Text
 
 EXTENSION_GAIN = "gain_with_extension_per_word"
@@ -212,6 +213,11 @@ class MetaTrainer:
         tensors, about = load_latest(path, "nothing to resume")
         if about.get("identity") != identity:
             return
+        with going_on_from(path):
+            self._go_on(tensors, about)
+
+    def _go_on(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take over what `save` wrote."""
         device = self.reader.age.device
         for name, parameter in self.trained.items():
             parameter.copy_(tensors[f"parameters/{name}"])
