@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -26,6 +27,16 @@ def note(text: str) -> None:
 
         _NOTED.add(text)
         tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+_SCRIPTS = {"train": "train.py", "evaluate": "evaluate.py", "show": "visualize.py"}
+
+
+def command_of(name: str) -> str:
+    """How whoever started this process calls a subcommand: `mlm train` or `python train.py`."""
+    script = _SCRIPTS.get(name)
+    started = Path(sys.argv[0]).name in _SCRIPTS.values()
+    return f"python {script}" if script and started else f"mlm {name}"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -140,7 +151,8 @@ def _run(main: Callable[[], None]) -> None:
         if error.errno in _FULL:
             message = (
                 f"cannot write{where}: {error.strerror}. Free some space or choose another folder; "
-                "files already complete are kept, and train.py --resume continues from them"
+                f"files already complete are kept, and {command_of('train')} --resume continues "
+                "from them"
             )
         else:
             message = f"cannot use{where}: {error.strerror}. Check the path and its permissions"

@@ -70,7 +70,8 @@ def settings_of(tree: Any, path: str = "") -> list[Setting]:
 
 
 def today(words: Iterable[str]) -> list[str]:
-    """The words of a command line with `flag=value` parted, and today's flags for earlier ones.
+    """The words of a command line with `flag=value` parted, and today's flags for earlier ones;
+    `--no-boundaries.on` switches off what `--boundaries.on` switches on.
 
     Raises:
         UserError: a flag that is gone.
@@ -81,6 +82,9 @@ def today(words: Iterable[str]) -> list[str]:
         if name == "--adapt.threads":
             raise UserError("--adapt.threads is gone: --threads counts for every stage")
         parted = equals and name.startswith("--")
+        section, dot, switch = name.removeprefix("--no-").rpartition(".")
+        if dot and name.startswith("--no-"):
+            name = word = f"--{section}.no-{switch}"  # as tyro calls it
         found += [names.get(name, name), value] if parted else [names.get(word, word)]
     return found
 
@@ -150,8 +154,7 @@ def _invocation(setting: Setting) -> str:
     """A flag and what follows it."""
     name = flag(setting.path)
     if isinstance(setting.value, bool):
-        stem, _, last = name[2:].rpartition(".")
-        return f"--{stem + '.' if stem else ''}no-{last}" if setting.value else name
+        return f"--no-{name[2:]}" if setting.value else name
     several = " ..." if get_origin(setting.kind) is tuple else ""
     if setting.choices:
         listed = f"{name} {{{','.join(setting.choices)}}}{several}"

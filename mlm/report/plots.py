@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, command_of
 from mlm.base.files import parse_json
 from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
@@ -44,7 +44,10 @@ def draw_all(
     if articles < 1:
         raise UserError(f"cannot draw {articles} articles; ask for at least 1 (--articles)")
     if not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir} not found; name the folder given to train.py --out")
+        raise UserError(
+            f"run folder {run_dir} not found; name the folder given to "
+            f"`{command_of('train')} --out`"
+        )
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import mlm
-from mlm.base.errors import UserError, note
+from mlm.base.errors import UserError, command_of, note
 from mlm.base.files import naming, parse_json, write_text
 from mlm.settings.config import Config
 from mlm.settings.flags import leaves, replaced
@@ -161,7 +161,7 @@ class RunFolder:
         if not self.config_file.exists():
             raise UserError(
                 f"{self.path} is no run folder (it has no config.json). Make one with "
-                f"`python train.py --out {self.path}`"
+                f"`{command_of('train')} --out {self.path}`"
             )
         try:
             record = parse_json(self.config_file.read_bytes())

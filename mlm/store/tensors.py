@@ -13,7 +13,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from mlm.base.errors import UserError, note
-from mlm.base.files import atomic_path, parse_json
+from mlm.base.files import MARK, atomic_path, parse_json
 from mlm.base.kinds import as_kind, shown, type_problem
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
@@ -134,7 +134,7 @@ def previous(path: Path) -> Path:
 
 def _keep(path: Path) -> None:
     """Give the file at `path` the name `previous(path)` besides, where links are known."""
-    link = path.with_name(f".{path.name}.kept")
+    link = path.with_name(f".{path.name}{MARK}kept")
     with suppress(OSError):
         link.unlink(missing_ok=True)
         os.link(path, link)
