@@ -1,6 +1,6 @@
 """What every room may use: errors for users, atomic files, kept progress, schedule, names."""
 
-from mlm.base.errors import UserError, command_of, going_on, note, run_cli, uninterrupted
+from mlm.base.errors import UserError, command_of, going_on, note, plain, run_cli, uninterrupted
 from mlm.base.files import MARK, atomic_path, leftovers, naming, parse_json, readable, write_text
 from mlm.base.kinds import as_kind, kinds, shown, type_problem
 from mlm.base.lazy import lazily
@@ -58,6 +58,7 @@ __all__ = [
     "naming",
     "note",
     "parse_json",
+    "plain",
     "readable",
     "rule_label",
     "rule_order",

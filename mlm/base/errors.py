@@ -13,8 +13,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
+def plain(text: str) -> str:
+    """Text as one line that moves no cursor: other characters than printable ones are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and how to fix it."""
+    """Something the user can mend. The message says what is wrong, where, and how to fix it.
+
+    It is one line, whatever names and values are in it (`plain`).
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))
 
 
 _NOTED: set[str] = set()
@@ -26,7 +39,7 @@ def note(text: str) -> None:
         from tqdm import tqdm  # here: `mlm --help` answers at once
 
         _NOTED.add(text)
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        tqdm.write(f"note: {plain(text)}", file=sys.stderr)
 
 
 _SCRIPTS = {"train": "train.py", "evaluate": "evaluate.py", "show": "visualize.py"}

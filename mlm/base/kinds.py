@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -36,10 +38,18 @@ def as_kind(kind: Any, value: Any) -> Any:
     What cannot be one stays as it is, for `type_problem` to name.
     """
     if get_origin(kind) is tuple and isinstance(value, list):
-        return tuple(as_kind(get_args(kind)[0], one) for one in value)
+        return tuple(as_kind(inner, one) for inner, one in _inner(kind, value))
     if Path in (kind, *get_args(kind)) and isinstance(value, str):
         return Path(value)
     return value
+
+
+def _inner(kind: Any, value: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """The elements of a list with their kinds, as far as it has as many as its kind asks for."""
+    kinds_of = get_args(kind)
+    if Ellipsis in kinds_of:
+        return zip(itertools.repeat(kinds_of[0]), value, strict=False)
+    return zip(kinds_of, value, strict=False) if len(value) == len(kinds_of) else iter(())
 
 
 def type_problem(kind: Any, value: Any) -> str | None:
@@ -50,7 +60,10 @@ def type_problem(kind: Any, value: Any) -> str | None:
     if get_origin(kind) is tuple:
         if not isinstance(value, tuple):
             return "it must be a list"
-        return next(filter(None, (type_problem(get_args(kind)[0], one) for one in value)), None)
+        inner = list(_inner(kind, value))
+        if len(inner) != len(value):
+            return f"it must be a list of {len(get_args(kind))}"
+        return next(filter(None, (type_problem(*one) for one in inner)), None)
     if NoneType in get_args(kind):
         return None if value is None else type_problem(get_args(kind)[0], value)
     if kind in (str, Path):

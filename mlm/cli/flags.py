@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from mlm.base.errors import UserError
+from mlm.settings.checks import check_options
 from mlm.settings.flags import GROUPS, SHORT, aliases, flag
 from mlm.settings.presets import PRESETS
 
@@ -213,13 +214,18 @@ def options_of(head: str, usual: Any, positional: tuple[str, ...]) -> Any | None
     Args:
         head: of the help; `{script}` stands for the script's name.
         usual: the options with their defaults, a dataclass whose first field is positional.
+
+    Raises:
+        UserError: values that make no sense.
     """
     script, words = name_of_script(), today(sys.argv[1:])
     settings = settings_of(usual)
     if wants_help(words):
         print(all_flags_help(head.format(script=script), settings[1:]))
         return None
-    return type(usual)(**parse(script, words, settings, positional=positional))
+    options = type(usual)(**parse(script, words, settings, positional=positional))
+    check_options(options)
+    return options
 
 
 def all_flags_help(head: str, settings: Sequence[Setting]) -> str:

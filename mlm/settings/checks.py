@@ -104,6 +104,17 @@ RANGES = {
 """What the numbers of every setting may be; the last, of those of all extensions, each of which may
 ask for more in its `problems`."""
 
+OPTIONS = {
+    "threads": RANGES["threads"],
+    "seed": RANGES["seed"],
+    "lanes": LANES,
+    "audit_words": SOME_WORDS,
+    "articles": Range(1, 10**6),
+    "first": Range(0, 10**9),
+    "passage": Range(0, 10**9),
+}
+"""What the numbers may be that are options of a command, and no settings."""
+
 NOT_EMPTY = ("stages", "meta.learn", "evaluation.protocols")
 
 
@@ -162,6 +173,23 @@ def _types(config: Config) -> list[str]:
         if problem:
             found.append(f"{flag(path)} is {shown(values[path])}; {problem}")
     return found
+
+
+def check_options(options: Any) -> None:
+    """Refuse options of a command, a dataclass, whose values make no sense.
+
+    Raises:
+        UserError: all problems at once, each with the flag and what it must be.
+    """
+    found = []
+    for path, value in leaves(options).items():
+        allowed, numbers = OPTIONS.get(path), value if isinstance(value, tuple) else (value,)
+        if allowed and value is not None and not all(map(allowed.holds, numbers)):
+            found.append(f"{flag(path)} is {' '.join(map(shown, numbers))}; it must be {allowed}")
+        if value == () and path in ("rules", "protocols"):
+            found.append(f"{flag(path)} is empty; name at least one")
+    if found:
+        raise UserError("; ".join(found))
 
 
 def _stage_1(c: Config) -> list[str]:

@@ -165,7 +165,7 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                 way = "install that version" if "packing" in about else "run its stage again"
                 raise UserError(f"{path} was written by another version of mlm ({other}); {way}")
             yield file, about | {CHECKSUM: checksum}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, error) from None
 
 
@@ -237,6 +237,21 @@ def going_on_from(path: Path) -> Iterator[None]:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
         raise damaged(path, f"it cannot be gone on from: {e}") from None
+
+
+def fitting(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], prefix: str = ""
+) -> dict[str, Tensor]:
+    """The tensors `prefix` + name for all names of `like`, each of its shape and kind.
+
+    Raises:
+        KeyError, ValueError: one is missing or does not fit.
+    """
+    found = {name: tensors[prefix + name] for name in like}
+    for name, tensor in like.items():
+        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{prefix}{name} has another shape or kind")
+    return found
 
 
 def check_tensors(
