@@ -27,12 +27,14 @@ import numpy as np
 import torch
 from conftest import Finished
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from safetensors.torch import save
 
 from mlm.base import errors
 from mlm.base.errors import UserError, run_cli
 from mlm.cli.flags import settings_of
 from mlm.kernels.switches import use
+from mlm.reader import audit
 from mlm.report.evaluation import evaluation_markdown, merge_evaluation, read_evaluation
 from mlm.report.losses import LossTable
 from mlm.report.tables import format_totals
@@ -254,6 +256,8 @@ VALUES = (
         "RUN",
         "NEW",
         "nowhere",
+        "TEXT",
+        "BINARY",
         "/",
         "/dev/null",
         "--",
@@ -546,14 +550,15 @@ class Fuzz:
         out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
         stops = dict.fromkeys(("stage_lm", "stage_meta", "stage_evaluate", "draw"))
         old = {name: getattr(order, name) for name in stops}
-        run = evaluate.stage_evaluate, evaluate.draw
+        run = evaluate.stage_evaluate, evaluate.draw, audit.audit, Figure.savefig
         sys.argv = [f"{script.split('.')[-1]}.py", *words]
         errors._NOTED.clear()
         code = 0
         try:
             order.stage_lm = order.stage_meta = order.draw = _nothing
             order.stage_evaluate = evaluate.stage_evaluate = _no_rows
-            evaluate.draw = _nothing
+            evaluate.draw = Figure.savefig = _nothing
+            audit.audit = _no_checks
             with (
                 time_limit(SECONDS),
                 contextlib.redirect_stdout(out),
@@ -565,7 +570,7 @@ class Fuzz:
         finally:
             for name, value in old.items():
                 setattr(order, name, value)
-            evaluate.stage_evaluate, evaluate.draw = run
+            evaluate.stage_evaluate, evaluate.draw, audit.audit, Figure.savefig = run
             sys.argv = argv
             torch.set_num_threads(threads)
             use(kernels=True, bfloat16=False)
@@ -574,6 +579,11 @@ class Fuzz:
 
 def _nothing(*_: object, **__: object) -> None:
     """Instead of a stage."""
+
+
+def _no_checks(*_: object) -> Iterator[Any]:
+    """Instead of an audit."""
+    return iter(())
 
 
 def _no_rows(run: Run, *_: object) -> tuple[Path, list[Any]]:

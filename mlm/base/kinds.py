@@ -61,7 +61,7 @@ def type_problem(kind: Any, value: Any) -> str | None:
         if not isinstance(value, tuple):
             return "it must be a list"
         inner = list(_inner(kind, value))
-        if len(inner) != len(value):
+        if Ellipsis not in get_args(kind) and len(value) != len(get_args(kind)):
             return f"it must be a list of {len(get_args(kind))}"
         return next(filter(None, (type_problem(*one) for one in inner)), None)
     if NoneType in get_args(kind):

@@ -22,7 +22,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
 from mlm.report.losses import LossTable
-from mlm.report.tables import Row, evaluation_markdown
+from mlm.report.tables import Row, evaluation_markdown, format_totals
 
 #: Pairs (rule, against) whose gains are compared, where both were measured.
 COMPARISONS = (

@@ -18,7 +18,7 @@ from mlm.report.evaluation import PositionBin, position_gains
 from mlm.report.figure2 import figure2, panels_of
 from mlm.report.losses import LossTable, default_split, splits
 from mlm.report.page import write_page
-from mlm.report.word_picture import word_picture
+from mlm.report.word_picture import check_words, word_picture
 
 __all__ = ["draw_all", "figure2", "gain_by_position", "training_curves", "word_picture"]
 
@@ -50,6 +50,8 @@ def draw_all(
         )
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
+    if passage is not None:  # before anything is drawn
+        check_words(table, *passage)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
     paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)

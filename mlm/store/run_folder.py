@@ -179,9 +179,8 @@ class RunFolder:
             other = [name for name in record if name not in (*ENTRIES, RELEASE)]
             if other:
                 raise ValueError(f"unknown entry {other[0]!r}")
-            for name, kind in (("text", dict), ("history", list)):
-                if not isinstance(record.get(name, kind()), kind):
-                    raise ValueError(f"{name} is none")
+            _check_text(record.get("text", {}))
+            _check_history(record.get("history", []))
             return record
         except (ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
@@ -230,6 +229,21 @@ class RunFolder:
             return any(filecmp.cmp(file, mine, shallow=False) for file in files)
         except (OSError, ValueError):
             return False
+
+
+def _check_text(text: Any) -> None:
+    """Raise ValueError unless these are hashes of a vocabulary and of splits, or none at all."""
+    fine = isinstance(text, dict) and all(isinstance(mark, str) for mark in text.values())
+    if not fine or (text and not {"vocabulary", "train"} <= text.keys()):
+        raise ValueError("text holds no hashes of vocabulary and splits")
+
+
+def _check_history(history: Any) -> None:
+    """Raise ValueError unless these are commands, each with its stages and its seed."""
+    for entry in history if isinstance(history, list) else [None]:
+        fine = isinstance(entry, dict) and isinstance(entry.get("stages", []), list)
+        if not fine or not isinstance(entry.get("seed"), int | None):
+            raise ValueError("history holds no commands")
 
 
 def _absolute(config: Config) -> dict[str, Any]:
