@@ -7,7 +7,6 @@ here starts a process, and each case has a time limit.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import gzip
@@ -26,13 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import Finished
-from hypothesis import strategies as st
+from fuzz_cases import USUAL, changed, damaged
 from matplotlib.figure import Figure
 from safetensors.torch import save
 
 from mlm.base import errors
 from mlm.base.errors import UserError, run_cli
-from mlm.cli.flags import settings_of
 from mlm.kernels.switches import use
 from mlm.reader import audit
 from mlm.report.evaluation import evaluation_markdown, merge_evaluation, read_evaluation
@@ -41,8 +39,7 @@ from mlm.report.tables import format_totals
 from mlm.runs.identity import identity
 from mlm.runs.rules import check_learned, load_learned, tuned_settings
 from mlm.runs.run import Run, open_run
-from mlm.settings.config import Config
-from mlm.settings.flags import flag, replaced
+from mlm.settings.flags import replaced
 from mlm.stages import evaluate, order
 from mlm.stages.meta import MetaTrainer
 from mlm.store.models import load_lm
@@ -101,191 +98,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     """All files below a folder."""
     files = (file for file in folder.rglob("*") if file.is_file())
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-# -- what is drawn --------------------------------------------------------------------------------
-
-ODD: tuple[Any, ...] = (
-    *(None, True, False, -1, 0, 1, 2, 5, 7, 300, 10**9, 2**63, 2**64, 10**400, 0.0, 0.5, -0.5),
-    *(-1e9, 1e30, 1e-30, 1e308, float("nan"), float("inf"), -float("inf"), "", "x", "0", "nan"),
-    *("rms", "static", "rms+cache", "three_levels", "a\0b", "\ud800", "\udce9", "größe", "../x"),
-    *("/", ".", "~", "a" * 300, "a\nb", "\x1b[31m", "{x}", "%s", [], [1], ["static"], ["x", "x"]),
-    *([[]], [None], {}, {"a": 1}, [1e308] * 9, ["fisher"], "lstm", "all", "lm", "best", "tiny"),
-)
-"""Values of JSON files."""
-
-number = st.integers(0, 10**6)
-odd = st.sampled_from(range(len(ODD))).map(lambda k: ODD[k])
-changes = st.lists(
-    st.tuples(st.sampled_from(["set", "delete", "add", "rename"]), number, odd),
-    min_size=1,
-    max_size=3,
-)
-"""Of a JSON value: what is done at which of its places, and with what."""
-
-byte_changes = st.lists(
-    st.tuples(
-        st.sampled_from(["cut", "flip", "insert", "overwrite", "empty"]),
-        st.floats(0, 1, exclude_max=True),
-        st.binary(min_size=1, max_size=12),
-    ),
-    min_size=1,
-    max_size=2,
-)
-"""Of a file's bytes: what is done where, and with what."""
-
-
-def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where a JSON value has others in it."""
-    if not isinstance(value, dict | list):
-        return []
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    return [p for k, v in inner for p in ((*at, k), *places(v, (*at, k)))]
-
-
-def changed(value: Any, what: list[tuple[str, int, Any]]) -> Any:
-    """A JSON value with changes."""
-    value = copy.deepcopy(value)
-    for how, where, new in what:
-        found = places(value)
-        if not found:
-            return new
-        *path, last = found[where % len(found)]
-        inner = functools.reduce(lambda v, key: v[key], path, value)
-        match how:
-            case "set":
-                inner[last] = new
-            case "delete":
-                del inner[last]
-            case "add" if isinstance(inner, dict):
-                inner[str(new)[:20]] = new
-            case "add":
-                inner.append(new)
-            case "rename" if isinstance(inner, dict):
-                inner[f"{last}x"] = inner.pop(last)
-    return value
-
-
-def damaged(body: bytes, what: list[tuple[str, float, bytes]]) -> bytes:
-    """Bytes with changes."""
-    for how, where, new in what:
-        at = int(where * len(body))
-        match how:
-            case "cut":
-                body = body[:at]
-            case "flip" if body:
-                body = body[:at] + bytes([body[at] ^ (1 << new[0] % 8)]) + body[at + 1 :]
-            case "insert":
-                body = body[:at] + new + body[at:]
-            case "overwrite":
-                body = body[:at] + new + body[at + len(new) :]
-            case "empty":
-                body = b""
-    return body
-
-
-PIECES = (
-    *(
-        "\n",
-        " \n",
-        " = A = \n",
-        " = = B = = \n",
-        " \n = Title = \n \n",
-        "word ",
-        "<unk> ",
-        "<eos> ",
-    ),
-    *("one two three . \n", "\t", "\r\n", "\0", "\u2581", "é", "e\u0301", "\u3000", "\u2028", "ﬁ"),
-    *(
-        "\U0001f9ed",
-        "水",
-        "ა" * 30,
-        "x" * 5000,
-        "= ",
-        "=",
-        "# Head\n",
-        "- item\n",
-        "\ufeff",
-        "@-@ ",
-    ),
-)
-words = st.lists(st.sampled_from(PIECES) | st.text(max_size=8), max_size=30).map("".join)
-good = st.integers(1, 5).map(lambda n: " \n = Ti = \n \n one two three one <unk> . \n" * n)
-texts = st.one_of(
-    words.map(lambda t: t.encode("utf-8", "surrogatepass")),
-    good.map(str.encode),
-    st.tuples(good, words).map(lambda p: "".join(p).encode("utf-8", "replace")),
-    st.binary(max_size=60),
-)
-"""Bytes of text files, some of them in WikiText's form."""
-NAMES = ("train.txt", "valid.txt", "test.txt", "wiki.train.tokens", "a.txt", "b.md", "c.txt", "d.x")
-packed = st.sampled_from(["", "", "", ".gz", ".xz", ".zst", ".parquet"])
-files = st.lists(st.tuples(st.sampled_from(NAMES), packed, texts), min_size=1, max_size=5)
-corpora = st.tuples(
-    files, st.booleans(), st.booleans(), st.sampled_from(["word"] * 3 + ["bpe", "unigram"]),
-    st.sampled_from([0, 0, 5, 290]), st.sampled_from([0, 0, 7]),
-)  # fmt: skip
-
-CHECKPOINTS = ("lm", "memory", "two_levels", "three_levels", "lm_last", "three_levels_last")
-tensor_changes = st.lists(
-    st.tuples(st.sampled_from(["drop", "nan", "shape", "dtype", "flat", "huge"]), number),
-    max_size=2,
-)
-checkpoints = st.one_of(
-    st.tuples(st.sampled_from(CHECKPOINTS), byte_changes, st.none()),
-    st.tuples(st.sampled_from(CHECKPOINTS), changes, tensor_changes),
-)
-"""Bytes changed, or the description and the tensors under a checksum that holds."""
-
-RECORDS = ("config.json", "tuning.json", "evaluation.json", "metrics.jsonl")
-OTHERS = ("losses.parquet", "vocabulary/vocabulary.model")
-configs = st.one_of(
-    st.tuples(st.sampled_from(RECORDS), changes),
-    st.tuples(st.just("config.json"), changes),
-    st.tuples(st.sampled_from((*RECORDS, *OTHERS)), byte_changes),
-)
-
-SETTINGS = {flag(s.path): s for s in settings_of(Config())}
-USUAL = ["--corpus", "CORPUS", "--vocabulary-size", "330"]
-VALUES = (
-    *("0", "1", "-1", "2", "5", "nan", "inf", "1e30", "1e400", "0.5", "x", "", "true", "False"),
-    *("9" * 5000, "rms", "static", "best", "three_levels", "rms+cache", "all", "bias", "lstm", ","),
-    *("tiny", "small", "cpu", "cuda", "lm", "meta", "evaluate", "draw", "none", "pes", "snail"),
-    *(
-        "CORPUS",
-        "RUN",
-        "NEW",
-        "nowhere",
-        "TEXT",
-        "BINARY",
-        "/",
-        "/dev/null",
-        "--",
-        "-h",
-        "größe",
-        "a\nb",
-        "user/no/x",
-    ),
-    *("wikitext", "1 2", "word", "bpe", "article", "stream", "test", "forward", "second", "qrnn"),
-)
-MORE = (
-    *("--nonsense", "--help", "--help-all", "--preset", "--adapt.threads", "--no-draw", "--audit"),
-    *("--corpus", "--articles", "--first", "--passage", "--split", "--protocol", "--rules", "-"),
-    *("--lm.lanes=3", "--seed=x", "--no-meta.per-tensor", "--meta.no-per-tensor", "--title"),
-    *("--form", "--frozen", "--stats", "--nc", "--memory", "--audit-words", "--split-on", "--out"),
-    *("--page", "--save-memory", "--units", "--model", "--lanes", "--threads", "--seed"),
-)
-SCRIPTS = (
-    *(["train"] * 4 + ["evaluate"] * 3 + ["mlm.cli.score"] * 2),
-    *("mlm.cli.audit", "visualize", "mlm.cli.export"),
-)
-word = st.sampled_from((*VALUES, *MORE, *SETTINGS))
-pair = st.tuples(st.sampled_from((*SETTINGS, *MORE)), st.sampled_from(VALUES)).map(list)
-commands = st.tuples(
-    st.sampled_from(SCRIPTS),
-    st.sampled_from([[], ["NEW"], ["RUN"], ["RUN", "NEW"]]),
-    st.lists(pair | word.map(lambda w: [w]), max_size=5).map(lambda ps: [w for p in ps for w in p]),
-)
 
 
 # -- what must hold -------------------------------------------------------------------------------
@@ -523,7 +335,7 @@ class Fuzz:
         names = {"CORPUS": self.finished.corpus, "RUN": self.folder, "NEW": new}
         names |= {"TEXT": self.text_file, "BINARY": self.folder / "losses.parquet"}
         if script == "train":  # a new run, or the one that is there
-            first = [*USUAL, *(["--out", first[0]] if first else [])]
+            first = [*USUAL, "--out", *(first[:1] or ["NEW"])]
         elif script.endswith(("score", "audit")):
             first = ["TEXT", "--model", *(first[:1] or ["RUN"])][script.endswith("audit") * 2 :]
         words = [str(names.get(word, word)) for word in (*first, *more)]

@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import fuzz
+import fuzz_cases as cases_of
 import pytest
 from conftest import Finished
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 KINDS: dict[str, Any] = {
-    "corpus": fuzz.corpora,
-    "tokens": fuzz.byte_changes,
-    "checkpoint": fuzz.checkpoints,
-    "record": fuzz.configs,
-    "command": fuzz.commands,
+    "corpus": cases_of.corpora,
+    "tokens": cases_of.byte_changes,
+    "checkpoint": cases_of.checkpoints,
+    "record": cases_of.configs,
+    "command": cases_of.commands,
 }
 """Methods of `Fuzz`, and what their cases are drawn from."""
 
