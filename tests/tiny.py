@@ -97,8 +97,7 @@ def as_flags(config: Config) -> list[str]:
             continue
         name = flag(path)
         if isinstance(value, bool):
-            section, dot, last = name[2:].rpartition(".")
-            words.append(name if value else f"--{section}{dot}no-{last}")
+            words.append(name if value else f"--no-{name[2:]}")
         else:
             words += [name, *map(str, value if isinstance(value, tuple) else (value,))]
     return words

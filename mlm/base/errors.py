@@ -10,10 +10,46 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def plain(text: str) -> str:
+    """Text as one line that moves no cursor: other characters than printable ones are escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class UserError(Exception):
-    """Something the user can mend. The message says what is wrong, where, and how to fix it."""
+    """Something the user can mend. The message says what is wrong, where, and how to fix it.
+
+    It is one line, whatever names and values are in it (`plain`).
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(plain(message))
+
+
+_NOTED: set[str] = set()
+
+
+def note(text: str) -> None:
+    """A note for the person at the terminal, once a process."""
+    if text not in _NOTED:
+        from tqdm import tqdm  # here: `mlm --help` answers at once
+
+        _NOTED.add(text)
+        tqdm.write(f"note: {plain(text)}", file=sys.stderr)
+
+
+_SCRIPTS = {"train": "train.py", "evaluate": "evaluate.py", "show": "visualize.py"}
+
+
+def command_of(name: str) -> str:
+    """How whoever started this process calls a subcommand: `mlm train` or `python train.py`."""
+    script = _SCRIPTS.get(name)
+    started = Path(sys.argv[0]).name in _SCRIPTS.values()
+    return f"python {script}" if script and started else f"mlm {name}"
 
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -128,7 +164,8 @@ def _run(main: Callable[[], None]) -> None:
         if error.errno in _FULL:
             message = (
                 f"cannot write{where}: {error.strerror}. Free some space or choose another folder; "
-                "files already complete are kept, and train.py --resume continues from them"
+                f"files already complete are kept, and {command_of('train')} --resume continues "
+                "from them"
             )
         else:
             message = f"cannot use{where}: {error.strerror}. Check the path and its permissions"

@@ -10,16 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+MARK = ".unfinished."
+"""In the names of temporary files."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; rename it onto `path` if the block succeeds.
 
     On any exception (a full disk, Ctrl-C) the temporary file is removed and `path` is untouched.
+    What is killed leaves it (`leftovers`).
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.name}{MARK}", suffix=path.suffix
+    )
     os.close(handle)
     temporary = Path(name)
     try:
@@ -31,6 +37,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files that writers which were killed left in a folder, or one or two below it."""
+    name = f".*{MARK}*"
+    return [file for below in ("", "*/", "*/*/") for file in folder.glob(below + name)]
 
 
 def _umask() -> int:

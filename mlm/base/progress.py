@@ -71,6 +71,10 @@ NOTHING_KEPT = Progress()
 """For work that is quick, or done by hand."""
 
 
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+"""What Adam remembers of a parameter."""
+
+
 def adam_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor]:
     """Adam's state as plain tensors; `names` are those of its parameters, in order."""
     state = optimizer.state_dict()["state"]
@@ -82,10 +86,20 @@ def adam_tensors(optimizer: Optimizer, names: Iterable[str]) -> dict[str, Tensor
 
 
 def load_adam(optimizer: Optimizer, names: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer the state that `adam_tensors` found, in place."""
+    """Give an optimizer the state that `adam_tensors` found, in place.
+
+    Raises:
+        ValueError: it is of other parameters.
+    """
     state = {}
+    parameters = iter([p for group in optimizer.param_groups for p in group["params"]])
     for k, name in enumerate(names):
         keys = [n.split("/")[1] for n in tensors if n.startswith("adam/")]
         kept = {key: f"adam/{key}/{name}" for key in keys}
         state[k] = {key: tensors[n] for key, n in kept.items() if n in tensors}
+        size = next(parameters).shape
+        if any(t.dim() and t.shape != size for t in state[k].values()):
+            raise ValueError(f"Adam's state of {name} has another shape")
+        if set(state[k]) not in (set(), ADAM):
+            raise ValueError(f"Adam's state of {name} is not whole")
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

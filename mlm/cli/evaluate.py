@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlm.base.errors import UserError, going_on
+from mlm.base.errors import UserError, command_of, going_on
 from mlm.cli.flags import (
     Setting,
     help_text,
@@ -101,7 +101,7 @@ def main() -> None:
         name = flag(f"evaluation.{path}")
         bare = "--" + path.replace("_", "-")
         if bare in words and bare != name:
-            raise UserError(f"{bare} is called {name}, as in train.py")
+            raise UserError(f"{bare} is called {name}, as in `{command_of('train')}`")
     if wants_help(words):
         head = HELP.format(script=script)
         print(help_text(head, _settings(Config())[1:], "--help-all" in words))

@@ -19,6 +19,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from mlm.base.errors import UserError
+from mlm.settings.checks import check_options
 from mlm.settings.flags import GROUPS, SHORT, aliases, flag
 from mlm.settings.presets import PRESETS
 
@@ -70,7 +71,8 @@ def settings_of(tree: Any, path: str = "") -> list[Setting]:
 
 
 def today(words: Iterable[str]) -> list[str]:
-    """The words of a command line with `flag=value` parted, and today's flags for earlier ones.
+    """The words of a command line with `flag=value` parted, and today's flags for earlier ones;
+    `--no-boundaries.on` switches off what `--boundaries.on` switches on.
 
     Raises:
         UserError: a flag that is gone.
@@ -81,6 +83,9 @@ def today(words: Iterable[str]) -> list[str]:
         if name == "--adapt.threads":
             raise UserError("--adapt.threads is gone: --threads counts for every stage")
         parted = equals and name.startswith("--")
+        section, dot, switch = name.removeprefix("--no-").rpartition(".")
+        if dot and name.startswith("--no-"):
+            name = word = f"--{section}.no-{switch}"  # as tyro calls it
         found += [names.get(name, name), value] if parted else [names.get(word, word)]
     return found
 
@@ -150,8 +155,7 @@ def _invocation(setting: Setting) -> str:
     """A flag and what follows it."""
     name = flag(setting.path)
     if isinstance(setting.value, bool):
-        stem, _, last = name[2:].rpartition(".")
-        return f"--{stem + '.' if stem else ''}no-{last}" if setting.value else name
+        return f"--no-{name[2:]}" if setting.value else name
     several = " ..." if get_origin(setting.kind) is tuple else ""
     if setting.choices:
         listed = f"{name} {{{','.join(setting.choices)}}}{several}"
@@ -210,13 +214,18 @@ def options_of(head: str, usual: Any, positional: tuple[str, ...]) -> Any | None
     Args:
         head: of the help; `{script}` stands for the script's name.
         usual: the options with their defaults, a dataclass whose first field is positional.
+
+    Raises:
+        UserError: values that make no sense.
     """
     script, words = name_of_script(), today(sys.argv[1:])
     settings = settings_of(usual)
     if wants_help(words):
         print(all_flags_help(head.format(script=script), settings[1:]))
         return None
-    return type(usual)(**parse(script, words, settings, positional=positional))
+    options = type(usual)(**parse(script, words, settings, positional=positional))
+    check_options(options)
+    return options
 
 
 def all_flags_help(head: str, settings: Sequence[Setting]) -> str:

@@ -111,8 +111,6 @@ def _check(options: Options) -> None:
     twice = [path for path, count in Counter(outputs).items() if count > 1 or path in inputs]
     if twice:
         raise UserError(f"{twice[0]} is written here and named twice; choose another name")
-    if options.lanes < 1:
-        raise UserError(f"--lanes {options.lanes}: must be at least 1")
     if options.frozen and options.memory is None:
         raise UserError(
             "--frozen learns nothing, so it needs something learned before: add --memory FILE, "

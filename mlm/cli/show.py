@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from mlm.settings.checks import check_options
+
 
 @dataclass(frozen=True)
 class Options:
@@ -31,6 +33,7 @@ class Options:
 def main() -> None:
     """Parse the command line, draw, and print one path a line."""
     options = tyro.cli(Options)
+    check_options(options)
     from mlm.report.plots import draw_all
 
     paths = draw_all(

@@ -90,7 +90,9 @@ def _parquet(path: Path) -> Iterator[Write]:
             whole = pa.concat_tables(held)
             held.clear()
             if not writers:
-                writer = pq.ParquetWriter(path, whole.schema, compression="zstd")
+                # Opened here: Arrow encodes names as UTF-8, whatever the file system says.
+                file = stack.enter_context(open(path, "wb"))
+                writer = pq.ParquetWriter(file, whole.schema, compression="zstd")
                 writers.append(stack.enter_context(writer))
             writers[0].write_table(whole)
 

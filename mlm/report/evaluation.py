@@ -22,7 +22,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
 from mlm.report.losses import LossTable
-from mlm.report.tables import Row, evaluation_markdown
+from mlm.report.tables import Row, evaluation_markdown, format_totals
 
 #: Pairs (rule, against) whose gains are compared, where both were measured.
 COMPARISONS = (
@@ -373,7 +373,7 @@ def read_evaluation(run_dir: Path) -> list[Row]:
         rows = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path} cannot be read ({error}); delete it and evaluate again") from error
-    if not isinstance(rows, list) or not all(map(_is_row, rows)):
+    if not isinstance(rows, list) or not all(map(_is_row, rows)) or not _can_be_shown(rows):
         raise UserError(f"{path} is not a list of evaluation rows; delete it and evaluate again")
     return rows
 
@@ -394,6 +394,18 @@ def _is_row(row: Any) -> bool:
         and all(row.get(name) is None or number(name) for name in _MAY_LACK)
         and (pair is None or (isinstance(pair, list) and len(pair) == 2))
     )
+
+
+def _can_be_shown(rows: Sequence[Row]) -> bool:
+    """Whether every table can be made of these rows, and a file."""
+    try:
+        json.dumps(rows, allow_nan=False)
+        format_totals(rows)
+        evaluation_markdown(rows)
+        _in_order(rows)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return False
+    return True
 
 
 def merge_evaluation(existing: Sequence[Row], new: Sequence[Row]) -> list[Row]:

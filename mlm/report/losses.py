@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, command_of
 from mlm.base.files import atomic_path
 from mlm.base.names import PROTOCOLS, STATIC, rule_order
 
@@ -72,7 +72,8 @@ class LossTable:
         self._check_order()
         if not self.losses:
             raise UserError(
-                f"{self.source}: split {self.split!r} has no loss column; run evaluate.py again"
+                f"{self.source}: split {self.split!r} has no loss column; run "
+                f"`{command_of('evaluate')}` again"
             )
         for name, loss_N in self.losses.items():
             if len(loss_N) != words:
@@ -96,7 +97,7 @@ class LossTable:
         if (step_N < 0).any() or (expected_N != self.position_N).any():
             raise UserError(
                 f"{self.source}: the words of split {self.split!r} are not in the order of article "
-                "and position; run evaluate.py again"
+                f"and position; run `{command_of('evaluate')}` again"
             )
 
     @functools.cached_property
@@ -177,7 +178,7 @@ class LossTable:
         if chosen not in present:
             raise UserError(
                 f"{path} has no split {chosen!r}, only {', '.join(present)}; choose one of them or "
-                f"run evaluate.py with that split"
+                f"run `{command_of('evaluate')}` with that split"
             )
         return cls._from_arrow(_read(path, split=chosen), chosen, str(path))
 
@@ -226,7 +227,9 @@ def splits(path: Path) -> list[str]:
     """Return the splits in a `losses.parquet`, sorted; `UserError` if it cannot be read."""
     present = sorted(_read(path, columns=["split"])["split"].unique().to_pylist())
     if not present:
-        raise UserError(f"{path} has no rows; run evaluate.py on this run folder again")
+        raise UserError(
+            f"{path} has no rows; run `{command_of('evaluate')}` on this run folder again"
+        )
     return present
 
 
@@ -286,7 +289,9 @@ def _with_old_columns(new: LossTable, old: LossTable) -> LossTable:
 def _read(path: Path, *, split: str | None = None, columns: list[str] | None = None) -> pa.Table:
     """Read the rows of a split (all if None), checking the columns; raise `UserError`s."""
     if not path.is_file():
-        raise UserError(f"{path} not found; run evaluate.py on this run folder first")
+        raise UserError(
+            f"{path} not found; run `{command_of('evaluate')}` on this run folder first"
+        )
     try:
         with open(path, "rb") as file:
             schema = pq.read_schema(file)
@@ -294,7 +299,7 @@ def _read(path: Path, *, split: str | None = None, columns: list[str] | None = N
         if missing:
             raise UserError(
                 f"{path} lacks the column(s) {', '.join(missing)}, so it is not a table of word "
-                "losses; run evaluate.py on this run folder again"
+                f"losses; run `{command_of('evaluate')}` on this run folder again"
             )
         filters = None if split is None else [("split", "=", split)]
         with open(path, "rb") as file:
@@ -308,6 +313,6 @@ def _read(path: Path, *, split: str | None = None, columns: list[str] | None = N
     except (pa.ArrowException, OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); it is damaged or not a "
-            "table of word losses: delete it and run evaluate.py again"
+            f"table of word losses: delete it and run `{command_of('evaluate')}` again"
         ) from error
     return table

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, command_of
 from mlm.base.files import parse_json
 from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
@@ -18,7 +18,7 @@ from mlm.report.evaluation import PositionBin, position_gains
 from mlm.report.figure2 import figure2, panels_of
 from mlm.report.losses import LossTable, default_split, splits
 from mlm.report.page import write_page
-from mlm.report.word_picture import word_picture
+from mlm.report.word_picture import check_words, word_picture
 
 __all__ = ["draw_all", "figure2", "gain_by_position", "training_curves", "word_picture"]
 
@@ -44,9 +44,14 @@ def draw_all(
     if articles < 1:
         raise UserError(f"cannot draw {articles} articles; ask for at least 1 (--articles)")
     if not run_dir.is_dir():
-        raise UserError(f"run folder {run_dir} not found; name the folder given to train.py --out")
+        raise UserError(
+            f"run folder {run_dir} not found; name the folder given to "
+            f"`{command_of('train')} --out`"
+        )
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
+    if passage is not None:  # before anything is drawn
+        check_words(table, *passage)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
     paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)

@@ -108,6 +108,22 @@ def _place_words(words: Sequence[str]) -> list[_Placed]:
     return placed
 
 
+def check_words(table: LossTable, article: int, start: int) -> slice:
+    """The rows of an article, if it has words from position `start` on.
+
+    Raises:
+        UserError: there is no such article or word.
+    """
+    rows = table.rows(article)
+    length = rows.stop - rows.start
+    if not 0 <= start < length:
+        raise UserError(
+            f"article {article} of split {table.split!r} has {length:,} words; cannot draw from "
+            f"word {start}: choose one from 0 to {length - 1}"
+        )
+    return rows
+
+
 def word_picture(
     table: LossTable,
     folder: Path,
@@ -125,13 +141,7 @@ def word_picture(
     The colour range is that of the whole split, so that pictures compare. `UserError` if the
     article has no such words or a rule was not measured.
     """
-    rows = table.rows(article)
-    length = rows.stop - rows.start
-    if not 0 <= start < length or words < 1:
-        raise UserError(
-            f"article {article} of split {table.split!r} has {length:,} words; cannot draw {words} "
-            f"from word {start}"
-        )
+    rows = check_words(table, article, start)
     here = slice(rows.start + start, min(rows.start + start + words, rows.stop))
     rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
     limit = colour_range(rule_N - against_N)

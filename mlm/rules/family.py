@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from mlm.base.errors import UserError
+from mlm.base.kinds import as_kind, kinds, shown, type_problem
 from mlm.base.names import LEARNED
 from mlm.models.base import AdaptationBase
 from mlm.rules.fast_gates import FLUSH_UNIT, SQUARE_UNIT
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.hand_made import RMS, SGD, Adam, HandMade, Momentum
-from mlm.rules.protocol import Parameters, UpdateRule
+from mlm.rules.protocol import MOST_UNITS, Parameters, UpdateRule
 from mlm.rules.two_memories import SLOW, parts_of
 
 HAND_MADE_RULES: dict[str, HandMade] = {
@@ -236,7 +237,8 @@ def rule_from_description(name: str, about: Mapping[str, Any]) -> LinearGates:
     """The rule that `describe` wrote; parts that `about` does not mention are absent.
 
     Raises:
-        UserError: `about` mentions what this version does not know.
+        UserError: `about` mentions what this version does not know, or values that a part of a rule
+            cannot have.
     """
     known = {field.name for field in dataclasses.fields(LinearGates)} - {"name"}
     unknown = sorted(set(about) - known)
@@ -244,5 +246,14 @@ def rule_from_description(name: str, about: Mapping[str, Any]) -> LinearGates:
         raise UserError(
             f"rule {name}: this version does not know {', '.join(unknown)}; train it again"
         )
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in about.items()}
+    hints = kinds(LinearGates(name))
+    values = {part: as_kind(hints[part], value) for part, value in about.items()}
+    for part, value in values.items():
+        problem = type_problem(hints[part], value)
+        if part in ("mlp", "lstm") and problem is None and not 0 <= value <= MOST_UNITS:
+            problem = f"it must be 0 to {MOST_UNITS}"
+        if part == "eps" and problem is None and not 0 < value < 1:
+            problem = "it must be in (0, 1)"
+        if problem:
+            raise UserError(f"rule {name}: {part} is {shown(value)}; {problem}; train it again")
     return LinearGates(name, **values)

@@ -32,7 +32,14 @@ from mlm.runs.identity import base_identity, checkpoint_mark, identity, row_iden
 from mlm.runs.run import Run, say
 from mlm.settings.sections import MetaConfig
 from mlm.store.lock import only_writer
-from mlm.store.tensors import CHECKSUM, check_tensors, load_about, load_tensors
+from mlm.store.tensors import (
+    CHECKSUM,
+    check_tensors,
+    damaged,
+    entry,
+    load_about,
+    load_tensors,
+)
 from mlm.training.cache_tuning import tune_cache
 from mlm.training.tuning import Trial, tune
 
@@ -229,9 +236,10 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
         ready = _ready_ones(run, PROTOCOLS[0])
         raise UserError(f"{name} is not in {run.folder.path}, a released model. {ready}")
     tensors, about = load_tensors(path, NOT_TRAINED)
-    if tuple(about["dynamic"]) != base.dynamic:
+    dynamic = entry(path, about, "dynamic", tuple[str, ...])
+    if dynamic != base.dynamic:
         raise UserError(
-            f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
+            f"{path} was trained for the weights {', '.join(dynamic)}, but those that "
             f"adapt now are {', '.join(base.dynamic)}; run `--stages meta` again"
         )
     if _of_another_base(run, about):
@@ -239,13 +247,16 @@ def load_learned(run: Run, name: str, base: AdaptationBase) -> LoadedRule:
             f"{path} was trained with another memory.safetensors than the run has now (such as one "
             f"of another M); train it again (--stages meta --train-rules {name}), or leave it out"
         )
-    rule = rule_from_description(name, about["rule"])
+    rule = rule_from_description(name, entry(path, about, "rule", dict))
     parameters, own = parted({n: t.to(run.device) for n, t in tensors.items()})
     if own_weights(own):
         base = unfold_low_rank(base)
     base = base.with_weights(own)
     base = dataclasses.replace(base, extensions=run.config.extensions.active(base.weights))
     sizes = {n: tuple(p.shape) for n, p in rule.initial(base).items()}
+    alien = [n for n in tensors if not n.startswith(BESIDE) and n not in sizes]
+    if alien:
+        raise damaged(path, f"{alien[0]} is no parameter of its rule")
     sizes |= {BESIDE + n: tuple(base.weights[n].shape) for n in own}
     check_tensors(path, tensors, sizes)
     return LoadedRule(rule, parameters, base.derived().for_rule(rule))

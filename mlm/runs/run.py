@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, plain
 from mlm.kernels.processor import multiplies_bfloat16
 from mlm.kernels.switches import use, use_threads
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
@@ -33,7 +33,7 @@ from mlm.training.tuning import TuneText
 
 def say(text: str) -> None:
     """A line for the person at the terminal."""
-    print(text, file=sys.stderr, flush=True)
+    print(plain(text), file=sys.stderr, flush=True)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -2,113 +2,158 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlm.base.errors import UserError
+from mlm.base.kinds import kinds, shown, type_problem
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, RULES
 from mlm.models.extension import Plan
+from mlm.rules.protocol import MOST_UNITS
 from mlm.settings.config import Config
 from mlm.settings.flags import UNGROUPED, flag, leaves
 
-AT_LEAST_ONE = (
-    "model.embedding",
-    "model.hidden",
-    "model.layers",
-    "model.context",
-    "lm.lanes",
-    "lm.segment",
-    "lm.validations",
-    "adapt.fisher_words",
-    "adapt.rank",
-    "meta.lanes",
-    "meta.hidden",
-    "meta.pes_pairs",
-    "evaluation.lanes",
-    "evaluation.budget",
-    "evaluation.tune_words",
-    "evaluation.resamples",
-    "evaluation.cache_words",
-)
-NOT_NEGATIVE = (
-    "threads",
-    "seed",
-    "text.train_words",
-    "text.vocabulary_size",
-    "lm.validation_words",
-    "meta.steps",
-    "evaluation.max_articles",
-)
-POSITIVE = (
-    "checkpoint_minutes",
-    "lm.epochs",
-    "lm.learning_rate",
-    "lm.clip",
-    "lm.through_rate",
-    "meta.learning_rate",
-    "meta.weight_rate",
-    "meta.pes_sigma",
-    "meta.clip",
-)
-FINITE = (
-    "memory_gb",
-    "lm.weight_decay",
-    "lm.ar",
-    "lm.tar",
-    "lm.through_decay",
-    "adapt.guard",
-    "meta.ewc",
-)
-SHARES = ("adapt.fisher_prior", "meta.stream_share")
-DROPOUT = (
-    "lm.dropout_embedding",
-    "lm.dropout_input",
-    "lm.dropout_hidden",
-    "lm.dropout_output",
-    "lm.weight_drop",
-    "lm.byte_noise",
-)
+
+class Range(NamedTuple):
+    """The numbers from `low` to `high`, without an end that is left out."""
+
+    low: float
+    high: float
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number is one of them; NaN is none."""
+        above = self.low < value if self.open_low else self.low <= value
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below
+
+    def __str__(self) -> str:
+        if self.high <= 1:
+            left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+            return f"in {left}{self.low:g}, {self.high:g}{right}"
+        if self.open_low:
+            return f"above {self.low:g} and at most {self.high:,.15g}"
+        return f"at least {self.low:g} and at most {self.high:,.15g}"
+
+
+WORDS = Range(0, 10**11)
+SOME_WORDS = Range(1, 10**11)
+WIDTH = Range(1, 1 << 16)
+LANES = Range(1, 1 << 16)
+RATE = Range(0, 1000, open_low=True)
+STRENGTH = Range(0, 10**9)
+NORM = Range(0, 10**9, open_low=True)
+SHARE = Range(0, 1)
+DROPPED = Range(0, 1, open_high=True)
+
+RANGES = {
+    "threads": Range(0, 1024),
+    "seed": Range(0, (1 << 32) - 1),
+    "checkpoint_minutes": Range(0, 10**6, open_low=True),
+    "memory_gb": Range(0, 10**6),
+    "text.vocabulary_size": Range(0, 10**7),
+    "text.train_words": WORDS,
+    "text.held_out": Range(0, 1, open_low=True, open_high=True),
+    "model.embedding": WIDTH,
+    "model.hidden": WIDTH,
+    "model.layers": Range(1, 256),
+    "model.adaptive_above": Range(0, 10**9),
+    "model.cutoffs": Range(1, 10**9),
+    "model.context": Range(1, 1 << 20),
+    "lm.epochs": Range(0, 10**6, open_low=True),
+    "lm.lanes": LANES,
+    "lm.segment": Range(1, 1 << 16),
+    "lm.learning_rate": RATE,
+    "lm.weight_decay": RATE._replace(open_low=False),
+    "lm.clip": NORM,
+    "lm.dropout_embedding": DROPPED,
+    "lm.dropout_input": DROPPED,
+    "lm.dropout_hidden": DROPPED,
+    "lm.dropout_output": DROPPED,
+    "lm.weight_drop": DROPPED,
+    "lm.byte_noise": DROPPED,
+    "lm.ar": STRENGTH,
+    "lm.tar": STRENGTH,
+    "lm.validations": Range(1, 10**6),
+    "lm.validation_words": WORDS,
+    "lm.through_rate": RATE,
+    "lm.through_decay": RATE._replace(open_low=False),
+    "adapt.rank": WIDTH,
+    "adapt.update_every": Range(5, 100),
+    "adapt.fisher_words": SOME_WORDS,
+    "adapt.fisher_prior": SHARE,
+    "adapt.guard": STRENGTH,
+    "meta.hidden": Range(1, MOST_UNITS),
+    "meta.weight_rate": RATE,
+    "meta.ewc": STRENGTH,
+    "meta.lanes": LANES,
+    "meta.stream_share": SHARE,
+    "meta.unroll": Range(2, 10**6),
+    "meta.pes_pairs": Range(1, 10**4),
+    "meta.pes_sigma": RATE,
+    "meta.steps": Range(0, 10**7),
+    "meta.learning_rate": RATE,
+    "meta.clip": NORM,
+    "evaluation.cache_words": Range(1, 10**7),
+    "evaluation.lanes": LANES,
+    "evaluation.max_articles": Range(0, 10**9),
+    "evaluation.budget": Range(1, 10**4),
+    "evaluation.tune_words": SOME_WORDS,
+    "evaluation.resamples": Range(1, 10**6),
+    UNGROUPED: Range(0, 10**9),
+}
+"""What the numbers of every setting may be; the last, of those of all extensions, each of which may
+ask for more in its `problems`."""
+
+OPTIONS = {
+    "threads": RANGES["threads"],
+    "seed": RANGES["seed"],
+    "lanes": LANES,
+    "audit_words": SOME_WORDS,
+    "articles": Range(1, 10**6),
+    "first": Range(0, 10**9),
+    "passage": Range(0, 10**9),
+}
+"""What the numbers may be that are options of a command, and no settings."""
+
 NOT_EMPTY = ("stages", "meta.learn", "evaluation.protocols")
+
+
+def range_of(path: str) -> Range | None:
+    """What numbers the setting at `path` may hold; None = none are known."""
+    return RANGES.get(UNGROUPED if path.startswith(UNGROUPED) else path)
+
+
+def _numbers(values: dict[str, Any]) -> list[str]:
+    """Which settings hold numbers out of their ranges, one line each."""
+    found = []
+    for path, value in values.items():
+        allowed, several = range_of(path), isinstance(value, tuple)
+        numbers = value if several else (value,)
+        if allowed is None or isinstance(value, bool):
+            continue
+        if not all(map(allowed.holds, numbers)):
+            said = " ".join(map(shown, numbers))
+            what = "M" if path == "adapt.update_every" else "every number" if several else "it"
+            found.append(f"{flag(path)} is {said}; {what} must be {allowed}")
+    return found
 
 
 def _values(values: dict[str, Any]) -> list[str]:
     """What is wrong with single values, one line each."""
-    found = []
-
-    def need(ok: bool, path: str, rule: str) -> None:
-        if not ok:
-            found.append(f"{flag(path)} is {values[path]}; {rule}")
-
-    for path in AT_LEAST_ONE:
-        need(values[path] >= 1, path, "it must be at least 1")
-    for path in NOT_NEGATIVE:
-        need(values[path] >= 0, path, "it must not be negative")
-    for path in POSITIVE:
-        need(0 < values[path] < math.inf, path, "it must be above 0 and finite")
-    for path in FINITE:
-        need(0 <= values[path] < math.inf, path, "it must be 0 or more and finite")
-    for path in SHARES:
-        need(0 <= values[path] <= 1, path, "it must be in [0, 1]")
-    for path, value in values.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if path.startswith(UNGROUPED) and all(isinstance(n, int | float) for n in numbers):
-            fine = all(0 <= number < math.inf for number in numbers)
-            need(fine, path, "it must be 0 or more and finite")
-    for path in DROPOUT:
-        need(0 <= values[path] < 1, path, "it must be in [0, 1)")
+    found = _numbers(values)
     for path in NOT_EMPTY:
         if not values[path]:
             found.append(f"{flag(path)} is empty; name at least one")
     for path, value in values.items():
-        if isinstance(value, tuple) and path != "model.cutoffs" and not path.startswith(UNGROUPED):
+        if isinstance(value, tuple) and range_of(path) is None:
             twice = sorted({str(one) for one in value if value.count(one) > 1})
             if twice:
                 found.append(f"{flag(path)} names {', '.join(twice)} twice; name each once")
-    need(0 < values["text.held_out"] < 1, "text.held_out", "it must be in (0, 1)")
-    need(5 <= values["adapt.update_every"] <= 100, "adapt.update_every", "M must be 5 to 100")
-    need(values["meta.unroll"] >= 2, "meta.unroll", "it must be at least 2; use 40 or more")
     starts = (*HAND_MADE, *LEARNED)
-    need(values["meta.start"] in starts, "meta.start", f"choose from {', '.join(starts)}")
+    start = values["meta.start"]
+    if start not in starts:
+        found.append(f"{flag('meta.start')} is {start}; choose from {', '.join(starts)}")
     unknown = [r for r in values["evaluation.rules"] if r.removesuffix(CACHE) not in RULES]
     if unknown:
         found.append(
@@ -116,9 +161,36 @@ def _values(values: dict[str, Any]) -> list[str]:
             f"each also with {CACHE}"
         )
     cutoffs = list(values["model.cutoffs"])
-    if cutoffs != sorted(set(cutoffs)) or any(k <= 0 for k in cutoffs):
-        found.append(f"{flag('model.cutoffs')} is {cutoffs}; they must rise and be above 0")
+    if cutoffs != sorted(set(cutoffs)):
+        found.append(f"{flag('model.cutoffs')} is {cutoffs}; they must rise")
     return found
+
+
+def _types(config: Config) -> list[str]:
+    """Which settings are of another kind than theirs, one line each."""
+    values, found = leaves(config), []
+    for path, kind in kinds(config).items():
+        problem = type_problem(kind, values[path])
+        if problem:
+            found.append(f"{flag(path)} is {shown(values[path])}; {problem}")
+    return found
+
+
+def check_options(options: Any) -> None:
+    """Refuse options of a command, a dataclass, whose values make no sense.
+
+    Raises:
+        UserError: all problems at once, each with the flag and what it must be.
+    """
+    found = []
+    for path, value in leaves(options).items():
+        allowed, numbers = OPTIONS.get(path), value if isinstance(value, tuple) else (value,)
+        if allowed and value is not None and not all(map(allowed.holds, numbers)):
+            found.append(f"{flag(path)} is {' '.join(map(shown, numbers))}; it must be {allowed}")
+        if value == () and path in ("rules", "protocols"):
+            found.append(f"{flag(path)} is empty; name at least one")
+    if found:
+        raise UserError("; ".join(found))
 
 
 def _stage_1(c: Config) -> list[str]:
@@ -130,7 +202,8 @@ def _stage_1(c: Config) -> list[str]:
             "drop: use 0"
         )
     if lm.through != "none":
-        if any((*(getattr(lm, path.removeprefix("lm.")) for path in DROPOUT), lm.ar, lm.tar)):
+        dropped = [path for path, allowed in RANGES.items() if allowed is DROPPED]
+        if any(leaves(c)[path] for path in (*dropped, "lm.ar", "lm.tar")):
             found.append(
                 f"--lm.through {lm.through} trains without dropout, AR and TAR; set "
                 "--lm.dropout-*, --lm.weight-drop, --lm.ar and --lm.tar to 0"
@@ -177,11 +250,15 @@ def validate(config: Config) -> Config:
     Raises:
         UserError: all problems at once, each with the flag and what it must be.
     """
-    problems = _values(leaves(config)) or [
-        *_stage_1(config),
-        *_stage_2(config),
-        *extension_problems(plan_of(config)),
-    ]
+    problems = (
+        _types(config)
+        or _values(leaves(config))
+        or [
+            *_stage_1(config),
+            *_stage_2(config),
+            *extension_problems(plan_of(config)),
+        ]
+    )
     if problems:
         raise UserError("; ".join(problems))
     return config

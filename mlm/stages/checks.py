@@ -20,7 +20,7 @@ from mlm.settings.flags import flag, leaves
 from mlm.stages.language_model import rule_of_through_run
 from mlm.store.lock import check_writable
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_about
+from mlm.store.tensors import entry, load_about
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import encode_split
 from mlm.training.language_model import shape_of, weights_of_run
@@ -218,9 +218,11 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
     """
     path = run.folder.checkpoint(name)
     about = load_about(path, "train the meta-learner first (`--stages meta`)")
-    if set(about["dynamic"]) != set(dynamic):
+    its = entry(path, about, "dynamic", tuple[str, ...])
+    entry(path, about, "rule", dict)
+    if set(its) != set(dynamic):
         raise UserError(
-            f"{path} was trained for the weights {', '.join(about['dynamic'])}, but those that "
+            f"{path} was trained for the weights {', '.join(its)}, but those that "
             f"adapt now are {', '.join(dynamic)}; train it again (--train-rules {name}), or leave "
             "it out"
         )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlm.base.errors import UserError
-from mlm.base.files import parse_json
+from mlm.base.files import leftovers, parse_json
 
 LOCK = "lock"
 """The file that the one who writes holds locked; there only while somebody does."""
@@ -25,6 +25,8 @@ _HELD: set[Path] = set()
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
     """Write a folder alone: others are refused until the block is left or the process ends.
+
+    Temporary files that a killed writer left are removed.
 
     Within the block the process may ask again. A folder that is made for it, and empty afterwards,
     is removed.
@@ -42,6 +44,9 @@ def only_writer(folder: Path) -> Iterator[None]:
     handle = _locked(folder, place / LOCK)
     _HELD.add(place)
     try:
+        for file in leftovers(place):  # nobody else writes here now
+            with contextlib.suppress(OSError):
+                file.unlink()
         yield
     finally:
         _HELD.discard(place)

@@ -11,13 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.base.kinds import kinds, shown, type_problem
 from mlm.extensions.learned_basis import folded_matrices, follow_weights
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import LanguageModel
 from mlm.models.low_rank import LOW
 from mlm.models.recurrent import BaseModel, RecurrentLM
 from mlm.models.snail import SnailShape
-from mlm.store.tensors import check_tensors, damaged, load_tensors, save_tensors
+from mlm.settings.checks import range_of
+from mlm.store.tensors import check_tensors, damaged, entry, load_tensors, save_tensors
 
 
 def save_lm(
@@ -45,9 +47,18 @@ def _record(shape: LanguageModel) -> dict[str, Any]:
 def _shape(path: Path, about: dict[str, Any]) -> RecurrentLM | SnailShape:
     try:
         values = {**about["shape"], "cutoffs": tuple(about["shape"]["cutoffs"])}
-        return SnailShape(**values) if values.get("cell") == "snail" else RecurrentLM(**values)
+        shape = SnailShape(**values) if values.get("cell") == "snail" else RecurrentLM(**values)
     except (KeyError, TypeError, ValueError) as error:
         raise damaged(path, error) from None
+    for name, kind in kinds(shape).items():
+        value, allowed = getattr(shape, name), range_of(f"model.{name}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        problem = type_problem(kind, value)
+        if problem is None and allowed is not None and not all(map(allowed.holds, numbers)):
+            problem = f"it must be {allowed}"
+        if problem:
+            raise damaged(path, f"{name} is {shown(value)}; {problem}")
+    return shape
 
 
 def _sizes(shape: BaseModel, prefix: str = "") -> dict[str, tuple[int, ...]]:
@@ -125,10 +136,9 @@ def load_base(
     """
     tensors, about = load_tensors(path, "make it first (`--stages meta`)")
     check_vocabulary(path, about, vocabulary_hash)
-    if made_with is not None and list(made_with) != about["made_with"]:
-        its, mine = (
-            ", ".join(names) or "no extension" for names in (about["made_with"], made_with)
-        )
+    its_own = entry(path, about, "made_with", tuple[str, ...])
+    if made_with is not None and tuple(made_with) != its_own:
+        its, mine = (", ".join(names) or "no extension" for names in (its_own, made_with))
         raise UserError(
             f"{path} was made with {its}, but the settings say {mine}; run `--stages meta` again"
         )
@@ -138,14 +148,12 @@ def load_base(
 
     shape = _shape(path, about)
     check_tensors(path, tensors, _sizes(shape, "theta_0/"))
-    base = AdaptationBase(
-        shape,
-        part("theta_0/"),
-        tuple(about["dynamic"]),
-        part("rms/"),
-        about["loss"],
-        about["segment"],
-    )
+    dynamic = entry(path, about, "dynamic", tuple[str, ...])
+    loss, segment = entry(path, about, "loss", float), entry(path, about, "segment", int)
+    base = AdaptationBase(shape, part("theta_0/"), dynamic, part("rms/"), loss, segment)
+    unknown = [name for name in dynamic if name not in base.weights]
+    if unknown:
+        raise damaged(path, f"there is no weight {unknown[0]} to adapt")
     fisher = {f"rms/{n}": tuple(w.shape) for n, w in base.weights.items() if n in base.dynamic}
     check_tensors(path, tensors, fisher)
     negative = [name for name in base.rms if bool((base.rms[name] < 0).any())]

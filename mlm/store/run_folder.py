@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import mlm
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, command_of, note
 from mlm.base.files import naming, parse_json, write_text
 from mlm.settings.config import Config
 from mlm.settings.flags import leaves, replaced
-from mlm.settings.record import from_dict, to_dict
+from mlm.settings.record import from_dict, missing, to_dict
 from mlm.store.released import RELEASE, check_files, is_released, portable
 from mlm.store.versions import FORMAT
 from mlm.text.corpora import NAMED
@@ -161,7 +161,7 @@ class RunFolder:
         if not self.config_file.exists():
             raise UserError(
                 f"{self.path} is no run folder (it has no config.json). Make one with "
-                f"`python train.py --out {self.path}`"
+                f"`{command_of('train')} --out {self.path}`"
             )
         try:
             record = parse_json(self.config_file.read_bytes())
@@ -179,14 +179,13 @@ class RunFolder:
             other = [name for name in record if name not in (*ENTRIES, RELEASE)]
             if other:
                 raise ValueError(f"unknown entry {other[0]!r}")
-            for name, kind in (("text", dict), ("history", list)):
-                if not isinstance(record.get(name, kind()), kind):
-                    raise ValueError(f"{name} is none")
+            _check_text(record.get("text", {}))
+            _check_history(record.get("history", []))
             return record
         except (ValueError, TypeError, AttributeError) as error:
             raise self._damaged(error) from None
 
-    def _damaged(self, error: Exception) -> UserError:
+    def _damaged(self, error: object) -> UserError:
         return UserError(
             f"{self.config_file} is damaged ({error}). Restore it, or train again with another "
             "--out"
@@ -207,8 +206,16 @@ class RunFolder:
             check_files(self.path, record)
         try:
             config = from_dict(record["config"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except KeyError:
+            raise self._damaged("it has no settings") from None
+        except UserError as error:
             raise self._damaged(error) from None
+        absent = missing(record["config"])
+        if absent and RELEASE not in record:
+            note(
+                f"{self.config_file} does not say {', '.join(absent)}, as a run of an earlier "
+                "version does not; the defaults are taken"
+            )
         if RELEASE in record:
             return replace(portable(config), out=self.path)
         own = self._has_cache(config.text.data_dir)
@@ -222,6 +229,21 @@ class RunFolder:
             return any(filecmp.cmp(file, mine, shallow=False) for file in files)
         except (OSError, ValueError):
             return False
+
+
+def _check_text(text: Any) -> None:
+    """Raise ValueError unless these are hashes of a vocabulary and of splits, or none at all."""
+    fine = isinstance(text, dict) and all(isinstance(mark, str) for mark in text.values())
+    if not fine or (text and not {"vocabulary", "train"} <= text.keys()):
+        raise ValueError("text holds no hashes of vocabulary and splits")
+
+
+def _check_history(history: Any) -> None:
+    """Raise ValueError unless these are commands, each with its stages and its seed."""
+    for entry in history if isinstance(history, list) else [None]:
+        fine = isinstance(entry, dict) and isinstance(entry.get("stages", []), list)
+        if not fine or not isinstance(entry.get("seed"), int | None):
+            raise ValueError("history holds no commands")
 
 
 def _absolute(config: Config) -> dict[str, Any]:

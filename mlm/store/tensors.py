@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from torch import Tensor
-from tqdm import tqdm
 
-from mlm.base.errors import UserError
-from mlm.base.files import atomic_path, parse_json
+from mlm.base.errors import UserError, note
+from mlm.base.files import MARK, atomic_path, parse_json
+from mlm.base.kinds import as_kind, shown, type_problem
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
 from mlm.store.streaming import write_signed
@@ -104,21 +103,14 @@ def _checked(path: Path) -> tuple[dict[str, Any], str]:
             digest.update(chunk)
     found = digest.hexdigest()
     if said is None:
+        last = next(reversed(about.values()), None)
+        if isinstance(last, str) and len(last) == len(BLANK):  # its name was damaged
+            raise ValueError("its checksum has no name")
         if not is_released(path.parent.parent):  # there config.json holds the checksums
-            _note(f"{path} has no checksum, so that damage to it would go unnoticed")
+            note(f"{path} has no checksum, so that damage to it would go unnoticed")
     elif found != said:
         raise ValueError("its checksum does not match its content")
     return about, found
-
-
-_NOTED: set[str] = set()
-
-
-def _note(text: str) -> None:
-    """A note for the person at the terminal, once."""
-    if text not in _NOTED:
-        _NOTED.add(text)
-        tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def previous(path: Path) -> Path:
@@ -128,7 +120,7 @@ def previous(path: Path) -> Path:
 
 def _keep(path: Path) -> None:
     """Give the file at `path` the name `previous(path)` besides, where links are known."""
-    link = path.with_name(f".{path.name}.kept")
+    link = path.with_name(f".{path.name}{MARK}kept")
     with suppress(OSError):
         link.unlink(missing_ok=True)
         os.link(path, link)
@@ -159,7 +151,7 @@ def _opened(path: Path, what: str) -> Iterator[tuple[Any, dict[str, Any]]]:
                 way = "install that version" if "packing" in about else "run its stage again"
                 raise UserError(f"{path} was written by another version of mlm ({other}); {way}")
             yield file, about | {CHECKSUM: checksum}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, error) from None
 
 
@@ -203,8 +195,49 @@ def load_latest(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any
         except UserError:
             raise error from None
         os.replace(before, path)
-        _note(f"{str(error).partition(';')[0]}; going on from the checkpoint before it")
+        note(f"{str(error).partition(';')[0]}; going on from the checkpoint before it")
         return found
+
+
+def entry(path: Path, about: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """An entry of a file's description, of this annotated type.
+
+    Raises:
+        UserError: it is not there, or of another type.
+    """
+    value = as_kind(kind, about.get(name))
+    problem = type_problem(kind, value)
+    if problem:
+        raise damaged(path, f"{name} is {shown(value)}; {problem}")
+    return value
+
+
+@contextmanager
+def going_on_from(path: Path) -> Iterator[None]:
+    """Take over what a file holds: whatever does not fit means that it is damaged.
+
+    Raises:
+        UserError: instead of the errors of what cannot be taken over.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise damaged(path, f"it cannot be gone on from: {e}") from None
+
+
+def fitting(
+    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], prefix: str = ""
+) -> dict[str, Tensor]:
+    """The tensors `prefix` + name for all names of `like`, each of its shape and kind.
+
+    Raises:
+        KeyError, ValueError: one is missing or does not fit.
+    """
+    found = {name: tensors[prefix + name] for name in like}
+    for name, tensor in like.items():
+        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{prefix}{name} has another shape or kind")
+    return found
 
 
 def check_tensors(

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, command_of
 from mlm.base.files import readable
 from mlm.spelling import WordFeed, guess_form
 from mlm.text.articles import (
@@ -297,7 +297,7 @@ class PlainFiles:
             raise UserError(
                 f"{self.path} {what}: too few to divide into train, valid and test. To train, give "
                 f"a directory with 3 or more such files, or text in WikiText form, with {_TITLES}; "
-                "evaluate.py scores any text"
+                f"`{command_of('evaluate')}` scores any text"
             )
         low, high = _divided(len(files))[split]
         return files[low:high]

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,6 +25,9 @@ from mlm.text.articles import Article, count_words
 from mlm.text.vocabulary import Unknown, Vocabulary, load_vocabulary
 
 _BATCH = 1 << 20  # characters encoded at a time
+
+
+_LATE = 1.0  # seconds that a signal to this process may come after one to its workers
 
 
 _ALONE = 32  # batches encoded before it pays to start other processes
@@ -178,6 +182,8 @@ def encode_articles(
             titles, future = waiting.popleft()
             yield titles, future.result()
     except BrokenProcessPool:
+        # A signal to all processes of a group may reach the workers first: let it arrive here.
+        time.sleep(_LATE)
         raise UserError(
             "a process that was encoding text was killed, most likely for want of memory. "
             "Free some memory and run again"

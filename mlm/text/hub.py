@@ -84,7 +84,8 @@ class ParquetDirectory:
 
         for path in files:
             try:
-                with parquet.ParquetFile(path) as table:
+                # Opened here: Arrow encodes names as UTF-8, whatever the file system says.
+                with open(path, "rb") as file, parquet.ParquetFile(file) as table:
                     if "text" not in table.schema_arrow.names:
                         raise ValueError(f"columns {table.schema_arrow.names}")
                     for batch in table.iter_batches(batch_size=_ROWS, columns=["text"]):

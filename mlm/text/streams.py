@@ -173,11 +173,19 @@ class LaneStream:
         }
 
     def load_state_dict(self, cursor: dict[str, list[int]]) -> None:
-        """Continue where `state_dict` was taken."""
+        """Continue where `state_dict` was taken.
+
+        Raises:
+            ValueError: it is no cursor of these articles and lanes.
+        """
         self.epoch, self.taken = cursor["epoch"][0], cursor["taken"][0]
         self.queue = self._order()
         self.current = np.array(cursor["current"], dtype=np.int64)
         self.position = np.array(cursor["position"], dtype=np.int64)
+        lanes = {self.current.shape, self.position.shape} == {(self.lanes,)}
+        known = lanes and self.current.min() >= -1 and self.current.max() < len(self.lengths)
+        if not known or self.position.min() < 0 or not 0 <= self.taken <= len(self.queue):
+            raise ValueError("no cursor of these articles")
 
 
 @dataclass(frozen=True)

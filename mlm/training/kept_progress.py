@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.progress import Progress, Tick, Work, saved_by_the_clock
-from mlm.store.tensors import load_tensors, save_tensors
+from mlm.store.tensors import going_on_from, load_tensors, save_tensors
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class KeptProgress(Progress):
         except UserError as error:
             tqdm.write(f"note: {error}; this part begins again", file=sys.stderr)
             return
-        if about["identity"] == self.identity:
-            work.load(tensors, about["work"])
+        if about.get("identity") == self.identity:
+            with going_on_from(path):
+                work.load(tensors, about["work"])
 
     def save(self, name: str, work: Work) -> None:
         """Keep how far `work` has come."""

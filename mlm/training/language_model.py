@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_latest, save_tensors
+from mlm.store.tensors import damaged, entry, going_on_from, load_latest, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
 from mlm.training.half_precision import half_precision_loss, serves
 
@@ -303,22 +303,32 @@ class LMTrainer:
         found = {
             n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights/", "state/"))
         }
-        if about["vocabulary"] != vocabulary_hash or sizes != found or about["steps"] != self.steps:
+        its = about.get("vocabulary"), about.get("steps")
+        if its != (vocabulary_hash, self.steps) or sizes != found:
             raise UserError(
                 f"{path} was made with other settings (vocabulary, model, text or length of "
                 "training). Resume with the same flags, or choose another --out"
             )
+        with going_on_from(path):
+            self._go_on(tensors, carried)
+            self.stream.load_state_dict(about["cursor"])
+        self.step = entry(path, about, "step", int)
+        self.validated = entry(path, {"validated": self.step, **about}, "validated", int)
+        loss, tokens = entry(path, {"window": (0.0, 0), **about}, "window", tuple[float, int])
+        self.window = (loss, int(tokens))
+        best = entry(path, about, "best", float | None)
+        self.best = math.inf if best is None else best
+        if not 0 <= self.step <= self.steps:
+            raise damaged(path, f"step {self.step} of {self.steps}")
+
+    def _go_on(self, tensors: dict[str, Tensor], carried: Sequence[str]) -> None:
+        """Take over the tensors that `save` wrote; `carried` names those of the state."""
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weights/{name}"])
         load_adam(self.optimizer, self.weights, tensors)
         self.state = self.state.of([tensors[name].to(self.device) for name in carried])
         self.dropout_generator.set_state(tensors["dropout"])
         self.load_more(tensors)
-        self.stream.load_state_dict(about["cursor"])
-        self.step = about["step"]
-        self.validated = about.get("validated", self.step)
-        self.window = tuple(about.get("window", (0.0, 0)))
-        self.best = math.inf if about["best"] is None else about["best"]
 
 
 @contextlib.contextmanager

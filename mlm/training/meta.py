@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
@@ -34,7 +35,14 @@ from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import Parameters
 from mlm.settings.sections import MetaConfig
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import load_latest, save_tensors
+from mlm.store.tensors import (
+    damaged,
+    entry,
+    fitting,
+    going_on_from,
+    load_latest,
+    save_tensors,
+)
 from mlm.text.streams import MixedLanes, Segment, Text
 
 EXTENSION_GAIN = "gain_with_extension_per_word"
@@ -213,21 +221,33 @@ class MetaTrainer:
         tensors, about = load_latest(path, "nothing to resume")
         if about.get("identity") != identity:
             return
+        with going_on_from(path):
+            self._go_on(tensors, about)
+        numbers = [entry(path, about, k, int) for k in ("step", "judged", "flushed")]
+        self.step, self.judged, self.flushed = numbers
+        gain = entry(path, about, "gain", float | None)
+        if gain is not None:
+            self.best = (gain, self.best[1])
+        if not 0 <= self.step <= self.settings.steps:
+            raise damaged(path, f"step {self.step} of {self.settings.steps}")
+
+    def _go_on(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take over what `save` wrote."""
         device = self.reader.age.device
+        found = fitting(tensors, self.trained, "parameters/")
         for name, parameter in self.trained.items():
-            parameter.copy_(tensors[f"parameters/{name}"])
+            parameter.copy_(found[name])
         load_adam(self.optimizer, self.trained, tensors)
         if self.evolution is not None:
             own = {n: t for n, t in tensors.items() if n.startswith("evolution/")}
             self.evolution.load_state_tensors(
                 {n.removeprefix("evolution/"): t for n, t in own.items()}
             )
-        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
+        self.reader = self.reader.of(fitting(tensors, self.reader.tensors(), "reader/"))
         self.lanes.load_state_dict(about["cursor"])
-        self.step, self.judged, self.flushed = (about[k] for k in ("step", "judged", "flushed"))
         if about["gain"] is not None:
-            best = {n: tensors[f"best/{n}"].to(device) for n in self.trained}
-            self.best = (about["gain"], best)
+            best = fitting(tensors, self.trained, "best/")
+            self.best = (-math.inf, {n: t.to(device) for n, t in best.items()})
 
 
 def train_meta(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 
 import pytest
 
-from mlm.base.errors import Terminated, going_on, run_cli, uninterrupted
+from mlm.base.errors import Terminated, command_of, going_on, run_cli, uninterrupted
 
 
 def _send(number: int) -> None:
@@ -78,3 +79,20 @@ def test_other_threads_and_other_handlers_are_left_alone() -> None:
     finally:
         signal.signal(signal.SIGINT, usual)
     assert seen == [usual, mine]
+
+
+@pytest.mark.parametrize(
+    ("started", "train", "show"),
+    [
+        ("train.py", "python train.py", "python visualize.py"),
+        ("/opt/bin/evaluate.py", "python train.py", "python visualize.py"),
+        ("mlm score", "mlm train", "mlm show"),
+        ("/usr/bin/notebook", "mlm train", "mlm show"),
+    ],
+)
+def test_commands_are_named_as_they_are_started(
+    started: str, train: str, show: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [started, "x"])
+    assert (command_of("train"), command_of("show")) == (train, show)
+    assert command_of("export") == "mlm export"

@@ -276,7 +276,7 @@ def test_evaluate_without_a_run(
     assert "runs/pydocs is no run folder" in command("evaluate").error
     assert "is no run folder (it has no config.json)" in command("evaluate", tmp_path).error
     assert "not found" in command("visualize", tmp_path / "none").error
-    assert "not found; run evaluate.py" in command("visualize", tmp_path).error
+    assert "not found; run `python evaluate.py`" in command("visualize", tmp_path).error
     assert not list(tmp_path.iterdir())
 
 

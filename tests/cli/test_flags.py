@@ -8,7 +8,7 @@ import pytest
 from conftest import Command, Finished
 from tiny import as_flags
 
-from mlm.cli.flags import settings_of
+from mlm.cli.flags import parse, settings_of, today
 from mlm.cli.train import HELP
 from mlm.settings.config import Config
 from mlm.settings.flags import GROUPS, SHORT, aliases, flag, leaves, replaced
@@ -41,7 +41,7 @@ def test_all_help_explains_every_setting(command: Command) -> None:
     for setting in settings_of(Config()):
         name = flag(setting.path)
         if setting.value is True:
-            name = name.replace("meta.", "meta.no-")
+            name = f"--no-{name[2:]}"
         assert f"  {name}" in shown
         assert setting.help, setting.path
 
@@ -161,3 +161,10 @@ def test_threads_are_one_setting() -> None:
     assert [threads_of(small, first) for first in (True, False)] == [0, 0]
     asked = replaced(tiny, {"threads": 3})
     assert [threads_of(asked, first) for first in (True, False)] == [3, 3]
+
+
+@pytest.mark.parametrize("words", [("--no-meta.per-tensor",), ("--meta.no-per-tensor",)])
+def test_switches_are_turned_off_by_no(words: tuple[str, ...]) -> None:
+    """Before the name, as help says; before its last part, too."""
+    assert not parse("x", today(words), settings_of(Config()))["meta.per_tensor"]
+    assert parse("x", today(["--boundaries.on"]), settings_of(Config()))["extensions.boundaries.on"]

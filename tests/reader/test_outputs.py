@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,7 @@ from mlm.reader.outputs import (
     table_file,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 TOP = pa.list_(pa.struct([("piece", pa.string()), ("bits", pa.float64())]))
 
 
@@ -139,3 +143,32 @@ def test_names_that_say_nothing_of_the_form_are_refused(tmp_path: Path) -> None:
     (tmp_path / "folder.tsv").mkdir()
     with pytest.raises(UserError, match="is a folder"):
         check_output(tmp_path / "folder.tsv", (".tsv",), "--out")
+
+
+ANYWHERE = """
+import sys
+from pathlib import Path
+import pyarrow as pa
+from mlm.reader.outputs import table_file
+from mlm.text.hub import ParquetDirectory
+folder = Path(sys.argv[1])
+folder.mkdir()
+with table_file(folder / "train-1.parquet") as write:
+    write(pa.table({"text": [" = A = ", "", " one two "]}))
+print(next(ParquetDirectory(folder).articles("train")).text.split())
+"""
+
+
+def test_arrow_reads_and_writes_names_beyond_ascii_in_every_locale(tmp_path: Path) -> None:
+    """In one whose file names are not UTF-8."""
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    script = tmp_path / "anywhere.py"
+    script.write_text(ANYWHERE, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "größe"],
+        env={**os.environ, **locale, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert done.stdout.split() == [b"['=',", b"'A',", b"'=',", b"'one',", b"'two']"]

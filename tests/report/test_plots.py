@@ -284,7 +284,7 @@ def test_the_command_prints_the_paths(tmp_path: Path):
     ("arguments", "expected"),
     [
         (["{run}/nowhere"], "not found; name the folder"),
-        (["{run}/figures"], "losses.parquet not found; run evaluate.py"),
+        (["{run}/figures"], "losses.parquet not found; run `mlm evaluate`"),
         (["{run}/broken"], "cannot be read"),
         (["{run}", "--articles", "0"], "--articles"),
         (["{run}", "--split", "train"], "no split 'train', only test, valid"),

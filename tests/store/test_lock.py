@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from conftest import Command, Finished
 from tiny import as_flags, tiny_config
 
 from mlm.base.errors import UserError
+from mlm.base.files import atomic_path, leftovers
 from mlm.store.lock import LOCK, check_writable, only_writer
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +74,22 @@ def test_a_refused_training_leaves_no_folder(
     config = tiny_config(finished.corpus, tmp_path / "a" / "run", adapt__dynamic="none.such")
     assert command("train", *as_flags(config)).error
     assert not (tmp_path / "a").exists()
+
+
+def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
+    """Its temporary files, and nothing of the user's."""
+    left = []
+    for name in ("config.json", "checkpoints/lm.safetensors", "on-a/figures/one.png"):
+        with contextlib.suppress(KeyboardInterrupt), atomic_path(tmp_path / name) as temporary:
+            left.append(temporary)
+            raise KeyboardInterrupt
+    for file in left:  # as kill -9 leaves it
+        file.write_text("half", encoding="utf-8")
+    mine = tmp_path / "checkpoints" / ".mine"
+    mine.write_text("kept", encoding="utf-8")
+    assert sorted(leftovers(tmp_path)) == sorted(left)
+    with only_writer(tmp_path):
+        assert {p for p in tmp_path.rglob("*") if p.is_file()} == {mine, tmp_path / LOCK}
 
 
 def test_a_process_may_ask_twice(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mlm.base.errors import UserError
@@ -17,6 +19,7 @@ from mlm.store import tensors as module
 from mlm.store.models import load_base, load_lm
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about, load_latest, load_tensors, previous, save_tensors
+from mlm.store.versions import written_now
 
 SOME = {"one": torch.arange(12.0).reshape(3, 4), "two": torch.ones(5, dtype=torch.int64)}
 
@@ -33,7 +36,14 @@ def test_any_flipped_bit_is_found(tmp_path: Path) -> None:
     path = tmp_path / "rule.safetensors"
     save_tensors(path, SOME, {"step": 3, "cursor": [1, 2]})
     whole, random = path.read_bytes(), np.random.default_rng(0)
-    for place in [0, 7, *random.integers(0, len(whole), 150), len(whole) - 1]:
+    named = whole.index(b"checksum")
+    for place in [
+        0,
+        7,
+        *range(named, named + 8),
+        *random.integers(0, len(whole), 150),
+        len(whole) - 1,
+    ]:
         flip(path, int(place), int(random.integers(8)))
         for load in (load_about, load_tensors):
             with pytest.raises(UserError) as refused:
@@ -113,13 +123,11 @@ def test_a_file_system_without_links_keeps_the_new_file(
 
 
 def test_a_checkpoint_without_a_checksum_is_read_with_a_note(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "lm.safetensors"
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "CHECKSUM", "other")
-        patch.setattr(module, "_checked", lambda file: None)
-        save_tensors(path, SOME, {"step": 1})
+    about = json.dumps({"step": 1, **written_now(False, SOME)})
+    save_file(SOME, path, metadata={"mlm": about})
     assert load_tensors(path, "")[1]["step"] == 1
     assert load_tensors(path, "")[1]["step"] == 1
     assert capsys.readouterr().err.count(f"note: {path} has no checksum") == 1

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
+import signal
+import threading
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, run_cli
 from mlm.spelling import canonical_text
+from mlm.text import encoding
 from mlm.text.articles import Article, count_words
 from mlm.text.encoding import encode_articles
 from mlm.text.tokens import write_token_file
-from mlm.text.vocabulary import PieceVocabulary, Vocabulary, fit_vocabulary
+from mlm.text.vocabulary import PieceVocabulary, Vocabulary, WordVocabulary, fit_vocabulary
 
 SIZES = {"bpe": 300, "unigram": 276, "word": 0}
 ODD = (
@@ -142,3 +148,44 @@ def test_noise_is_bytes_in_words() -> None:
     assert {"", "A"} <= spelled
     assert (~pieces.starts_word[pieces.noise]).mean() == pytest.approx(8 / 9)
     assert not len(vocabulary("word").noise)
+
+
+class _Dead:
+    """An executor whose workers are dead."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        pass
+
+    def submit(self, *_: object) -> Future[object]:
+        future: Future[object] = Future()
+        future.set_exception(BrokenProcessPool("dead"))
+        return future
+
+    def shutdown(self, **_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("signalled", [True, False])
+def test_a_signal_that_reaches_the_workers_first_is_an_interruption(
+    signalled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a group of processes; without a signal here the workers were killed."""
+    monkeypatch.setattr(encoding, "ProcessPoolExecutor", _Dead)
+    monkeypatch.setattr(encoding, "_ALONE", 1)
+    monkeypatch.setattr(encoding, "_BATCH", 1)
+    monkeypatch.setattr(encoding, "_cores", lambda: 2)
+    monkeypatch.setattr(encoding, "_LATE", 0.2)
+    vocabulary = WordVocabulary(["<unk>", "<eos>", "a"])
+    texts = iter([Article("A", "a a\n"), Article("B", "a\n")])
+
+    def encode() -> None:
+        if signalled:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        list(encoding.encode_articles(texts, vocabulary, Path("nowhere")))
+
+    monkeypatch.setattr(WordVocabulary, "save", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        run_cli(encode)
+    said = capsys.readouterr().err
+    assert stop.value.code == (143 if signalled else 1)
+    assert said.startswith("interrupted by SIGTERM" if signalled else "error: a process that was")
