@@ -287,7 +287,7 @@ def _refusal(
         return found.bytes <= limit.bytes
 
     modes = _modes(sizes) if worst.name == "meta" and usual[MODE] in MODES else ()
-    able = [{MODE: mode} for mode in modes if fits({MODE: mode})][:1]
+    able: list[dict[str, Any]] = [{MODE: mode} for mode in modes if fits({MODE: mode})][:1]
     for paths in ([worst.largest.lanes], LANES) if worst.largest.lanes else ():
         for more in [{}, *({MODE: mode} for mode in modes if mode != usual[MODE])]:
             lanes = {path: {**leaves(sizes.config), **usual}[path] for path in paths if path}

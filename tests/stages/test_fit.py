@@ -27,7 +27,7 @@ VALID = Lengths(217_646, 217_646, 60, 15_000)
 CPU = torch.device("cpu")
 
 
-def _sizes(size: str = "awd", rule: str = "default", **changes: Any) -> RunSizes:
+def _sizes(size: str = "awd", rule: str = "default", /, **changes: Any) -> RunSizes:
     config = settings(size, rule)
     config = replaced(config, {path.replace("__", "."): v for path, v in changes.items()})
     vocabulary = 267_735 if size == "awd" else 4000
