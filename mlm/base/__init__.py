@@ -1,6 +1,6 @@
 """What every room may use: errors for users, atomic files, kept progress, schedule, names."""
 
-from mlm.base.errors import UserError, going_on, run_cli, uninterrupted
+from mlm.base.errors import UserError, going_on, interruptible, run_cli, uninterrupted
 from mlm.base.files import atomic_path, naming, parse_json, readable, write_text
 from mlm.base.lazy import lazily
 from mlm.base.names import (
@@ -26,6 +26,7 @@ from mlm.base.progress import (
     load_adam,
     saved_by_the_clock,
 )
+from mlm.base.ranks import Ranks, alone, joined, ranks
 from mlm.base.schedule import cosine
 
 __all__ = [
@@ -40,17 +41,22 @@ __all__ = [
     "STATIC",
     "LearnedName",
     "Progress",
+    "Ranks",
     "RuleText",
     "UserError",
     "Work",
     "adam_tensors",
+    "alone",
     "atomic_path",
     "cosine",
     "going_on",
+    "interruptible",
+    "joined",
     "lazily",
     "load_adam",
     "naming",
     "parse_json",
+    "ranks",
     "readable",
     "rule_label",
     "rule_order",

@@ -9,6 +9,7 @@ import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.progress import NOTHING_KEPT, Progress
+from mlm.base.ranks import ranks
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import CacheSetting
 from mlm.reading.scoring import score_protocol
@@ -56,10 +57,18 @@ def tune_cache(
 
     def evaluate(settings: list[dict[str, float]]) -> list[float]:
         caches = [CacheSetting(s["theta"], s["weight"], window) for s in settings]
-        scores = score_protocol(
-            base, rule, text.articles, text.eos, protocol, text.lanes, cache=caches
-        )
-        return [cached.total for cached in scores.cached]
+        own = (base, rule, text.articles, text.eos, protocol, text.lanes)
+        if protocol == "article":
+            return [cached.total for cached in score_protocol(*own, cache=caches).cached]
+        # One text: each process reads it with a share of the settings.
+        here = ranks()
+        mine = [caches[k] for k in here.share(len(caches))]
+
+        def read() -> list[float]:
+            scores = score_protocol(*own, cache=mine) if mine else None
+            return [cached.total for cached in scores.cached] if scores else []
+
+        return [total for part in here.parts(read) for total in part]
 
     def spend(pairs: Sequence[tuple[float, float]]) -> Trial:
         pairs = pairs[: budget - len(tried.trials)]

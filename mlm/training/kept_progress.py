@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.progress import Progress, Tick, Work, saved_by_the_clock
+from mlm.base.ranks import ranks
 from mlm.store.tensors import load_tensors, save_tensors
 
 
@@ -59,5 +60,9 @@ class KeptProgress(Progress):
 
     def forget(self) -> None:
         """The stage is done: remove what was kept of its parts."""
-        for path in self.folder.glob(f"unfinished_{self.stage}_*.safetensors"):
-            path.unlink()
+
+        def remove() -> None:
+            for path in self.folder.glob(f"unfinished_{self.stage}_*.safetensors"):
+                path.unlink()
+
+        ranks().on_first(remove)
