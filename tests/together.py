@@ -1,4 +1,4 @@
-"""Several processes on this machine, as torchrun starts them, for tests of what they do together."""
+"""Several processes on this machine, as torchrun starts them."""
 
 from __future__ import annotations
 

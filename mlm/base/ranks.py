@@ -289,10 +289,14 @@ def _naming_the_lost() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise UserError(
-            f"another process of this job has ended, or cannot be reached "
-            f"({str(error).splitlines()[0][:200]}). What it said, if anything, is beside this line; "
-            "everything saved so far is kept, and the same command with --resume goes on"
+            "another process of this job has ended, or cannot be reached "
+            f"({_first_line(error)}). What it said, if anything, is beside this line; everything "
+            "saved so far is kept, and the same command with --resume goes on"
         ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _number(name: str, usual: int) -> int:
@@ -371,8 +375,8 @@ def _join(device: str) -> tuple[Ranks, Any]:
         meeting = dist.new_group(backend="gloo", timeout=timedelta(days=MEETING_DAYS))
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes of this job cannot meet ({str(error).splitlines()[0][:200]}). Start "
-            "them with torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; "
+            f"the processes of this job cannot meet ({_first_line(error)}). Start them with "
+            "torchrun, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each; "
             "for one process alone unset WORLD_SIZE"
         ) from None
     return Ranks(rank, world, meeting), store

@@ -262,6 +262,8 @@ def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str
                 if not all((name, protocol) in done.scores for name in names)
             ]
             at_once = ranks().world if protocol == "stream" else 1
+            if at_once > 1:  # those that take about as long at once
+                left.sort(key=lambda names: STATIC in names)
             for k in range(0, len(left), at_once):
                 found = _score_passes(run, text, protocol, left[k : k + at_once])
                 for told in filter(None, (one.told for one in found)):
