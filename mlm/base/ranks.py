@@ -316,6 +316,16 @@ def started_together() -> int:
     return _number("WORLD_SIZE", 1)
 
 
+def refuse_several(command: str) -> None:
+    """Refuse to do the same work in several processes.
+
+    Raises:
+        UserError: the environment says that there are some.
+    """
+    if started_together() > 1:
+        raise UserError(f"{command} works in one process; start it without torchrun")
+
+
 def cores_each() -> int:
     """CPU cores for each of the processes on this machine."""
     affinity = getattr(os, "sched_getaffinity", None)
