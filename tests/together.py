@@ -31,7 +31,7 @@ def _process(
 ) -> None:
     import torch
 
-    from mlm.base.ranks import joined
+    from mlm.base.processes import joined
 
     torch.set_num_threads(1)
     os.environ |= environment(rank, world, port)
@@ -102,7 +102,7 @@ def stages_in_double(config: Any, stop_at: int = 0, signals: tuple[int, ...] = (
 
     import mlm.stages.language_model as stage
     from mlm.base.errors import run_cli
-    from mlm.base.ranks import ranks
+    from mlm.base.processes import ranks
     from mlm.stages.order import run_stages
     from mlm.training.language_model import LMTrainer
 

@@ -18,6 +18,7 @@ from mlm.base.names import (
     rule_order,
     rule_texts,
 )
+from mlm.base.processes import Ranks, alone, joined, ranks
 from mlm.base.progress import (
     NOTHING_KEPT,
     Progress,
@@ -26,7 +27,6 @@ from mlm.base.progress import (
     load_adam,
     saved_by_the_clock,
 )
-from mlm.base.ranks import Ranks, alone, joined, ranks
 from mlm.base.schedule import cosine
 
 __all__ = [

@@ -159,6 +159,6 @@ def _run(main: Callable[[], None]) -> None:
 
 
 def _tell(line: str) -> None:
-    """A last word; of several processes (`mlm.base.ranks`) the first has it."""
+    """A last word; of several processes (`mlm.base.processes`) the first has it."""
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlm.base.errors import uninterrupted
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def saved_by_the_clock(save: Callable[[], None], minutes: float) -> Iterator[Tic
     """Call `save` on an interruption of the block, and between steps after so many minutes.
 
     Steps are taken in `uninterrupted` blocks, so that the state that is saved is that of whole
-    ones. Of several processes (`mlm.base.ranks`) the first looks at its clock; an interruption of
+    ones. Of several processes (`mlm.base.processes`) the first looks at its clock; an interruption of
     one stops all of them after the same step.
     """
     last, here = time.monotonic(), ranks()

@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 from mlm.base.errors import run_cli
-from mlm.base.ranks import refuse_several
+from mlm.base.processes import refuse_several
 
 __all__ = ["COMMANDS", "SHARED", "Command", "commands_text", "main"]
 

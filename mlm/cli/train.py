@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlm.base.errors import UserError, going_on
-from mlm.base.ranks import joined
+from mlm.base.processes import joined
 from mlm.cli.flags import (
     help_text,
     name_of_script,

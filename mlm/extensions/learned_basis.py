@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
-from mlm.base.ranks import ranks
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.word_coupling import COUPLING, uncoupled
 from mlm.models.base import AdaptationBase, fold_low_rank

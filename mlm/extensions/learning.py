@@ -21,7 +21,7 @@ from mlm.text.streams import LaneStream, MixedLanes, Segment
 class Learner(Protocol):
     """What learns, and the lanes that it reads with.
 
-    Each of several processes (`mlm.base.ranks`) has its share of the lanes.
+    Each of several processes (`mlm.base.processes`) has its share of the lanes.
     """
 
     def learn(self, segments: Sequence[Segment], rate: float) -> float:

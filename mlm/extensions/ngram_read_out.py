@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
-from mlm.base.ranks import ranks
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
 from mlm.models.base import AdaptationBase

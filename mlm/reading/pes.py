@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
@@ -201,7 +201,7 @@ class Evolution:
     def state_tensors(self, lanes: int | None = None) -> dict[str, Tensor]:
         """All that the next step depends on besides parameters and text.
 
-        `lanes` are those of all processes (`mlm.base.ranks`), whose tensors the first has.
+        `lanes` are those of all processes (`mlm.base.processes`), whose tensors the first has.
         """
         lanes = self.xi.shape[1] if lanes is None else lanes
         tensors = {"generator": self.generator.get_state()}

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import Cache, CacheSetting
@@ -69,7 +69,7 @@ def score_articles(
     """Read every article once, predict -> score -> update; `rule` None = static.
 
     Each article starts from theta_0, a zero state and an empty cache, so the result does not
-    depend on the number of lanes, nor on that of processes (`mlm.base.ranks`), among which several
+    depend on the number of lanes, nor on that of processes (`mlm.base.processes`), among which several
     articles are dealt, the longest first. `title` shows a progress bar; `cache` names the neural
     caches to put on top of the same reading.
     """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension, Outcome
 from mlm.models.language_model import LanguageModel, Read, Weights

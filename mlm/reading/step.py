@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase, lanes_of, reset_lanes
 from mlm.models.extension import GrowingValue, LaneValue, Outcome, Restart, Told
@@ -55,7 +55,7 @@ class Reader(NamedTuple):
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
 
     def tensors_of_all(self, lanes: int) -> dict[str, Tensor]:
-        """`tensors` of all `lanes` where processes (`mlm.base.ranks`) read some each; in the first
+        """`tensors` of all `lanes` where processes (`mlm.base.processes`) read some each; in the first
         process only."""
         here = ranks()
         growing = {n: v for n, v in self.extras.items() if isinstance(v, GrowingValue)}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError
-from mlm.base.ranks import cores_each, ranks
+from mlm.base.processes import cores_each, ranks
 from mlm.kernels.processor import multiplies_bfloat16
 from mlm.kernels.switches import use, use_threads
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank

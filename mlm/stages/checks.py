@@ -8,7 +8,7 @@ from typing import Any
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.models.base import choose_dynamic, has_low_rank
 from mlm.models.low_rank import folds
 from mlm.rules.family import HAND_MADE_RULES, rule_from_description

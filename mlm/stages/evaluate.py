@@ -17,7 +17,7 @@ from torch import Tensor
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.reading.scoring import Scores, check_finite, score_protocol, word_losses
 from mlm.report.evaluation import (
     evaluate_rows,

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from mlm.base.errors import UserError
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
 from mlm.rules.protocol import LoadedRule

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mlm.base.errors import UserError
 from mlm.base.files import parse_json
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 
 LOCK = "lock"
 """The file that the one who writes holds locked; there only while somebody does."""

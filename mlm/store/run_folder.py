@@ -18,7 +18,7 @@ import torch
 import mlm
 from mlm.base.errors import UserError
 from mlm.base.files import naming, parse_json, write_text
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.settings.config import Config
 from mlm.settings.flags import leaves, replaced
 from mlm.settings.record import from_dict, to_dict

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path, parse_json
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
 from mlm.store.versions import differences, written_now

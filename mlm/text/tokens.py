@@ -20,7 +20,7 @@ from tqdm import tqdm
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
 from mlm.base.names import EOS
-from mlm.base.ranks import ranks
+from mlm.base.processes import ranks
 from mlm.text.corpora import Article, Corpus, count_words
 from mlm.text.encoding import encode_articles, token_dtype
 from mlm.text.vocabulary import UNK, Unknown, Vocabulary, fit_vocabulary, load_vocabulary

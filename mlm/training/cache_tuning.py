@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
-from mlm.base.ranks import ranks
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import CacheSetting
 from mlm.reading.scoring import score_protocol

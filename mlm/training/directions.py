@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
-from mlm.base.ranks import ranks
 from mlm.models.language_model import LanguageModel, Weights
 from mlm.models.low_rank import DIRECTIONS, LOW
 from mlm.models.recurrent import RecurrentLM, RecurrentState, embed
@@ -41,7 +41,7 @@ def _multiplied(
 class _Moments:
     """Sums of x x^T over the tokens read so far: `mlm.base.progress.Work`.
 
-    Each of several processes (`mlm.base.ranks`) reads its share of the lanes, and has its share of
+    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share of
     the sums over them.
     """
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
-from mlm.base.ranks import ranks
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome
 from mlm.models.language_model import Weights
@@ -35,7 +35,7 @@ def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
 class _Estimate:
     """Sums over the segments read so far: `mlm.base.progress.Work`.
 
-    Each of several processes (`mlm.base.ranks`) reads its share of the lanes, and has its share of
+    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share of
     the sums over them.
     """
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import Progress, Tick, Work, saved_by_the_clock
-from mlm.base.ranks import ranks
 from mlm.store.tensors import load_tensors, save_tensors
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import Tick, adam_tensors, load_adam, saved_by_the_clock
-from mlm.base.ranks import ranks
 from mlm.base.schedule import cosine
 from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.models.language_model import State, Weights
@@ -119,7 +119,7 @@ def unigram_biases(shape: BaseModel, text: Text, noise: float = 0.0) -> Weights:
 class LMTrainer:
     """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit.
 
-    Each of several processes (`mlm.base.ranks`) reads its own of the lanes, and all take the same
+    Each of several processes (`mlm.base.processes`) reads its own of the lanes, and all take the same
     step along the sum of their gradients.
     """
 

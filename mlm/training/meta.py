@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.names import rule_label
+from mlm.base.processes import ranks
 from mlm.base.progress import adam_tensors, load_adam, saved_by_the_clock
-from mlm.base.ranks import ranks
 from mlm.base.schedule import cosine
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
@@ -70,7 +70,7 @@ def reptile(base: AdaptationBase, reader: Reader, learn: Sequence[str]) -> Weigh
 class MetaTrainer:
     """State of stage 2 for one rule: parameters, Adam, readers, cursor; saved and resumed.
 
-    Each of several processes (`mlm.base.ranks`) reads its own of the lanes.
+    Each of several processes (`mlm.base.processes`) reads its own of the lanes.
     """
 
     def __init__(

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
-from mlm.base.ranks import ranks
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_articles, score_protocol
 from mlm.rules.hand_made import RMS, Adam, HandMade, Momentum
