@@ -26,7 +26,7 @@ from benchmarks.output import HOME
 from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import parse_json, write_text
-from mlm.base.processes import joined, ranks
+from mlm.base.processes import ranks, several_processes
 from mlm.kernels.switches import use_threads
 from mlm.runs.base import build_base
 from mlm.runs.rules import tuned_rule
@@ -130,7 +130,7 @@ def _opened(config: Config) -> Run:
 
 def worker(options: Options, path: Path) -> None:
     """What every process that torchrun starts does."""
-    with joined("cpu"):
+    with several_processes("cpu"):
         for share in (0.02, 1.0):
             found = seconds_of(config_of(options, path.parent / f"{path.stem}-{share}", share))
         write_text(path, json.dumps(found))

@@ -31,12 +31,12 @@ def _process(
 ) -> None:
     import torch
 
-    from mlm.base.processes import joined
+    from mlm.base.processes import several_processes
 
     torch.set_num_threads(1)
     os.environ |= environment(rank, world, port)
     try:
-        with joined("cpu"):
+        with several_processes("cpu"):
             found = ("value", work(*words))
     except BaseException:
         found = ("error", traceback.format_exc())

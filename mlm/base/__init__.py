@@ -18,7 +18,7 @@ from mlm.base.names import (
     rule_order,
     rule_texts,
 )
-from mlm.base.processes import Ranks, alone, joined, ranks
+from mlm.base.processes import Ranks, alone, ranks, several_processes
 from mlm.base.progress import (
     NOTHING_KEPT,
     Progress,
@@ -51,7 +51,6 @@ __all__ = [
     "cosine",
     "going_on",
     "interruptible",
-    "joined",
     "lazily",
     "load_adam",
     "naming",
@@ -63,6 +62,7 @@ __all__ = [
     "rule_texts",
     "run_cli",
     "saved_by_the_clock",
+    "several_processes",
     "uninterrupted",
     "write_text",
 ]

@@ -334,7 +334,7 @@ def cores_each() -> int:
 
 
 @contextlib.contextmanager
-def joined(device: str = "auto") -> Iterator[None]:
+def several_processes(device: str = "auto") -> Iterator[None]:
     """Be one of the processes that `torchrun` has started, within the block; one prints.
 
     Args:
@@ -367,6 +367,7 @@ def _join(device: str) -> tuple[Ranks, Any]:
     """The process group, and the store behind it."""
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     cuda = device != "cpu" and torch.cuda.is_available()
     local, there = _number("LOCAL_RANK", 0), torch.cuda.device_count()
@@ -378,7 +379,7 @@ def _join(device: str) -> tuple[Ranks, Any]:
     if cuda:
         torch.cuda.set_device(local)
     try:
-        store, rank, world = next(iter(dist.rendezvous("env://")))
+        store, rank, world = next(iter(rendezvous("env://")))
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         wait = timedelta(minutes=STEP_MINUTES)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)

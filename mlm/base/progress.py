@@ -35,8 +35,8 @@ def saved_by_the_clock(save: Callable[[], None], minutes: float) -> Iterator[Tic
     """Call `save` on an interruption of the block, and between steps after so many minutes.
 
     Steps are taken in `uninterrupted` blocks, so that the state that is saved is that of whole
-    ones. Of several processes (`mlm.base.processes`) the first looks at its clock; an interruption of
-    one stops all of them after the same step.
+    ones. Of several processes (`mlm.base.processes`) the first looks at its clock; an interruption
+    of one stops all of them after the same step.
     """
     last, here = time.monotonic(), ranks()
 

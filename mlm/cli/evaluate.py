@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm.base.errors import UserError, going_on
-from mlm.base.processes import joined
+from mlm.base.processes import several_processes
 from mlm.cli.flags import (
     Setting,
     help_text,
@@ -129,5 +129,5 @@ def main() -> None:
 
     again = "the same command again; rules that are scored are not read again"
     config = validate(config)
-    with going_on(lambda: again), joined(config.device):
+    with going_on(lambda: again), several_processes(config.device):
         evaluate_run(config, corpus, options["draw"], results)

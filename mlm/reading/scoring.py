@@ -69,9 +69,9 @@ def score_articles(
     """Read every article once, predict -> score -> update; `rule` None = static.
 
     Each article starts from theta_0, a zero state and an empty cache, so the result does not
-    depend on the number of lanes, nor on that of processes (`mlm.base.processes`), among which several
-    articles are dealt, the longest first. `title` shows a progress bar; `cache` names the neural
-    caches to put on top of the same reading.
+    depend on the number of lanes, nor on that of processes (`mlm.base.processes`), among which
+    several articles are dealt, the longest first. `title` shows a progress bar; `cache` names the
+    neural caches to put on top of the same reading.
     """
     here = ranks()
     if here.world == 1 or len(articles) == 1:

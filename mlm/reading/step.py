@@ -55,8 +55,8 @@ class Reader(NamedTuple):
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
 
     def tensors_of_all(self, lanes: int) -> dict[str, Tensor]:
-        """`tensors` of all `lanes` where processes (`mlm.base.processes`) read some each; in the first
-        process only."""
+        """`tensors` of all `lanes` where processes (`mlm.base.processes`) read some each; in the
+        first process only."""
         here = ranks()
         growing = {n: v for n, v in self.extras.items() if isinstance(v, GrowingValue)}
         sizes = here.gather({n: value.size for n, value in growing.items()})

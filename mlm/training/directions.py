@@ -41,8 +41,8 @@ def _multiplied(
 class _Moments:
     """Sums of x x^T over the tokens read so far: `mlm.base.progress.Work`.
 
-    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share of
-    the sums over them.
+    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share
+    of the sums over them.
     """
 
     def __init__(

@@ -35,8 +35,8 @@ def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
 class _Estimate:
     """Sums over the segments read so far: `mlm.base.progress.Work`.
 
-    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share of
-    the sums over them.
+    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share
+    of the sums over them.
     """
 
     def __init__(self, base: AdaptationBase, stream: LaneStream) -> None:

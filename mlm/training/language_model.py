@@ -119,8 +119,8 @@ def unigram_biases(shape: BaseModel, text: Text, noise: float = 0.0) -> Weights:
 class LMTrainer:
     """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit.
 
-    Each of several processes (`mlm.base.processes`) reads its own of the lanes, and all take the same
-    step along the sum of their gradients.
+    Each of several processes (`mlm.base.processes`) reads its own of the lanes, and all take the
+    same step along the sum of their gradients.
     """
 
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
@@ -180,8 +180,8 @@ class LMTrainer:
         plain = not (self.masked or self.settings.ar or self.settings.tar)
         count = mask.sum()
         if use and plain and serves(self.shape, self.device, *added):
-            own = (self.weights, self.shape, segment, self.state, added, count)
-            loss, state = half_precision_loss(*own)
+            own = (self.weights, self.shape, segment, self.state, added)
+            loss, state = half_precision_loss(*own, count=count)
             return loss, loss.detach(), state
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
             hidden = self.shape.run(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mlm.base.errors import UserError
-from mlm.base.processes import Ranks, alone, joined, ranks, refuse_several
+from mlm.base.processes import Ranks, alone, ranks, refuse_several, several_processes
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 7])
@@ -64,7 +64,10 @@ def test_an_environment_of_half_the_names_is_one_message(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UserError, match=r"cannot meet.*torchrun.*unset WORLD_SIZE"), joined("cpu"):
+    with (
+        pytest.raises(UserError, match=r"cannot meet.*torchrun.*unset WORLD_SIZE"),
+        several_processes("cpu"),
+    ):
         pass
     with pytest.raises(UserError, match="mlm score works in one process"):
         refuse_several("mlm score")
