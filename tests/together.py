@@ -57,7 +57,7 @@ def together(world: int, out: Path, work: Callable[..., Any], *words: Any) -> li
     for process in processes:
         process.start()
     for process in processes:
-        process.join(250)
+        process.join(600)
         if process.is_alive():
             process.kill()
     found = [pickle.loads((out / f"{rank}.pickle").read_bytes()) for rank in range(world)]

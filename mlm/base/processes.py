@@ -346,6 +346,8 @@ def several_processes(device: str = "auto") -> Iterator[None]:
     if started_together() <= 1:
         yield
         return
+    import torch.distributed as dist
+
     here, store = _join(device)
     try:
         _here["now"] = here
@@ -356,6 +358,7 @@ def several_processes(device: str = "auto") -> Iterator[None]:
                 stack.enter_context(contextlib.redirect_stderr(silence))
             yield
             here.gather(None)  # nobody leaves while another still wants to hear of it
+            dist.destroy_process_group()
     except (UserError, OSError) as error:
         _told(here, store, str(error))
         raise

@@ -158,11 +158,7 @@ def check_plan(run: Run) -> None:
     config, data = run.config, run.data
     shape = shape_of(config, data.vocabulary.size)
     through = config.lm.through
-    if "lm" in config.stages and through != "none" and ranks().world > 1:
-        raise UserError(
-            f"--lm.through {through} trains in one process only; start it without torchrun, and go "
-            "on with several processes after stage 1"
-        )
+    _check_processes(run)
     if "lm" in config.stages:
         begun = config.resume and run.folder.checkpoint("lm_last").exists()
         if config.lm.init is not None and not begun:
@@ -185,6 +181,24 @@ def check_plan(run: Run) -> None:
         if through == "learned":
             base_of_through_run(run)
         _check_rules(run, dynamic)
+
+
+def _check_processes(run: Run) -> None:
+    """There is something to do for every process.
+
+    Raises:
+        UserError: there are fewer lanes, or stage 1 cannot be shared.
+    """
+    config = run.config
+    if "lm" in config.stages and config.lm.through != "none" and ranks().world > 1:
+        raise UserError(
+            f"--lm.through {config.lm.through} trains in one process only; start it without "
+            "torchrun, and go on with several processes after stage 1"
+        )
+    if "lm" in config.stages:
+        ranks().share_lanes(min(config.lm.lanes, len(run.training_text(0).articles)), "lm")
+    if "meta" in config.stages and config.meta.rules:
+        ranks().share_lanes(config.meta.lanes, "meta")
 
 
 def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
