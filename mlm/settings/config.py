@@ -45,8 +45,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     threads: int = 0
-    """CPU threads of each process; 0 = PyTorch's choice (of several processes, an equal share of the
-    cores), after stage 1 one for models under 256 units."""
+    """CPU threads of each process; 0 = PyTorch's choice (of several, an equal share of the cores),
+    after stage 1 one for models under 256 units."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and bootstrap."""
     checkpoint_minutes: float = 5.0
