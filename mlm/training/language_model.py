@@ -25,7 +25,7 @@ from mlm.base.schedule import cosine
 from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.models.language_model import State, Weights
 from mlm.models.output_layer import token_nll
-from mlm.models.recurrent import BaseModel, Dropout, RecurrentLM
+from mlm.models.recurrent import BaseModel, Dropout, RecurrentLM, RecurrentState
 from mlm.models.snail import snail_like
 from mlm.reading.static import static_loss
 from mlm.settings.config import Config
@@ -180,7 +180,10 @@ class LMTrainer:
         plain = not (self.masked or self.settings.ar or self.settings.tar)
         count = mask.sum()
         if use and plain and serves(self.shape, self.device, *added):
-            own = (self.weights, self.shape, segment, self.state, added)
+            shape, before = self.shape, self.state
+            assert isinstance(shape, RecurrentLM)
+            assert isinstance(before, RecurrentState)
+            own = (self.weights, shape, segment, before, added)
             loss, state = half_precision_loss(*own, count=count)
             return loss, loss.detach(), state
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
