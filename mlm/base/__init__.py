@@ -1,6 +1,15 @@
 """What every room may use: errors for users, atomic files, kept progress, schedule, names."""
 
-from mlm.base.errors import UserError, command_of, going_on, note, plain, run_cli, uninterrupted
+from mlm.base.errors import (
+    UserError,
+    command_of,
+    going_on,
+    interruptible,
+    note,
+    plain,
+    run_cli,
+    uninterrupted,
+)
 from mlm.base.files import MARK, atomic_path, leftovers, naming, parse_json, readable, write_text
 from mlm.base.kinds import as_kind, kinds, shown, type_problem
 from mlm.base.lazy import lazily
@@ -19,6 +28,7 @@ from mlm.base.names import (
     rule_order,
     rule_texts,
 )
+from mlm.base.processes import Ranks, alone, ranks, several_processes
 from mlm.base.progress import (
     NOTHING_KEPT,
     Progress,
@@ -42,15 +52,18 @@ __all__ = [
     "STATIC",
     "LearnedName",
     "Progress",
+    "Ranks",
     "RuleText",
     "UserError",
     "Work",
     "adam_tensors",
+    "alone",
     "as_kind",
     "atomic_path",
     "command_of",
     "cosine",
     "going_on",
+    "interruptible",
     "kinds",
     "lazily",
     "leftovers",
@@ -59,12 +72,14 @@ __all__ = [
     "note",
     "parse_json",
     "plain",
+    "ranks",
     "readable",
     "rule_label",
     "rule_order",
     "rule_texts",
     "run_cli",
     "saved_by_the_clock",
+    "several_processes",
     "shown",
     "type_problem",
     "uninterrupted",

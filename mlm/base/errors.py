@@ -109,6 +109,28 @@ def uninterrupted() -> Iterator[None]:
         _interrupt(noted[0])
 
 
+def noted() -> list[int]:
+    """Signals that `uninterrupted` holds back."""
+    return [*_noted]
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM, those held back included, end a part of an `uninterrupted` block.
+
+    Raises:
+        KeyboardInterrupt: as there.
+    """
+    global _held
+    before, _held = _held, 0
+    try:
+        if _noted:
+            _interrupt(_noted[0])
+        yield
+    finally:
+        _held = before
+
+
 @contextlib.contextmanager
 def going_on(how: Callable[[], str]) -> Iterator[None]:
     """Let an interruption of the block say `how` to go on; asked for when it comes."""
@@ -149,10 +171,10 @@ def _run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _tell(f"error: {error}")
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:
-        print(_interrupted(stop), file=sys.stderr)
+        _tell(_interrupted(stop))
         raise SystemExit(143 if isinstance(stop, Terminated) else 130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -169,5 +191,11 @@ def _run(main: Callable[[], None]) -> None:
             )
         else:
             message = f"cannot use{where}: {error.strerror}. Check the path and its permissions"
-        print(f"error: {message}", file=sys.stderr)
+        _tell(f"error: {message}")
         raise SystemExit(1) from None
+
+
+def _tell(line: str) -> None:
+    """A last word; of several processes (`mlm.base.processes`) the first has it."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)

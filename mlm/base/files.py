@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mlm.base.processes import ranks
+
 MARK = ".unfinished."
 """In the names of temporary files."""
 
@@ -69,9 +71,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    """Write `text` (UTF-8) to `path` atomically; of several processes the first does."""
+
+    def write() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    ranks().on_first(write)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mlm.base.errors import uninterrupted
+from mlm.base.processes import ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,23 +35,28 @@ def saved_by_the_clock(save: Callable[[], None], minutes: float) -> Iterator[Tic
     """Call `save` on an interruption of the block, and between steps after so many minutes.
 
     Steps are taken in `uninterrupted` blocks, so that the state that is saved is that of whole
-    ones.
+    ones. Of several processes (`mlm.base.processes`) the first looks at its clock; an interruption
+    of one stops all of them after the same step.
     """
-    last = time.monotonic()
+    last, here = time.monotonic(), ranks()
 
     def tick() -> None:
         nonlocal last
-        if time.monotonic() - last >= 60 * minutes:
+        if here.agree(time.monotonic() - last >= 60 * minutes):
             with uninterrupted():
                 save()
             last = time.monotonic()
 
-    try:
-        yield tick
-    except KeyboardInterrupt:
-        with uninterrupted():
-            save()
-        raise
+    with contextlib.ExitStack() as stack:
+        if here.world > 1:
+            stack.enter_context(uninterrupted())
+        try:
+            yield tick
+        except KeyboardInterrupt as why:
+            with uninterrupted():
+                here.stop(why)
+                save()
+            raise
 
 
 class Progress:

@@ -10,8 +10,9 @@ import sys
 from typing import NamedTuple
 
 from mlm.base.errors import run_cli
+from mlm.base.processes import refuse_several
 
-__all__ = ["COMMANDS", "Command", "commands_text", "main"]
+__all__ = ["COMMANDS", "DIVIDED", "Command", "commands_text", "main"]
 
 
 class Command(NamedTuple):
@@ -54,6 +55,8 @@ COMMANDS = (
         "mlm export runs/pydocs models/mine --rules static rms three_levels",
     ),
 )
+DIVIDED = ("train", "evaluate")
+"""Those whose work several processes share."""
 _NAMES = ", ".join(command.name for command in COMMANDS)
 
 
@@ -90,5 +93,7 @@ def main() -> None:
     if first not in [command.name for command in COMMANDS]:
         print(f"error: mlm {first}: no such command; choose from {_NAMES}", file=sys.stderr)
         raise SystemExit(2)
+    if first not in DIVIDED:
+        run_cli(lambda: refuse_several(f"mlm {first}"))
     sys.argv = [f"mlm {first}", *words[1:]]  # a subcommand reads its flags there, as a script does
     run_cli(importlib.import_module(f"mlm.cli.{first}").main)

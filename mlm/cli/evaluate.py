@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlm.base.errors import UserError, command_of, going_on
+from mlm.base.processes import several_processes
 from mlm.cli.flags import (
     Setting,
     help_text,
@@ -127,5 +128,7 @@ def main() -> None:
         return
     from mlm.stages.evaluate import evaluate_run
 
-    with going_on(lambda: "the same command again; rules that are scored are not read again"):
-        evaluate_run(validate(config), corpus, options["draw"], results)
+    again = "the same command again; rules that are scored are not read again"
+    config = validate(config)
+    with going_on(lambda: again), several_processes(config.device):
+        evaluate_run(config, corpus, options["draw"], results)

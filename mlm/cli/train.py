@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlm.base.errors import UserError, going_on
+from mlm.base.processes import several_processes
 from mlm.cli.flags import (
     help_text,
     name_of_script,
@@ -92,5 +93,5 @@ def main() -> None:
         begun = (path / "config.json").exists()
         return f"{script} --out {path} --resume" if begun else "the same command again"
 
-    with going_on(again):
+    with going_on(again), several_processes(config.device):
         run_stages(config)

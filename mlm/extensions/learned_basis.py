@@ -23,10 +23,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.word_coupling import COUPLING, uncoupled
@@ -186,20 +188,26 @@ class BasisTrainer:
         rate = SETTING["rate"] * math.sqrt(base.segment / 32)
         self.setting = as_parameters({**SETTING, "rate": rate}, base)
         self.rule = RMS().bind(self.setting, base)
-        self.reader = begin(base, lanes, self.rule)
+        self.lanes, share = lanes, ranks().share(lanes)
+        self.mine = np.arange(share.start, share.stop)
+        """The lanes that this process reads."""
+        self.reader = begin(base, len(self.mine), self.rule)
 
     def learn(self, segments: Sequence[Segment], rate: float) -> float:
         """Read on, then one step of Adam; returns the nats of the segments."""
         wanted, total = read_by(self.base), 0.0
         sums = {name: torch.zeros_like(self.base.weights[name]) for name in wanted}
         base = prepared(self.base, self.rule)
-        for segment in segments:
-            now = step(base, self.rule, self.reader, segment, learn=wanted)
+        for segment in segments if len(self.mine) else ():
+            now = step(base, self.rule, self.reader, segment.select(self.mine), learn=wanted)
             for name, value in sums.items():
                 value += now.scored.of_all_lanes(name)
             now.release(self.reader)
             self.reader = now.after
             total += float(now.scored.nll.sum())
+        nats = next(iter(sums.values())).new_tensor(total)
+        ranks().sum_([*sums.values(), nats])
+        total = float(nats) if ranks().world > 1 else total
         for name, gradient in basis_gradients(self.base, self.first, sums).items():
             self.parameters[name].grad = gradient
         for group in self.optimizer.param_groups:
@@ -215,7 +223,8 @@ class BasisTrainer:
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on besides the place in the text."""
         found = {f"parameters/{n}": p for n, p in self.parameters.items()}
-        found |= {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+        reader = self.reader.tensors_of_all(self.lanes)
+        found |= {f"reader/{n}": t for n, t in reader.items()}
         return found | adam_tensors(self.optimizer, self.parameters)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -223,7 +232,8 @@ class BasisTrainer:
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[f"parameters/{name}"])
         load_adam(self.optimizer, self.parameters, tensors)
-        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
+        kept = {n: tensors[f"reader/{n}"] for n in self.reader.tensors()}
+        self.reader = self.reader.of_share(kept, self.lanes)
         self.base = with_bases(self.first, self.parameters)
         self.rule = RMS().bind(self.setting, self.base)
 

@@ -19,10 +19,16 @@ from mlm.text.streams import LaneStream, MixedLanes, Segment
 
 
 class Learner(Protocol):
-    """What learns, and the lanes that it reads with."""
+    """What learns, and the lanes that it reads with.
+
+    Each of several processes (`mlm.base.processes`) has its share of the lanes.
+    """
 
     def learn(self, segments: Sequence[Segment], rate: float) -> float:
-        """Read on, then one step of Adam; returns the nats of the segments."""
+        """Read on, then one step of Adam along the sum of all processes; returns the nats of all.
+
+        The segments are those of all lanes.
+        """
         ...
 
     def learned(self) -> Sequence[Tensor]:

@@ -98,6 +98,17 @@ class History(NamedTuple):
         since = torch.where(new_B, torch.full_like(self.since, self.size), self.since)
         return self._replace(since=since)
 
+    def widened(self, size: int) -> History:
+        """The same in `size` columns; no lane looks into the empty ones before."""
+        more = size - self.size
+        if not more:
+            return self
+        inputs, keys, values, rates = (
+            torch.cat([t.new_zeros(len(t), more, *t.shape[2:]), t[:, : self.size]], 1)
+            for t in self.book.tensors()
+        )
+        return History(_Book(inputs, keys, values, rates, size), size, self.since + more)
+
     def tensors(self) -> list[Tensor]:
         """All of it, for files: of every lane only what it sees, one lane behind the other."""
         seen_BC = self._seen()

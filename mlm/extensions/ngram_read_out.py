@@ -25,11 +25,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
@@ -184,7 +186,10 @@ class ReadOutTrainer:
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         base = base.for_protocol("article").with_weights(own.weights(self.read_out))
         self.base, self.rule = prepared(base, rule), rule
-        self.reader = begin(self.base, lanes, rule)
+        self.lanes, share = lanes, ranks().share(lanes)
+        self.mine = np.arange(share.start, share.stop)
+        """The lanes that this process reads."""
+        self.reader = begin(self.base, len(self.mine), rule)
 
     def gradient(self, segment: Segment) -> tuple[ReadOut, float]:
         """Read a segment: the gradient of its summed losses, and their sum in nats."""
@@ -205,14 +210,22 @@ class ReadOutTrainer:
 
     def learn(self, segments: Sequence[Segment], rate: float) -> float:
         """Read on, then one step of Adam; returns the nats of the segments."""
-        found = [self.gradient(segment) for segment in segments]
+        some = [segment.select(self.mine) for segment in segments] if len(self.mine) else []
+        found = [self.gradient(segment) for segment in some]
         tokens = max(1, sum(int(segment.mask.sum()) for segment in segments))
-        for learned, *parts in zip(self.read_out, *(g for g, _ in found), strict=True):
-            learned.grad = torch.stack(parts).sum(0) / tokens
+        sums = [torch.zeros_like(learned) for learned in self.read_out]
+        if found:
+            every = zip(*(gradient for gradient, _ in found), strict=True)
+            sums = [torch.stack(parts).sum(0) for parts in every]
+        nats = sum(one for _, one in found)
+        of_all = sums[0].new_tensor(nats)
+        ranks().sum_([*sums, of_all])
+        for learned, total in zip(self.read_out, sums, strict=True):
+            learned.grad = total / tokens
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         self.optimizer.step()
-        return sum(nats for _, nats in found)
+        return float(of_all) if ranks().world > 1 else nats
 
     def learned(self) -> ReadOut:
         """The read-out."""
@@ -221,7 +234,8 @@ class ReadOutTrainer:
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on besides the place in the text."""
         found = {f"read_out/{n}": t for n, t in self.read_out._asdict().items()}
-        found |= {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+        reader = self.reader.tensors_of_all(self.lanes)
+        found |= {f"reader/{n}": t for n, t in reader.items()}
         return found | adam_tensors(self.optimizer, ReadOut._fields)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -229,7 +243,8 @@ class ReadOutTrainer:
         for name, learned in self.read_out._asdict().items():
             learned.copy_(tensors[f"read_out/{name}"])
         load_adam(self.optimizer, ReadOut._fields, tensors)
-        self.reader = self.reader.of({n: tensors[f"reader/{n}"] for n in self.reader.tensors()})
+        kept = {n: tensors[f"reader/{n}"] for n in self.reader.tensors()}
+        self.reader = self.reader.of_share(kept, self.lanes)
 
 
 def _diverged(tokens: int, nats: float) -> UserError:

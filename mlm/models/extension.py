@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -53,6 +53,20 @@ class LaneValue(Protocol):
 
     def of(self, tensors: list[Tensor]) -> Self:
         """The value made of such `tensors`."""
+        ...
+
+
+@runtime_checkable
+class GrowingValue(LaneValue, Protocol):
+    """A `LaneValue` that grows with the text, by as many columns for each lane."""
+
+    @property
+    def size(self) -> int:
+        """Columns."""
+        ...
+
+    def widened(self, size: int) -> Self:
+        """The same in `size` columns: empty ones come before."""
         ...
 
 

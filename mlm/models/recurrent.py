@@ -301,6 +301,9 @@ class Dropout:
     """Locked dropout before the softmax."""
     weight: float = 0.0
     """DropConnect on the recurrent weights ("weight drop"), which only an LSTM has."""
+    lanes: tuple[int, int] | None = None
+    """(first, all): the lanes are those from `first` on among so many, for all of which masks are
+    drawn; None = they are all."""
 
 
 def initial_weights(shape: BaseModel, generator: torch.Generator) -> Weights:
@@ -340,13 +343,21 @@ def embed(weights: Weights, shape: BaseModel, tokens_BT: Tensor) -> Tensor:
     return out
 
 
-def locked(x_BTE: Tensor, rate: float, generator: torch.Generator | None) -> Tensor:
-    """Locked (variational) dropout: one mask per lane, the same at every step."""
+def locked(
+    x_BTE: Tensor,
+    rate: float,
+    generator: torch.Generator | None,
+    lanes: tuple[int, int] | None = None,
+) -> Tensor:
+    """Locked (variational) dropout: one mask per lane, the same at every step.
+
+    `lanes` is as in `Dropout`.
+    """
     if not rate:
         return x_BTE
-    keep = torch.rand(
-        x_BTE.shape[0], 1, x_BTE.shape[2], generator=generator, device=x_BTE.device
-    ).ge(rate)
+    first, number = lanes or (0, len(x_BTE))
+    keep = torch.rand(number, 1, x_BTE.shape[2], generator=generator, device=x_BTE.device).ge(rate)
+    keep = keep[first : first + len(x_BTE)]
     return x_BTE * (keep.to(x_BTE.dtype) / (1 - rate))
 
 
@@ -414,7 +425,7 @@ def dropped_input(
         weights = dict(weights)
         for name in [n for n in weights if n.startswith("embedding")]:
             weights[name] = _drop_words(weights[name], drop.embedding, generator)
-    return locked(embed(weights, shape, tokens_BT), drop.input, generator)
+    return locked(embed(weights, shape, tokens_BT), drop.input, generator, drop.lanes)
 
 
 def _lstm_layer(
@@ -472,7 +483,7 @@ def run_lstm(
         raws.append(raw)
         ends.append(end)
         last = layer == shape.layers - 1
-        x = locked(raw, drop.output if last else drop.hidden, generator)
+        x = locked(raw, drop.output if last else drop.hidden, generator, drop.lanes)
     after = state.of([t for part in zip(*ends, strict=True) for ts in part for t in ts])
     return Hidden(x, raws[-1], after, tuple(raws))
 

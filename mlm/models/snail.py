@@ -130,9 +130,8 @@ class SnailShape(BaseModel):
             wanted = steps if last else tokens_BS.shape[1]
             raw = self._block(weights, layer, x, known_BS1, seen_BSS[:, -wanted:])
             outputs.append(raw[:, -steps:])
-            x = locked(
-                raw * known_BS1[:, -wanted:], drop.output if last else drop.hidden, generator
-            )
+            rate = drop.output if last else drop.hidden
+            x = locked(raw * known_BS1[:, -wanted:], rate, generator, drop.lanes)
         filled = (state.filled + steps).clamp(max=self.context)
         after = SnailState(tokens_BS[:, -self.context :], filled)
         return Hidden(x, outputs[-1], after, tuple(outputs))

@@ -38,6 +38,14 @@ class MetaGradient(NamedTuple):
     """How often the guard reset a lane."""
 
 
+class Whole(NamedTuple):
+    """What an unroll is a part of, where each of several processes reads some of the lanes."""
+
+    tokens: int
+    """Of all lanes, in the segments whose loss counts."""
+    lanes: int
+
+
 GradientMode = Literal["reverse", "checkpoint", "forward"]
 """How `meta_gradient` computes; T updates hold so many copies of the lanes' dynamic weights:
 reverse about 2 T, checkpoint about 2 sqrt(2 T), forward those of the rule's tangent whatever T."""
@@ -54,6 +62,13 @@ class _Past(NamedTuple):
     new: Tensor
 
 
+def whole_of(segments: Sequence[Segment], first: int) -> Whole:
+    """What these segments are where they are all there is; the loss of those from `first` on
+    counts."""
+    tokens = sum(int(segment.mask.sum()) for segment in segments[first:])
+    return Whole(tokens, len(segments[0].new))
+
+
 class _Unroll:
     """An unroll: what it is made of, and what is summed up while it is read."""
 
@@ -64,14 +79,15 @@ class _Unroll:
         segments: Sequence[Segment],
         learn: Sequence[str],
         ewc: float,
+        whole: Whole | None,
     ) -> None:
         self.base, self.rule, self.segments, self.learn = base, rule, segments, learn
-        self.tokens = sum(int(segment.mask.sum()) for segment in segments[1:])
+        self.tokens, lanes = whole or whole_of(segments, 1)
         self.total = torch.zeros((), dtype=torch.float64)
         self.flushed = 0
         self.scale = segments[0].inputs.shape[1] / max(self.tokens, 1)
         """c: from the gradient of sum(nll) / M to that of the mean over all tokens."""
-        self.pull = ewc / (len(segments[0].new) * max(1, len(segments) - 1))
+        self.pull = ewc / (lanes * max(1, len(segments) - 1))
         """Of the penalty: its strength for one lane of one update."""
         self.weights = {n: torch.zeros_like(base.weights[n]) for n in learn}
 
@@ -124,6 +140,7 @@ def meta_gradient(
     mode: GradientMode = "reverse",
     learn: Sequence[str] = (),
     ewc: float = 0.0,
+    whole: Whole | None = None,
 ) -> MetaGradient:
     """First-order meta-gradient of an unroll, without a second backward pass of the LM.
 
@@ -152,8 +169,11 @@ def meta_gradient(
 
     `ewc` adds the penalty (ewc/2) mean over lanes and updates of sum F (theta_t - theta_0)^2 to
     the objective (Kirkpatrick et al. 2017, eq. 3; F = rms^2), not to the `loss` that is returned.
+
+    With `whole`, these lanes are some of those that several processes read, and loss and gradients
+    are their share of a sum over processes.
     """
-    unroll = _Unroll(base, rule, segments, learn, ewc)
+    unroll = _Unroll(base, rule, segments, learn, ewc, whole)
     found = {n: torch.zeros_like(p) for n, p in parameters.items()}
     if mode == "forward":
         reader = _forward(unroll, reader, found)

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
 from mlm.reading import step as rollout
+from mlm.reading.meta_gradient import Whole, whole_of
 from mlm.reading.step import Step, begin
 from mlm.rules.protocol import Bound, Parameters
 from mlm.text.streams import Segment
@@ -135,9 +137,14 @@ class Evolution:
         """(2N, B, P): what each lane's weights have felt since theta_0, in units of `sigma_P`."""
 
     @torch.no_grad()
-    def step(self, parameters: Parameters, segments: Sequence[Segment]) -> Estimate:
-        """Read one unroll with every particle; `parameters` are not written."""
-        tokens = sum(int(segment.mask.sum()) for segment in segments)
+    def step(
+        self, parameters: Parameters, segments: Sequence[Segment], whole: Whole | None = None
+    ) -> Estimate:
+        """Read one unroll with every particle; `parameters` are not written.
+
+        `whole` is as in `mlm.reading.meta_gradient.meta_gradient`.
+        """
+        tokens, lanes = whole or whole_of(segments, 0)
         found_P = torch.zeros_like(self.sigma_P)
         nll, flushed = 0.0, 0
         for particle, noise_P in enumerate(self._draw()):
@@ -146,7 +153,7 @@ class Evolution:
                 xi_BP, new_B = self.xi[particle], now.new.cpu()
                 xi_BP[new_B] = 0
                 nll_B = now.scored.nll.double().sum(1).cpu()
-                penalty_B = self._penalty(now.before.weights) / len(segments)
+                penalty_B = self._penalty(now.before.weights, lanes) / len(segments)
                 found_P += (nll_B / tokens + penalty_B) @ xi_BP
                 xi_BP[new_B if t else slice(None)] += noise_P
                 nll += float(nll_B.sum())
@@ -180,39 +187,47 @@ class Evolution:
         self.rule.project(moved)
         return self.rule.bind(moved, self.base)
 
-    def _penalty(self, weights: Weights) -> Tensor:
+    def _penalty(self, weights: Weights, lanes: int) -> Tensor:
         """The EWC penalty of every lane's weights over the number of lanes: (B,)."""
         start, rms = self.base.weights, self.base.rms
         total_B = torch.zeros(self.xi.shape[1], dtype=torch.float64)
         for n in self.base.dynamic if self.ewc else ():
             far = (weights[n] - start[n]) * rms[n]
             total_B += far.square_().flatten(1).sum(1).cpu()
-        return total_B * (0.5 * self.ewc / len(total_B))
+        return total_B * (0.5 * self.ewc / lanes)
 
     # -- saved and resumed ------------------------------------------------------------------
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """All that the next step depends on besides parameters and text."""
-        tensors = {"generator": self.generator.get_state(), "xi": self.xi.clone()}
+    def state_tensors(self, lanes: int | None = None) -> dict[str, Tensor]:
+        """All that the next step depends on besides parameters and text.
+
+        `lanes` are those of all processes (`mlm.base.processes`), whose tensors the first has.
+        """
+        lanes = self.xi.shape[1] if lanes is None else lanes
+        tensors = {"generator": self.generator.get_state()}
+        tensors |= ranks().of_all_lanes({"xi": self.xi.clone()}, lanes, dim=1)
         for particle, reader in enumerate(self.readers):
-            tensors |= {f"{particle}/{name}": t for name, t in reader.tensors().items()}
+            own = reader.tensors_of_all(lanes)
+            tensors |= {f"{particle}/{name}": t for name, t in own.items()}
         return tensors
 
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], lanes: int | None = None) -> None:
         """Continue, bit for bit, where `state_tensors` was taken.
 
         Raises:
             UserError: they belong to another number of pairs, lanes or parameters.
         """
-        if tensors["xi"].shape != self.xi.shape:
+        lanes = self.xi.shape[1] if lanes is None else lanes
+        own, wanted = ranks().share(lanes), (len(self.xi), lanes, self.xi.shape[2])
+        if tuple(tensors["xi"].shape) != wanted:
             raise UserError(
-                f"the saved particles are {_described(tensors['xi'])}; here there are "
-                f"{_described(self.xi)}. Resume with the settings of before, or start anew"
+                f"the saved particles are {_described(tuple(tensors['xi'].shape))}; here there are "
+                f"{_described(wanted)}. Resume with the settings of before, or start anew"
             )
         self.generator.set_state(tensors["generator"].cpu())
-        self.xi = tensors["xi"].to("cpu", copy=True)
+        self.xi = tensors["xi"][:, own.start : own.stop].to("cpu", copy=True)
         self.readers = [
-            reader.of({n: tensors[f"{particle}/{n}"] for n in reader.tensors()})
+            reader.of_share({n: tensors[f"{particle}/{n}"] for n in reader.tensors()}, lanes)
             for particle, reader in enumerate(self.readers)
         ]
 
@@ -241,6 +256,6 @@ def _named(values_P: Tensor, parameters: Parameters) -> Parameters:
     }
 
 
-def _described(xi: Tensor) -> str:
-    particles, lanes, numbers = xi.shape
+def _described(size: tuple[int, ...]) -> str:
+    particles, lanes, numbers = size
     return f"{particles // 2} pairs of {lanes} lanes under {numbers} parameters"

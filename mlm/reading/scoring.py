@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import Cache, CacheSetting
@@ -68,9 +69,44 @@ def score_articles(
     """Read every article once, predict -> score -> update; `rule` None = static.
 
     Each article starts from theta_0, a zero state and an empty cache, so the result does not
-    depend on the number of lanes. `title` shows a progress bar; `cache` names the neural caches to
-    put on top of the same reading.
+    depend on the number of lanes, nor on that of processes (`mlm.base.processes`), among which
+    several articles are dealt, the longest first. `title` shows a progress bar; `cache` names the
+    neural caches to put on top of the same reading.
     """
+    here = ranks()
+    if here.world == 1 or len(articles) == 1:
+        return _score(base, rule, articles, eos, lanes, title, cache)
+    mine = here.mine([len(a) for a in articles])
+    own = [articles[a] for a in mine]
+    found = here.parts(lambda: (mine, _score(base, rule, own, eos, lanes, title, cache)))
+    return _put_together(found, len(articles))
+
+
+def _put_together(parts: Sequence[tuple[list[int], Scores]], number: int) -> Scores:
+    """The scores of all articles from those of every process's own; the slowest one's seconds."""
+    nll = [np.zeros(0)] * number
+    for places, scores in parts:
+        for place, own in zip(places, scores.nll, strict=True):
+            nll[place] = own
+    flushes = sorted((places[a], at) for places, scores in parts for a, at in scores.flushes)
+    every = zip(*(scores.cached for _, scores in parts), strict=True)
+    cached = [
+        _put_together([(own, one) for (own, _), one in zip(parts, ones, strict=True)], number)
+        for ones in every
+    ]
+    return Scores(nll, max(scores.seconds for _, scores in parts), flushes, cached)
+
+
+def _score(
+    base: AdaptationBase,
+    rule: Bound | None,
+    articles: Sequence[np.ndarray],
+    eos: int,
+    lanes: int,
+    title: str | None,
+    cache: Sequence[CacheSetting],
+) -> Scores:
+    """What `score_articles` does, in one process."""
     filled = sum(len(a) > 0 for a in articles)
     columns = [[np.zeros(len(a)) for a in articles] for _ in range(1 + len(cache))]
     flushes: list[tuple[int, int]] = []

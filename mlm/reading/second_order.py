@@ -17,7 +17,7 @@ from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome, Told
 from mlm.models.language_model import State, Weights, own_weights
 from mlm.models.recurrence import plain_operations
-from mlm.reading.meta_gradient import MetaGradient
+from mlm.reading.meta_gradient import MetaGradient, Whole, whole_of
 from mlm.reading.step import (
     Reader,
     Telling,
@@ -38,6 +38,7 @@ def second_order(
     segments: Sequence[Segment],
     learn: Sequence[str] = (),
     ewc: float = 0.0,
+    whole: Whole | None = None,
 ) -> MetaGradient:
     """`meta_gradient` without its approximations; arguments and result as there.
 
@@ -53,9 +54,11 @@ def second_order(
             n: w - base.weights[n] + weights[n] if n in weights else w
             for n, w in reader.weights.items()
         }
-        loss, tokens, penalty, reader, flushed = _unroll(
+        tokens, lanes = whole or whole_of(segments, 1)
+        loss, penalty, reader, flushed = _unroll(
             home, rule, phi, reader._replace(weights=moved), segments
         )
+        penalty = penalty / (lanes * max(1, len(segments) - 1))
         objective = loss / max(tokens, 1) + 0.5 * ewc * penalty
         inputs = [*phi.values(), *weights.values()]
         found: Sequence[Tensor] = [torch.zeros_like(x) for x in inputs]
@@ -76,16 +79,16 @@ def _unroll(
     phi: Parameters,
     reader: Reader,
     segments: Sequence[Segment],
-) -> tuple[Tensor, int, Tensor, Reader, int]:
+) -> tuple[Tensor, Tensor, Reader, int]:
     """Read all segments in one graph.
 
     Returns:
-        nats and tokens of all segments but the first, the mean over lanes and updates of sum F
-        (theta_t - theta_0)^2, the reader afterwards, and how often the guard reset a lane.
+        nats of all segments but the first, the sum over lanes and updates of sum F (theta_t -
+        theta_0)^2, the reader afterwards, and how often the guard reset a lane.
     """
     start = {**base.start(), **rule.state(base)}
     loss = penalty = torch.zeros_like(reader.age.sum())
-    tokens, flushed = 0, 0
+    flushed = 0
     for t, segment in enumerate(segments):
         reader = _leaves(open_articles(base, start, reader, segment.new | reader.exploded))
         taught = segment.mask
@@ -99,7 +102,7 @@ def _unroll(
             now = _inner(base, reader, segment, taught)
             nll = torch.where(restart.follows, now.nll, nll)
         if t:
-            loss, tokens = loss + nll.sum(), tokens + int(segment.mask.sum())
+            loss = loss + nll.sum()
             penalty = penalty + _distance(base, reader.weights)
         own = (nll * taught).sum(1) / taught.sum(1).clamp(min=1)
         signal = Signal(own, reader.age)
@@ -109,8 +112,7 @@ def _unroll(
         outcome = Outcome(now.by_added, taught)
         extras = carry_extras(base, reader.extras, segment, now.told, outcome)
         reader = Reader(theta, now.state, reader.age + 1, exploded, extras)
-    terms = len(reader.age) * max(1, len(segments) - 1)
-    return loss, tokens, penalty / terms, reader, flushed
+    return loss, penalty, reader, flushed
 
 
 def _leaves(reader: Reader) -> Reader:

@@ -5,12 +5,16 @@ Letters: B lanes, M tokens per segment.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from mlm.base.processes import ranks
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Extension, Outcome
-from mlm.models.language_model import LanguageModel, Read, Weights, own_weights
+from mlm.models.language_model import LanguageModel, Read, Weights
 from mlm.reading.step import begin_extras, carry_extras, open_extras, read_theta_0
 from mlm.text.streams import LaneStream, Segment, Text
 
@@ -54,16 +58,37 @@ def static_loss(
     precision: torch.dtype = torch.float32,
     extensions: tuple[Extension, ...] = (),
 ) -> float:
-    """Mean loss in nats per token of `text` under fixed weights, state reset at borders."""
-    device = next(iter(own_weights(weights).values())).device
-    stream = LaneStream(text.articles, min(lanes, len(text.articles)), segment, text.eos)
-    base = AdaptationBase(model, weights, (), {}, 0.0, segment, extensions=extensions)
-    reader = StaticReader(base, stream.lanes)
+    """Mean loss in nats per token of `text` under fixed weights, state reset at borders.
+
+    Articles are dealt to processes as in `mlm.reading.scoring.score_articles`.
+    """
+    here, base = (
+        ranks(),
+        AdaptationBase(model, weights, (), {}, 0.0, segment, extensions=extensions),
+    )
+    own = [text.articles[a] for a in here.mine([len(a) for a in text.articles])]
+    found = here.parts(lambda: _static_loss(base, own, text.eos, lanes, precision))
+    return sum(total for total, _ in found) / sum(tokens for _, tokens in found)
+
+
+def _static_loss(
+    base: AdaptationBase,
+    articles: Sequence[np.ndarray],
+    eos: int,
+    lanes: int,
+    precision: torch.dtype,
+) -> tuple[float, int]:
+    """Nats and tokens of some articles."""
     total, tokens = 0.0, 0
+    if not any(map(len, articles)):
+        return total, tokens
+    device = next(iter(base.static.values())).device
+    stream = LaneStream(articles, min(lanes, len(articles)), base.segment, eos)
+    reader = StaticReader(base, stream.lanes)
     for raw in stream:
         piece = raw.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             now = reader.read(piece)
         total += float((now.nll * piece.mask).sum())
         tokens += int(piece.mask.sum())
-    return total / tokens
+    return total, tokens

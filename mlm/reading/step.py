@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mlm.base.processes import ranks
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase, lanes_of, reset_lanes
-from mlm.models.extension import LaneValue, Outcome, Restart, Told
+from mlm.models.extension import GrowingValue, LaneValue, Outcome, Restart, Told
 from mlm.models.language_model import OutputTerms, Read, State, Weights, own_weights
 from mlm.rules.protocol import Bound, Signal
 from mlm.text.streams import Segment
@@ -52,6 +53,24 @@ class Reader(NamedTuple):
         for name, value in parts.items():
             tensors |= {f"{name}/{k}": t for k, t in enumerate(value.tensors())}
         return tensors | {f"weights/{n}": w for n, w in self.weights.items()}
+
+    def tensors_of_all(self, lanes: int) -> dict[str, Tensor]:
+        """`tensors` of all `lanes` where processes (`mlm.base.processes`) read some each; in the
+        first process only."""
+        here = ranks()
+        growing = {n: v for n, v in self.extras.items() if isinstance(v, GrowingValue)}
+        sizes = here.gather({n: value.size for n, value in growing.items()})
+        wide = {n: v.widened(max(found[n] for found in sizes)) for n, v in growing.items()}
+        aligned = self if here.world == 1 else self._replace(extras={**self.extras, **wide})
+        return here.of_all_lanes(aligned.tensors(), lanes)
+
+    def of_share(self, tensors: Mapping[str, Tensor], lanes: int) -> Reader:
+        """What this process reads of the reader of all `lanes` made of such `tensors`."""
+        own = ranks().share(lanes)
+        found = self.of(tensors)
+        if len(own) == lanes:
+            return found
+        return found.select(torch.arange(own.start, own.stop, device=self.age.device))
 
     def of(self, tensors: Mapping[str, Tensor]) -> Reader:
         """The reader made of such `tensors`, where this one lies."""

@@ -39,6 +39,11 @@ FIRST_BIN = 200  # words; bins of this size, then doubling
 RESAMPLES = 9999
 
 
+GRID = 2.0**-20
+"""Nats that articles are rounded to before they are resampled. BCa counts resamples below the
+estimate; those that hold the same articles as it must not fall on either side by rounding."""
+
+
 POSITION_RESAMPLES = 1999  # there are many bins, and their bands are read by eye
 
 
@@ -59,6 +64,7 @@ def bootstrap_interval(
     """
     if len(samples_A[0]) < 2:
         return None
+    samples_A = tuple(np.round(np.asarray(sample_A) / GRID) * GRID for sample_A in samples_A)
     with warnings.catch_warnings():
         # scipy warns when BCa is degenerate; the percentile interval then takes its place.
         warnings.simplefilter("ignore")

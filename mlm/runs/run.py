@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError, plain
+from mlm.base.processes import cores_each, ranks
 from mlm.kernels.processor import multiplies_bfloat16
 from mlm.kernels.switches import use, use_threads
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
@@ -258,6 +259,10 @@ MANY_UNITS = 256
 
 
 def threads_of(config: Config, first: bool) -> int:
-    """CPU threads of stage 1 (`first`) or of the stages after it; 0 = PyTorch's choice."""
+    """CPU threads of stage 1 (`first`) or of the stages after it; 0 = PyTorch's choice.
+
+    Several processes share the cores of their machine: torchrun would leave one to each.
+    """
     few = max(config.model.embedding, config.model.hidden) < MANY_UNITS
-    return config.threads or (1 if few and not first else 0)
+    many = cores_each() if ranks().world > 1 else 0
+    return config.threads or (1 if few and not first else many)

@@ -45,7 +45,8 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto = CUDA if there is one."""
     threads: int = 0
-    """CPU threads; 0 = PyTorch's choice, after stage 1 one for models under 256 units."""
+    """CPU threads of each process; 0 = PyTorch's choice (of several, an equal share of the cores),
+    after stage 1 one for models under 256 units."""
     memory_gb: float = 0.0
     """Gigabytes that a run may use, of the GPU if it computes there; what needs more is refused
     before it begins. 0 = three quarters of what is free."""

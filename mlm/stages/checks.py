@@ -8,6 +8,7 @@ from typing import Any
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
+from mlm.base.processes import ranks
 from mlm.models.base import choose_dynamic, has_low_rank
 from mlm.models.low_rank import folds
 from mlm.rules.family import HAND_MADE_RULES, rule_from_description
@@ -157,6 +158,7 @@ def check_plan(run: Run) -> None:
     config, data = run.config, run.data
     shape = shape_of(config, data.vocabulary.size)
     through = config.lm.through
+    _check_processes(run)
     if "lm" in config.stages:
         begun = config.resume and run.folder.checkpoint("lm_last").exists()
         if config.lm.init is not None and not begun:
@@ -179,6 +181,24 @@ def check_plan(run: Run) -> None:
         if through == "learned":
             base_of_through_run(run)
         _check_rules(run, dynamic)
+
+
+def _check_processes(run: Run) -> None:
+    """There is something to do for every process.
+
+    Raises:
+        UserError: there are fewer lanes, or stage 1 cannot be shared.
+    """
+    config = run.config
+    if "lm" in config.stages and config.lm.through != "none" and ranks().world > 1:
+        raise UserError(
+            f"--lm.through {config.lm.through} trains in one process only; start it without "
+            "torchrun, and go on with several processes after stage 1"
+        )
+    if "lm" in config.stages:
+        ranks().share_lanes(min(config.lm.lanes, len(run.training_text(0).articles)), "lm")
+    if "meta" in config.stages and config.meta.rules:
+        ranks().share_lanes(config.meta.lanes, "meta")
 
 
 def _check_rules(run: Run, dynamic: tuple[str, ...]) -> None:
@@ -231,6 +251,10 @@ def _about(run: Run, name: str, dynamic: tuple[str, ...]) -> dict[str, Any]:
 
 def remove_results(run: Run) -> None:
     """Remove what an earlier run left, so that no file of one model stands beside another's."""
-    for file in run.folder.results():
-        file.unlink()
-    write_text(run.folder.metrics_file, "")
+
+    def remove() -> None:
+        for file in run.folder.results():
+            file.unlink()
+        write_text(run.folder.metrics_file, "")
+
+    ranks().on_first(remove)

@@ -17,6 +17,7 @@ from torch import Tensor
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
+from mlm.base.processes import ranks
 from mlm.kernels import switches
 from mlm.reader.model import Protocol, TrainedModel
 from mlm.reading.scoring import Scores, check_finite, word_losses
@@ -151,14 +152,16 @@ class RuleScores(NamedTuple):
     """What the tables show of it."""
     resets: int
     """How often the guard reset a lane."""
+    told: str = ""
+    """What is said of the guard."""
 
 
-def _tell_resets(scores: Scores, name: str, protocol: str, titles: list[str]) -> None:
-    """Report what the guard did to the person at the terminal."""
+def _resets_told(scores: Scores, name: str, protocol: str, titles: list[str]) -> str:
+    """What the person at the terminal hears of the guard."""
     if not scores.flushes:
-        return
+        return ""
     article, token = min(scores.flushes)
-    say(
+    return (
         f"{rule_label(name)}, protocol {protocol}: the guard reset the weights "
         f"{len(scores.flushes)} times, first at token {token} of {titles[article]!r}"
     )
@@ -181,12 +184,34 @@ def _score_pass(
     titles = text.titles
     lanes = run.config.evaluation.lanes
     scores = model.losses(text.articles, names[-1], protocol, lanes, title)
-    _tell_resets(scores, names[0], protocol, titles)
+    told = _resets_told(scores, names[0], protocol, titles)
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
         losses_N, resets = text.word_losses(mine.nll), len(scores.flushes)
-        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets)
+        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets, told)
+        told = ""
+
+
+def _score_passes(
+    model: TrainedModel,
+    run: Run,
+    text: SplitText,
+    protocol: Protocol,
+    passes: Sequence[Sequence[str]],
+) -> list[RuleScores]:
+    """One reading of all processes together, or as many of one text as there are processes."""
+    here = ranks()
+    if here.world == 1 or protocol != "stream":
+        return [one for names in passes for one in _score_pass(model, run, text, protocol, names)]
+    for name in (name for names in passes for name in names):
+        model.ready(name, protocol)  # tuned by all of them
+
+    def read() -> list[RuleScores]:
+        own = passes[here.rank : here.rank + 1]
+        return [one for names in own for one in _score_pass(model, run, text, protocol, names)]
+
+    return [one for part in here.parts(read) for one in part]
 
 
 class _Finished:
@@ -221,16 +246,28 @@ def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
 
 
 def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str, str], RuleScores]:
-    """Every rule in every protocol; what was scored before an interruption is not read again."""
+    """Every rule in every protocol; what was scored before an interruption is not read again.
+
+    Several processes share the articles of a reading; a stream cannot be divided, and each reads it
+    under another rule.
+    """
     evaluation, done = run.config.evaluation, _Finished()
     model = TrainedModel(run, run.folder.path.name, switches())
     rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
     with progress.of("scores", done):
         for protocol in evaluation.protocols:
-            for names in _passes(rules):
-                if all((name, protocol) in done.scores for name in names):
-                    continue
-                found = list(_score_pass(model, run, text, protocol, names))
+            left = [
+                names
+                for names in _passes(rules)
+                if not all((name, protocol) in done.scores for name in names)
+            ]
+            at_once = ranks().world if protocol == "stream" else 1
+            if at_once > 1:  # those that take about as long at once
+                left.sort(key=lambda names: STATIC in names)
+            for k in range(0, len(left), at_once):
+                found = _score_passes(model, run, text, protocol, left[k : k + at_once])
+                for told in filter(None, (one.told for one in found)):
+                    say(told)
                 with uninterrupted():
                     done.scores |= {(one.name, protocol): one for one in found}
                     progress.save("scores", done)
@@ -288,7 +325,6 @@ def stage_evaluate(run: Run, corpus: str | None = None) -> tuple[Path, list[dict
 
 def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     """What `stage_evaluate` does, alone in the folder."""
-    evaluation = run.config.evaluation
     given, corpus = corpus, corpus or run.config.corpus
     folder = results_folder(run, corpus)
     existing = read_evaluation(folder)
@@ -297,6 +333,20 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
         say(f"{corpus} is the run's own text; its split {text.split} is scored")
     check_learned(run)
     scores = _scores(run, text, _scoring(run, folder, text))
+    rows = ranks().on_first(lambda: _written(run, corpus, folder, text, existing, scores))
+    return folder, rows or []
+
+
+def _written(
+    run: Run,
+    corpus: str,
+    folder: Path,
+    text: SplitText,
+    existing: list[Row],
+    scores: Mapping[tuple[str, str], RuleScores],
+) -> list[Row]:
+    """All rows of the evaluation, once they and the losses are written."""
+    evaluation = run.config.evaluation
     table = text.table({column_name(*key): found.losses_N for key, found in scores.items()})
     existing = _of_now(run, existing, text)
     kept = {(r["split"], column_name(r["rule"], r["protocol"])) for r in existing if "rule" in r}
@@ -314,7 +364,7 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     )
     rows = merge_evaluation(existing, _marked(run, rows, text))
     write_evaluation(folder, rows)
-    return folder, rows
+    return rows
 
 
 def forget_scores(folder: Path) -> None:
@@ -332,7 +382,7 @@ def draw(folder: Path, split: str | None = None) -> None:
     """Draw the pictures of a folder with results; print their paths."""
     from mlm.report.plots import draw_all  # matplotlib, only where something is drawn
 
-    print("pictures:", *draw_all(folder, split), sep="\n  ", flush=True)
+    ranks().on_first(lambda: print("pictures:", *draw_all(folder, split), sep="\n  ", flush=True))
 
 
 def evaluate_run(

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
 from mlm.rules.protocol import LoadedRule
@@ -29,7 +30,7 @@ def stage_lm(run: Run) -> None:
     text = run.training_text(0)
     valid = run.validation_text(run.config.lm.validation_words)
     if not (run.config.resume and run.folder.checkpoint("lm_last").exists()):
-        vocabulary.save(run.folder.vocabulary)
+        ranks().on_first(lambda: vocabulary.save(run.folder.vocabulary))
     say(
         f"stage 1: {text.words:,} words ({text.tokens:,} tokens) in {len(text.articles)} articles, "
         f"vocabulary {vocabulary.size:,}, {shape.size:,} weights"

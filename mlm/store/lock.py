@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlm.base.errors import UserError
 from mlm.base.files import leftovers, parse_json
+from mlm.base.processes import ranks
 
 LOCK = "lock"
 """The file that the one who writes holds locked; there only while somebody does."""
@@ -29,7 +30,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     Temporary files that a killed writer left are removed.
 
     Within the block the process may ask again. A folder that is made for it, and empty afterwards,
-    is removed.
+    is removed. Of several processes that compute together the first holds the lock for all.
 
     Raises:
         UserError: another process writes it, or nobody may; says who, or why.
@@ -39,22 +40,37 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
         return
     check_writable(folder)
-    new = [p for p in (place, *place.parents) if not p.exists()]
-    place.mkdir(parents=True, exist_ok=True)
-    handle = _locked(folder, place / LOCK)
+    held = ranks().on_first(lambda: _entered(folder, place))
     _HELD.add(place)
     try:
-        for file in leftovers(place):  # nobody else writes here now
+        for file in leftovers(place) if ranks().first else ():  # nobody else writes here now
             with contextlib.suppress(OSError):
                 file.unlink()
         yield
     finally:
         _HELD.discard(place)
-        (place / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's is removed
-        os.close(handle)
-        with contextlib.suppress(OSError):  # something was written there
-            for made in new:
-                made.rmdir()
+        if held is not None and ranks().first:
+            _leave(place, *held)
+
+
+def _entered(folder: Path, place: Path) -> tuple[list[Path], int]:
+    """The folders that are made for it, and the open lock.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    new = [p for p in (place, *place.parents) if not p.exists()]
+    place.mkdir(parents=True, exist_ok=True)
+    return new, _locked(folder, place / LOCK)
+
+
+def _leave(place: Path, new: list[Path], handle: int) -> None:
+    """Give the lock back; folders that are empty go."""
+    (place / LOCK).unlink(missing_ok=True)  # while it is held: nobody else's is removed
+    os.close(handle)
+    with contextlib.suppress(OSError):  # something was written there
+        for made in new:
+            made.rmdir()
 
 
 def _locked(folder: Path, path: Path) -> int:

@@ -18,6 +18,7 @@ import torch
 import mlm
 from mlm.base.errors import UserError, command_of, note
 from mlm.base.files import naming, parse_json, write_text
+from mlm.base.processes import ranks
 from mlm.settings.config import Config
 from mlm.settings.flags import leaves, replaced
 from mlm.settings.record import from_dict, missing, to_dict
@@ -77,7 +78,9 @@ class RunFolder:
         return [file for f in folders for pattern in RESULTS for file in sorted(f.glob(pattern))]
 
     def log(self, **row: Any) -> None:
-        """Append one row to metrics.jsonl."""
+        """Append one row to metrics.jsonl; of several processes the first does."""
+        if not ranks().first:
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         row |= {"identity": self.mark or None}
         line = json.dumps({k: v for k, v in row.items() if v is not None}, allow_nan=False)
@@ -110,8 +113,12 @@ class RunFolder:
 
     def keep_rows(self, keep: Callable[[dict[str, Any]], bool]) -> None:
         """Rewrite metrics.jsonl with the rows for which `keep(row)` holds (resume)."""
-        rows = [json.dumps(row) + "\n" for row in self.rows() if keep(row)]
-        write_text(self.metrics_file, "".join(rows))
+
+        def rewrite() -> None:
+            rows = [json.dumps(row) + "\n" for row in self.rows() if keep(row)]
+            write_text(self.metrics_file, "".join(rows))
+
+        ranks().on_first(rewrite)
 
     @property
     def released(self) -> bool:

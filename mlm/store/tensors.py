@@ -14,6 +14,7 @@ from torch import Tensor
 from mlm.base.errors import UserError, note
 from mlm.base.files import MARK, atomic_path, parse_json
 from mlm.base.kinds import as_kind, shown, type_problem
+from mlm.base.processes import ranks
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
 from mlm.store.streaming import write_signed
@@ -40,7 +41,8 @@ def save_tensors(
 ) -> None:
     """Write tensors and a JSON description to a safetensors file, atomically.
 
-    What was written is read back before it takes the file's place.
+    What was written is read back before it takes the file's place. Of several processes the first
+    writes its tensors.
 
     Args:
         of_model: it depends on nothing but the language model (`mlm.store.versions`).
@@ -50,6 +52,19 @@ def save_tensors(
     Raises:
         UserError: what is read back differs from what was written.
     """
+    own = (path, tensors, about, of_model, packed, keep_previous)
+    ranks().on_first(lambda: _save(*own))
+
+
+def _save(
+    path: Path,
+    tensors: dict[str, Tensor],
+    about: dict[str, Any],
+    of_model: bool,
+    packed: Collection[str],
+    keep_previous: bool,
+) -> None:
+    """What `save_tensors` does, in one process."""
     plain = dict(tensors)
     about = {**about, **written_now(of_model, plain), CHECKSUM: BLANK}
     if packed:
@@ -186,6 +201,13 @@ def load_latest(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any
     Raises:
         UserError: missing, or damaged both.
     """
+    if ranks().world > 1:
+        ranks().on_first(lambda: _load_latest(path, what) and None)
+    return _load_latest(path, what)
+
+
+def _load_latest(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `load_latest` does, in one process."""
     try:
         return load_tensors(path, what)
     except DamagedCheckpoint as error:

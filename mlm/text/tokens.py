@@ -9,7 +9,7 @@ import os
 import struct
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
 from mlm.base.names import EOS
+from mlm.base.processes import ranks
 from mlm.text.corpora import Article, Corpus, count_words
 from mlm.text.encoding import encode_articles, token_dtype
 from mlm.text.vocabulary import UNK, Unknown, Vocabulary, fit_vocabulary, load_vocabulary
@@ -260,8 +261,34 @@ def prepare(
 
     The vocabulary is fitted on the training split only. max_train_words: use only the first
     articles of up to so many words of that split, for the vocabulary too (0 = all). Raises
-    `UserError` for bad text or a size that the text does not support.
+    `UserError` for bad text or a size that the text does not support. Of several processes the
+    first makes what is not there, by one worker for each core.
     """
+    own = (corpus, kind, size, cache_dir, splits, max_train_words)
+    if ranks().world > 1:
+        _made_by_first(lambda: _prepare(*own, progress))
+    return _prepare(*own, progress)
+
+
+def _made_by_first(make: Callable[[], object]) -> None:
+    """Let the first of several processes make files, which all of them then find."""
+
+    def act() -> None:
+        make()
+
+    ranks().on_first(act)
+
+
+def _prepare(
+    corpus: Corpus,
+    kind: str,
+    size: int,
+    cache_dir: Path,
+    splits: Sequence[str],
+    max_train_words: int,
+    progress: bool,
+) -> Prepared:
+    """What `prepare` does, in one process."""
     key = _digest(corpus.fingerprint("train"), kind, size, max_train_words)[:12]
     directory = Path(cache_dir) / f"{corpus.name}-{key}"
     vocabulary: Vocabulary | None = None
@@ -301,4 +328,7 @@ def encode_split(
     """
     key = _digest(corpus.fingerprint(split), max_words, vocabulary.hash)[:12]
     path = Path(cache_dir) / f"{corpus.name}-{key}" / f"{split}.tokens"
-    return _split_file(path, corpus, split, vocabulary, max_words, progress)
+    own = (path, corpus, split, vocabulary, max_words, progress)
+    if ranks().world > 1:
+        _made_by_first(lambda: _split_file(*own))
+    return _split_file(*own)

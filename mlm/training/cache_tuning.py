@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import CacheSetting
@@ -56,10 +57,7 @@ def tune_cache(
 
     def evaluate(settings: list[dict[str, float]]) -> list[float]:
         caches = [CacheSetting(s["theta"], s["weight"], window) for s in settings]
-        scores = score_protocol(
-            base, rule, text.articles, text.eos, protocol, text.lanes, cache=caches
-        )
-        return [cached.total for cached in scores.cached]
+        return _losses(base, rule, text, protocol, caches)
 
     def spend(pairs: Sequence[tuple[float, float]]) -> Trial:
         pairs = pairs[: budget - len(tried.trials)]
@@ -83,6 +81,27 @@ def tune_cache(
             around = _neighbours(**best.setting, theta_gap=theta_gap, odds_gap=odds_gap)
             best = spend(around[: max(4, math.ceil(left / 2))])
     return sorted(tried.trials, key=lambda t: t.nll)
+
+
+def _losses(
+    base: AdaptationBase,
+    rule: Bound | None,
+    text: TuneText,
+    protocol: str,
+    caches: Sequence[CacheSetting],
+) -> list[float]:
+    """Nats of the text with each cache; of a stream every process has a share of the caches."""
+    own = (base, rule, text.articles, text.eos, protocol, text.lanes)
+    if protocol == "article":
+        return [cached.total for cached in score_protocol(*own, cache=caches).cached]
+    here = ranks()
+    mine = [caches[k] for k in here.share(len(caches))]
+
+    def read() -> list[float]:
+        scores = score_protocol(*own, cache=mine) if mine else None
+        return [cached.total for cached in scores.cached] if scores else []
+
+    return [total for part in here.parts(read) for total in part]
 
 
 def _odds(weight: float) -> float:

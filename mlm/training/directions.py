@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.language_model import LanguageModel, Weights
 from mlm.models.low_rank import DIRECTIONS, LOW
@@ -37,7 +39,11 @@ def _multiplied(
 
 
 class _Moments:
-    """Sums of x x^T over the tokens read so far: `mlm.base.progress.Work`."""
+    """Sums of x x^T over the tokens read so far: `mlm.base.progress.Work`.
+
+    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share
+    of the sums over them.
+    """
 
     def __init__(
         self, weights: Weights, shape: RecurrentLM, names: list[str], stream: LaneStream
@@ -45,31 +51,50 @@ class _Moments:
         self.weights, self.shape, self.names, self.stream = weights, shape, names, stream
         like = weights["softmax.bias"]
         self.device = like.device
-        self.carried = shape.initial_state(stream.lanes, like.device, like.dtype)
+        share = ranks().share(stream.lanes)
+        self.mine = np.arange(share.start, share.stop)
+        self.carried = shape.initial_state(len(self.mine), like.device, like.dtype)
         self.sums: Weights = {}
+        for name in names:
+            width = shape.embedding if name == "softmax" else weights[name].shape[1]
+            self.sums[name] = torch.zeros(width, width, dtype=torch.float64, device=like.device)
         self.tokens = 0
 
+    def summed(self) -> Weights:
+        """The sums of all processes."""
+        if ranks().world == 1:
+            return self.sums
+        found = {n: total.clone() for n, total in self.sums.items()}
+        ranks().sum_([*found.values()])
+        return found
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {f"sums/{n}": total for n, total in self.sums.items()}
-        tensors |= {f"state/{k}": t for k, t in enumerate(self.carried.tensors())}
+        tensors = {f"sums/{n}": total for n, total in self.summed().items()}
+        own = {f"state/{k}": t for k, t in enumerate(self.carried.tensors())}
+        tensors |= ranks().of_all_lanes(own, self.stream.lanes)
         return tensors, {"tokens": self.tokens, "cursor": self.stream.state_dict()}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         here = {n: t.to(self.device) for n, t in tensors.items()}
-        self.sums = {n: here[f"sums/{n}"] for n in self.names if about["tokens"]}
-        parts = range(len(self.carried.tensors()))
-        self.carried = self.carried.of([here[f"state/{k}"] for k in parts])
+        self.sums = {n: here[f"sums/{n}"] * ranks().first for n in self.names}
+        parts, own = range(len(self.carried.tensors())), ranks().share(self.stream.lanes)
+        self.carried = self.carried.of([here[f"state/{k}"][own.start : own.stop] for k in parts])
         self.tokens = about["tokens"]
         self.stream.load_state_dict(about["cursor"])
 
-    def read(self, piece: Segment) -> None:
-        """Read a segment statically."""
+    def read(self, everything: Segment) -> None:
+        """Read a segment of all lanes statically."""
+        self.tokens += int(everything.mask.sum())
+        if len(self.mine):
+            self._read(everything.select(self.mine))
+
+    def _read(self, piece: Segment) -> None:
+        """Read the lanes of this process."""
         state = self.carried.keep(~piece.new)
         vectors, self.carried = _multiplied(self.weights, self.shape, piece, state)
         for name in self.names:
             x_NI = vectors[name][piece.mask].double()
-            self.sums[name] = self.sums.get(name, 0) + x_NI.t() @ x_NI
-        self.tokens += int(piece.mask.sum())
+            self.sums[name] += x_NI.t() @ x_NI
 
 
 def second_moments(
@@ -94,7 +119,7 @@ def second_moments(
             with uninterrupted():
                 found.read(next(stream).to(found.device))
             tick()
-    return {name: total / found.tokens for name, total in found.sums.items()}
+    return {name: total / found.tokens for name, total in found.summed().items()}
 
 
 def principal_directions(moment_II: Tensor, rank: int) -> Tensor:

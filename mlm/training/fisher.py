@@ -9,15 +9,18 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome
+from mlm.models.language_model import Weights
 from mlm.reading.step import begin, carry_extras, open_articles, score_segment
 from mlm.text.streams import LaneStream, Segment, Text
 
@@ -31,34 +34,59 @@ def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
 
 
 class _Estimate:
-    """Sums over the segments read so far: `mlm.base.progress.Work`."""
+    """Sums over the segments read so far: `mlm.base.progress.Work`.
+
+    Each of several processes (`mlm.base.processes`) reads its share of the lanes, and has its share
+    of the sums over them.
+    """
 
     def __init__(self, base: AdaptationBase, stream: LaneStream) -> None:
         self.base, self.stream = base, stream
-        self.reader = begin(base, stream.lanes)
+        share = ranks().share(stream.lanes)
+        self.mine = np.arange(share.start, share.stop)
+        self.reader = begin(base, len(self.mine))
         self.squares = {n: torch.zeros_like(w) for n, w in base.start().items()}
         self.segments, self.tokens, self.total = 0, 0, 0.0
 
+    def sums(self) -> tuple[Weights, float]:
+        """Squares and nats of all processes."""
+        squares, total = self.squares, torch.tensor(self.total, dtype=torch.float64)
+        if ranks().world > 1:
+            squares = {n: s.clone() for n, s in squares.items()}
+            ranks().sum_([*squares.values()])
+            ranks().sum_([total])
+        return squares, float(total)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        reader = {n: t for n, t in self.reader.tensors().items() if not _of_theta_0(n)}
+        squares, total = self.sums()
+        reader = self.reader._replace(weights={}).tensors_of_all(self.stream.lanes)
         tensors = {f"reader/{n}": t for n, t in reader.items()}
-        tensors |= {f"squares/{n}": s for n, s in self.squares.items()}
-        numbers = {"segments": self.segments, "tokens": self.tokens, "total": self.total}
+        tensors |= {f"squares/{n}": s for n, s in squares.items()}
+        numbers = {"segments": self.segments, "tokens": self.tokens, "total": total}
         return tensors, {**numbers, "cursor": self.stream.state_dict()}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        fresh = self.reader.tensors()
-        self.reader = self.reader.of(
-            {n: t if _of_theta_0(n) else tensors[f"reader/{n}"] for n, t in fresh.items()}
-        )
+        plain, first = self.reader._replace(weights={}), ranks().first
+        kept = {n: tensors[f"reader/{n}"] for n in plain.tensors()}
+        found = plain.of_share(kept, self.stream.lanes)
+        self.reader = found._replace(weights=self.reader.weights)
         for name, squares in self.squares.items():
-            squares.copy_(tensors[f"squares/{name}"])
+            squares.copy_(tensors[f"squares/{name}"] * first)
         self.segments, self.tokens = about["segments"], about["tokens"]
-        self.total = about["total"]
+        self.total = about["total"] * first
         self.stream.load_state_dict(about["cursor"])
 
-    def read(self, piece: Segment) -> int:
-        """Read a segment statically; returns its tokens."""
+    def read(self, everything: Segment) -> int:
+        """Read a segment of all lanes statically; returns its tokens."""
+        count = int(everything.mask.sum())
+        self.segments += int(everything.mask.all(1).sum())
+        self.tokens += count
+        if len(self.mine):
+            self._read(everything.select(self.mine))
+        return count
+
+    def _read(self, piece: Segment) -> None:
+        """Read the lanes of this process."""
         base = self.base
         # theta_0 stays in all lanes: there are no weights to put back
         lanes = open_articles(base, {}, self.reader._replace(weights={}), piece.new)
@@ -73,16 +101,7 @@ class _Estimate:
             squares = gradient.square_()
             self.squares[n] += (squares if every else squares[full]).sum(0)
         buffers.release(scored.gradients.values())
-        self.segments += int(full.sum())
-        count = int(piece.mask.sum())
         self.total += float(scored.nll.sum())
-        self.tokens += count
-        return count
-
-
-def _of_theta_0(name: str) -> bool:
-    """Whether a reader's tensor is that of theta_0, as all weights are in static reading."""
-    return name.startswith("weights/")
 
 
 @torch.no_grad()
@@ -130,10 +149,11 @@ def estimate_fisher(
             f"no held-out article is as long as one segment (--update-every {base.segment}); use a "
             "smaller M or more text"
         )
-    squares = {n: smooth_fisher(s / found.segments, prior) for n, s in found.squares.items()}
+    summed, total = found.sums()
+    squares = {n: smooth_fisher(s / found.segments, prior) for n, s in summed.items()}
     rms = {n: s.sqrt() for n, s in squares.items()}
     if not all(bool(r.isfinite().all()) for r in rms.values()):
         raise UserError(
             "the Fisher is not finite: the language model's loss is NaN; train it again"
         )
-    return dataclasses.replace(base, rms=rms, loss=found.total / found.tokens)
+    return dataclasses.replace(base, rms=rms, loss=total / found.tokens)

@@ -116,11 +116,12 @@ def half_precision_loss(
     segment: Segment,
     state: RecurrentState,
     added: Sequence[Tensor] = (),
+    count: Tensor | None = None,
 ) -> tuple[Tensor, RecurrentState]:
     """Mean loss of a segment's tokens in nats, and the state behind it, without its graph.
 
     Differentiable once in the float32 `weights` and in `added` (B, T, E), what is added to what
-    the softmax sees.
+    the softmax sees. `count` is the number of tokens whose mean it is a part of; None = its own.
     """
     x = F.embedding(segment.inputs.t(), weights["embedding"]).bfloat16()
     h, c = [], []
@@ -133,6 +134,6 @@ def half_precision_loss(
     for part in added:
         x = x + part.transpose(0, 1).bfloat16()
     mask = segment.mask.t().float()
-    share = (mask / mask.sum()).contiguous()
+    share = (mask / (mask.sum() if count is None else count)).contiguous()
     own = (weights["embedding"], weights["softmax.bias"], segment.targets.t().contiguous(), share)
     return _Softmax.apply(x, *own), RecurrentState(tuple(h), tuple(c)).detach()

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import Progress, Tick, Work, saved_by_the_clock
 from mlm.store.tensors import going_on_from, load_tensors, save_tensors
 
@@ -60,5 +61,9 @@ class KeptProgress(Progress):
 
     def forget(self) -> None:
         """The stage is done: remove what was kept of its parts."""
-        for path in self.folder.glob(f"unfinished_{self.stage}_*.safetensors"):
-            path.unlink()
+
+        def remove() -> None:
+            for path in self.folder.glob(f"unfinished_{self.stage}_*.safetensors"):
+                path.unlink()
+
+        ranks().on_first(remove)

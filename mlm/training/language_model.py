@@ -6,6 +6,7 @@ Letters: B lanes, T tokens per segment.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
@@ -18,12 +19,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
+from mlm.base.processes import ranks
 from mlm.base.progress import Tick, adam_tensors, load_adam, saved_by_the_clock
 from mlm.base.schedule import cosine
 from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.models.language_model import State, Weights
 from mlm.models.output_layer import token_nll
-from mlm.models.recurrent import BaseModel, Dropout, RecurrentLM
+from mlm.models.recurrent import BaseModel, Dropout, RecurrentLM, RecurrentState
 from mlm.models.snail import snail_like
 from mlm.reading.static import static_loss
 from mlm.settings.config import Config
@@ -115,7 +117,11 @@ def unigram_biases(shape: BaseModel, text: Text, noise: float = 0.0) -> Weights:
 
 
 class LMTrainer:
-    """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit."""
+    """State of stage 1: weights, Adam, cursor, random generator; saved and resumed bit for bit.
+
+    Each of several processes (`mlm.base.processes`) reads its own of the lanes, and all take the
+    same step along the sum of their gradients.
+    """
 
     def __init__(self, config: Config, shape: BaseModel, text: Text, device: torch.device) -> None:
         self.settings: LMTrainingConfig = config.lm
@@ -134,7 +140,10 @@ class LMTrainer:
         lanes = min(config.lm.lanes, len(text.articles))
         self.stream = LaneStream(text.articles, lanes, config.lm.segment, text.eos, config.seed)
         self.dropout_generator = torch.Generator(device).manual_seed(config.seed + 1)
-        self.state: State = shape.initial_state(lanes, device)
+        own = ranks().share_lanes(lanes, "lm")
+        self.own = np.arange(own.start, own.stop)
+        """The lanes that this process reads."""
+        self.state: State = shape.initial_state(len(self.own), device)
         self.extensions = tuple(config.extensions)
         learned = {
             e.name: e.with_model(text, self.weights["embedding"].detach(), lanes)
@@ -153,18 +162,29 @@ class LMTrainer:
         self.dropout = Dropout(
             s.dropout_embedding, s.dropout_input, s.dropout_hidden, s.dropout_output, s.weight_drop
         )
+        self.masked = self.dropout != Dropout()
+        if len(self.own) < lanes:
+            self.dropout = dataclasses.replace(self.dropout, lanes=(own.start, lanes))
 
-    def loss(self, segment: Segment, added: list[Tensor]) -> tuple[Tensor, Tensor, State]:
+    def loss(
+        self, segment: Segment, added: list[Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, State]:
         """(objective, nats per token, state): cross-entropy plus AR and TAR.
 
         Args:
+            segment: of the lanes that this process reads; its share of the means over all.
             added: (B, T, E) each, what extensions add to the hidden states.
+            mask: (B, T) of all lanes.
         """
         use = self.precision == torch.bfloat16
-        plain = self.dropout == Dropout() and not (self.settings.ar or self.settings.tar)
+        plain = not (self.masked or self.settings.ar or self.settings.tar)
+        count = mask.sum()
         if use and plain and serves(self.shape, self.device, *added):
-            own = (self.weights, self.shape, segment, self.state, added)
-            loss, state = half_precision_loss(*own)
+            shape, before = self.shape, self.state
+            assert isinstance(shape, RecurrentLM)
+            assert isinstance(before, RecurrentState)
+            own = (self.weights, shape, segment, before, added)
+            loss, state = half_precision_loss(*own, count=count)
             return loss, loss.detach(), state
         with torch.autocast(self.device.type, torch.bfloat16, enabled=use):
             hidden = self.shape.run(
@@ -172,7 +192,6 @@ class LMTrainer:
             )
             output = sum(added, hidden.output)
             nll = token_nll(self.weights, self.shape, output, segment.targets)
-        count = segment.mask.sum()
         loss = (nll.float() * segment.mask).sum() / count
         objective = loss
         width = self.shape.embedding
@@ -182,7 +201,8 @@ class LMTrainer:
         if self.settings.tar and segment.mask.shape[1] > 1:
             both = segment.mask[:, 1:]
             change = (hidden.raw[:, 1:] - hidden.raw[:, :-1]).float().square().sum(-1) * both
-            change_mean = change.sum() / (both.sum().clamp(min=1) * width)
+            pairs = mask[:, 1:].sum().clamp(min=1)
+            change_mean = change.sum() / (pairs * width)
             objective = objective + self.settings.tar * change_mean
         return objective, loss.detach(), hidden.state.detach()
 
@@ -200,20 +220,22 @@ class LMTrainer:
         Raises:
             UserError: the loss is not finite; the weights are untouched by it.
         """
-        segment = self.next_segment()
+        everything = self.next_segment()
+        segment = everything.select(self.own)
         self.state = self.state.keep(~segment.new)
-        added = [part.added(segment) for part in self.learned.values()]
-        objective, loss, state = self.loss(segment, added)
-        value = float(loss)
+        added = [part.added(everything) for part in self.learned.values()]
+        mine = [rows[self.own[0] : self.own[-1] + 1] for rows in added]
+        objective, loss, state = self.loss(segment, mine, everything.mask)
+        self.optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        value = float(self._sum_up([*self.weights.values(), *added], loss))
         if not math.isfinite(value):
             raise UserError(
                 f"stage 1, step {self.step}: the loss is {value}. The last checkpoint is kept; "
                 f"lower --learning-rate (now {self.settings.learning_rate}) or use "
                 "--lm.precision float32, then --resume"
             )
-        self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
-        count = int(segment.mask.sum())
+        count = int(everything.mask.sum())
         for part, rows in zip(self.learned.values(), added, strict=True):
             assert rows.grad is not None
             part.learn(rows.grad * count, self.weights["embedding"])
@@ -221,6 +243,23 @@ class LMTrainer:
         self.state = state
         self.step += 1
         return value, count
+
+    def _sum_up(self, leaves: list[Tensor], loss: Tensor) -> Tensor:
+        """The loss of all processes; gives the leaves the sums of their gradients.
+
+        What has none in any process, such as a tail of the softmax that no token touched, keeps
+        none: Adam does not move it.
+        """
+        if ranks().world == 1:
+            return loss
+        told = torch.tensor([leaf.grad is not None for leaf in leaves]).to(leaves[0])
+        for leaf in leaves:
+            leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+        loss = loss.to(leaves[0].dtype)
+        ranks().sum_([*(leaf.grad for leaf in leaves if leaf.grad is not None), loss, told])
+        for leaf, known in zip(leaves, told.tolist(), strict=True):
+            leaf.grad = leaf.grad if known else None
+        return loss
 
     def _descend(self) -> None:
         """One step of Adam along the gradients that the weights hold."""
@@ -273,7 +312,8 @@ class LMTrainer:
         for name, weight in self.weights.items():
             tensors[f"weights/{name}"] = weight
         tensors |= adam_tensors(self.optimizer, self.weights)
-        tensors |= {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
+        state = {f"state/{k}": t for k, t in enumerate(self.state.tensors())}
+        tensors |= ranks().of_all_lanes(state, self.stream.lanes)
         tensors["dropout"] = self.dropout_generator.get_state()
         tensors |= self.more_tensors()
         about = {
@@ -297,9 +337,9 @@ class LMTrainer:
         path = run.checkpoint("lm_last")
         tensors, about = load_latest(path, "nothing to resume")
         carried = [f"state/{k}" for k in range(len(self.state.tensors()))]
-        mine = {f"weights/{n}": w for n, w in self.weights.items()}
-        mine |= dict(zip(carried, self.state.tensors(), strict=True))
-        sizes = {n: tuple(t.shape) for n, t in mine.items()}
+        sizes = {f"weights/{n}": tuple(w.shape) for n, w in self.weights.items()}
+        for name, part in zip(carried, self.state.tensors(), strict=True):
+            sizes[name] = (self.stream.lanes, *part.shape[1:])
         found = {
             n: tuple(t.shape) for n, t in tensors.items() if n.startswith(("weights/", "state/"))
         }
@@ -326,7 +366,8 @@ class LMTrainer:
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weights/{name}"])
         load_adam(self.optimizer, self.weights, tensors)
-        self.state = self.state.of([tensors[name].to(self.device) for name in carried])
+        own = slice(self.own[0], self.own[-1] + 1)
+        self.state = self.state.of([tensors[name][own].to(self.device) for name in carried])
         self.dropout_generator.set_state(tensors["dropout"])
         self.load_more(tensors)
 

@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.names import rule_label
+from mlm.base.processes import ranks
 from mlm.base.progress import adam_tensors, load_adam, saved_by_the_clock
 from mlm.base.schedule import cosine
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
-from mlm.reading.meta_gradient import MetaGradient, meta_gradient
+from mlm.reading.meta_gradient import MetaGradient, meta_gradient, whole_of
 from mlm.reading.pes import Evolution
 from mlm.reading.second_order import second_order
 from mlm.reading.step import (
@@ -74,7 +76,10 @@ def reptile(base: AdaptationBase, reader: Reader, learn: Sequence[str]) -> Weigh
 
 
 class MetaTrainer:
-    """State of stage 2 for one rule: parameters, Adam, readers, cursor; saved and resumed."""
+    """State of stage 2 for one rule: parameters, Adam, readers, cursor; saved and resumed.
+
+    Each of several processes (`mlm.base.processes`) reads its own of the lanes.
+    """
 
     def __init__(
         self,
@@ -98,14 +103,17 @@ class MetaTrainer:
         ]
         self.optimizer = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.99))
         self.lanes = MixedLanes(text, settings.lanes, settings.stream_share, base.segment, seed + 2)
-        self.reader = begin(self.base, settings.lanes, rule.bind(self.parameters, self.base))
+        share = ranks().share_lanes(settings.lanes, "meta")
+        self.mine = np.arange(share.start, share.stop)
+        """The lanes that this process reads."""
+        self.reader = begin(self.base, len(self.mine), rule.bind(self.parameters, self.base))
         self.evolution: Evolution | None = None
         if settings.gradient == "pes":
             self.evolution = Evolution(
                 self.base,
                 rule,
                 self.parameters,
-                settings.lanes,
+                len(self.mine),
                 pairs=settings.pes_pairs,
                 sigma=settings.pes_sigma,
                 seed=seed + 3,
@@ -122,25 +130,38 @@ class MetaTrainer:
         """How often the guard reset a lane."""
 
     def gradient(self, unroll: Sequence[Segment]) -> MetaGradient:
-        """The meta-gradient of an unroll, as `settings.gradient` says."""
+        """The meta-gradient of an unroll of all lanes, as `settings.gradient` says."""
+        found = self._own_gradient(unroll)
+        if ranks().world == 1:
+            return found
+        tensors = [*found.gradients.values(), *found.weights.values()]
+        numbers = torch.tensor([found.loss, float(found.flushed)]).to(tensors[0])
+        ranks().sum_([*tensors, numbers])
+        return found._replace(loss=float(numbers[0]), flushed=round(float(numbers[1])))
+
+    def _own_gradient(self, unroll: Sequence[Segment]) -> MetaGradient:
+        """What the lanes that this process reads contribute to it."""
         mode, ewc = self.settings.gradient, self.settings.ewc
+        some = [segment.select(self.mine) for segment in unroll]
         if self.evolution is not None:
-            found = self.evolution.step(self.parameters, unroll)
+            found = self.evolution.step(self.parameters, some, whole_of(unroll, 0))
             return MetaGradient(*found[:3], {}, self.reader, found.flushed)
         learn = self.learn
         if self.settings.theta_0 == "reptile":
             learn = tuple(n for n in learn if n not in self.base.dynamic)
-        state = self.parameters, self.reader, unroll
+        state, whole = (self.parameters, self.reader, some), whole_of(unroll, 1)
         if mode == "second":
-            found = second_order(self.base, self.rule, *state, learn, ewc)
+            found = second_order(self.base, self.rule, *state, learn, ewc, whole)
         else:
             assert mode != "pes"
             mode = "reverse" if mode == "auto" else mode  # stages choose, here nothing is known
             bound = self.rule.bind(self.parameters, self.base)
             base = prepared(self.base, bound)
-            found = meta_gradient(base, bound, *state, mode, learn, ewc)
+            found = meta_gradient(base, bound, *state, mode, learn, ewc, whole)
         if self.settings.theta_0 == "reptile":
-            found.weights.update(reptile(self.base, found.reader, self.learn))
+            share = len(self.mine) / self.settings.lanes
+            moved = reptile(self.base, found.reader, self.learn)
+            found.weights.update({n: w * share for n, w in moved.items()})
         return found
 
     def train_step(self) -> tuple[float, int]:
@@ -194,13 +215,14 @@ class MetaTrainer:
 
     def save(self, run: RunFolder, identity: str) -> None:
         """Write everything the next step depends on, and the best parameters so far."""
-        tensors = {f"reader/{n}": t for n, t in self.reader.tensors().items()}
+        lanes = self.settings.lanes
+        tensors = {f"reader/{n}": t for n, t in self.reader.tensors_of_all(lanes).items()}
         tensors |= {f"best/{n}": p for n, p in self.best[1].items()}
         for name, parameter in self.trained.items():
             tensors[f"parameters/{name}"] = parameter
         tensors |= adam_tensors(self.optimizer, self.trained)
         if self.evolution is not None:
-            own = self.evolution.state_tensors()
+            own = self.evolution.state_tensors(lanes)
             tensors |= {f"evolution/{n}": t for n, t in own.items()}
         about = {
             "identity": identity,
@@ -241,9 +263,12 @@ class MetaTrainer:
         if self.evolution is not None:
             own = {n: t for n, t in tensors.items() if n.startswith("evolution/")}
             self.evolution.load_state_tensors(
-                {n.removeprefix("evolution/"): t for n, t in own.items()}
+                {n.removeprefix("evolution/"): t for n, t in own.items()}, self.settings.lanes
             )
-        self.reader = self.reader.of(fitting(tensors, self.reader.tensors(), "reader/"))
+        kept = {n: tensors[f"reader/{n}"] for n in self.reader.tensors()}
+        reader = self.reader.of_share(kept, self.settings.lanes)
+        fitting(reader.tensors(), self.reader.tensors())
+        self.reader = reader
         self.lanes.load_state_dict(about["cursor"])
         if about["gain"] is not None:
             best = fitting(tensors, self.trained, "best/")

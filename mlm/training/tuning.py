@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mlm.base.errors import UserError
+from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_articles, score_protocol
@@ -98,7 +99,8 @@ def losses_of(
 ) -> list[float]:
     """Total loss in nats of each setting.
 
-    In protocol `stream` one text is one lane, so the settings are read side by side, a lane each.
+    In protocol `stream` one text is one lane, so the settings are read side by side, a lane each,
+    and shared out among processes.
     Steps so large that weights explode cost what they cost: reading resets such lanes and goes on
     (`mlm.reading.step.step`). Infinite is the loss of a model that is broken before it adapts.
     """
@@ -119,12 +121,18 @@ def losses_of(
             for s in settings
         ]
     whole = np.concatenate(list(text.articles))
-    copies = [whole] * len(settings)
-    scores = score_articles(
-        base, rule.bind(bound(list(settings)), base), copies, text.eos, len(settings)
-    )
-    totals = [float(nll.sum()) for nll in scores.nll]
-    return [t if np.isfinite(t) else float("inf") for t in totals]
+
+    def read(own: Sequence[dict[str, float]]) -> list[float]:
+        if not own:
+            return []
+        copies, one = [whole] * len(own), rule.bind(bound(list(own)), base)
+        scores = score_articles(base, one, copies, text.eos, len(own))
+        totals = [float(nll.sum()) for nll in scores.nll]
+        return [t if np.isfinite(t) else float("inf") for t in totals]
+
+    here = ranks()
+    own = [settings[k] for k in here.share(len(settings))]
+    return [total for part in here.parts(lambda: read(own)) for total in part]
 
 
 def _spaced(low: float, high: float, number: int) -> list[float]:
