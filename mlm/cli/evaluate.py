@@ -65,6 +65,7 @@ def _settings(config: Config) -> list[Setting]:
     shared = (
         "device",
         "threads",
+        "memory_gb",
         "text.data_dir",
         *(p for p in leaves(config) if p.startswith("evaluation.")),
     )

@@ -25,6 +25,9 @@ STDIN = "-"
 CHUNK = 1 << 16
 """Characters that are handed on at once."""
 
+MOST_OF_STDIN = 1 << 28
+"""Bytes of standard input, which is held in memory."""
+
 _GUESSED = 1 << 16  # characters from which the form of a text is guessed
 
 
@@ -106,7 +109,11 @@ def _standard_input(form: str, split_on: re.Pattern[str] | None) -> Source:
         raise UserError("there is no standard input here; name a text file")
     if sys.stdin.isatty():
         print("reading standard input; end it with Ctrl-D", file=sys.stderr, flush=True)
-    data = sys.stdin.buffer.read()
+    data = sys.stdin.buffer.read(MOST_OF_STDIN + 1)
+    if len(data) > MOST_OF_STDIN:
+        raise UserError(
+            f"standard input holds more than {MOST_OF_STDIN:,} bytes; give the text as a file"
+        )
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

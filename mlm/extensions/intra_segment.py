@@ -32,7 +32,7 @@ from torch import Tensor
 
 from mlm.extensions.word_coupling import COUPLING, output_layer_problem
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Plan, Told
+from mlm.models.extension import Extension, Extent, Plan, Told
 from mlm.models.language_model import Weights, WithinSegment
 from mlm.models.low_rank import LOW
 from mlm.reading.step import begin
@@ -83,6 +83,10 @@ class IntraSegment(Extension):
                 "checkpoint or forward"
             ]
         return found
+
+    def lane_bytes(self, extent: Extent) -> float:
+        """Logits before and after words taught, and what they lose."""
+        return 2.0 * extent.logits
 
     def prepare(self, base: AdaptationBase, bound: Bound) -> Weights:
         """The a, c and d nearest to the rule's steps.

@@ -31,7 +31,7 @@ from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.word_coupling import COUPLING, uncoupled
 from mlm.models.base import AdaptationBase, fold_low_rank
-from mlm.models.extension import Extension, Making, Plan
+from mlm.models.extension import Extension, Extent, Making, Need, Plan
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, base_of
 from mlm.reading.step import begin, prepared, step
@@ -77,6 +77,11 @@ class LearnedBasis(Extension):
         if plan.learn != ("rule",):
             found.append("--learned-basis.words goes with --meta.learn rule only")
         return found
+
+    def making(self, text: Extent, corpus: Extent) -> Need:
+        """Lanes that read, each with the gradient and the weights before and after it."""
+        tokens = min(text.text, self.words * text.tokens_per_word)
+        return Need(4 * 4 * LANES * text.weights, tokens)
 
     def make(self, base: AdaptationBase, making: Making) -> AdaptationBase:
         """With bases learned from the held-out articles."""

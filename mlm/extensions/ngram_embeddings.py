@@ -25,7 +25,8 @@ Letters: B lanes, T tokens, C columns, N contexts, E width of what the softmax s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -35,8 +36,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mlm.extensions.ngram_memory import inverse_square_length
+from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Plan, Told
+from mlm.models.extension import Extension, Extent, Need, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.text.streams import Segment, Text
 
@@ -143,19 +145,50 @@ def most_frequent(articles: Sequence[np.ndarray], eos: int, number: int) -> Tens
     """Fingerprints (N,), rising, of the contexts that come most often, N <= number.
 
     Every article is read behind `eos`, as a lane reads it; no context reaches over its beginning.
+    A long text is gone through several times, each time for some of the contexts, about
+    `buffers.NUMBERS` of them.
     """
-    line = np.concatenate([part for a in articles for part in ([eos], a[:-1])]).astype(np.int64)
-    lengths = np.array([max(1, len(a)) for a in articles])
-    place = np.arange(len(line)) - np.repeat(lengths.cumsum() - lengths, lengths)
+    tokens = sum(map(len, articles))
+    parts = 1 << max(0, math.ceil(math.log2(max(1, tokens / buffers.NUMBERS))))
     keys, counts = [], []
     for k in LENGTHS:
-        every = context_keys([line[at : len(line) - k + 1 + at] for at in range(k)])
-        found, times = np.unique(every[place[k - 1 :] >= k - 1], return_counts=True)
-        most = np.argsort(-times, kind="stable")[:number]
+        some = [_counted(articles, eos, k, part, parts) for part in range(parts)]
+        found, times = (np.concatenate(column) for column in zip(*some, strict=True))
+        most = np.lexsort((found, -times))[:number]
         keys.append(found[most])
         counts.append(times[most])
     order = np.argsort(-np.concatenate(counts), kind="stable")[:number]
     return torch.from_numpy(np.sort(np.concatenate(keys)[order]))
+
+
+def _counted(
+    articles: Sequence[np.ndarray], eos: int, k: int, part: int, parts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fingerprints of the contexts of k tokens, and how often each comes: of one of so many parts,
+    a power of two."""
+    own = []
+    for batch in _batches(articles):
+        line = np.concatenate([x for a in batch for x in ([eos], a[:-1])]).astype(np.int64)
+        lengths = np.array([max(1, len(a)) for a in batch])
+        place = np.arange(len(line)) - np.repeat(lengths.cumsum() - lengths, lengths)
+        every = context_keys([line[at : len(line) - k + 1 + at] for at in range(k)])
+        every = every[place[k - 1 :] >= k - 1]
+        own.append(every[((every * FACTOR) >> 40) & (parts - 1) == part])
+    return np.unique(np.concatenate(own), return_counts=True)
+
+
+def _batches(articles: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """The articles in turn, about a million tokens at once."""
+    batch: list[np.ndarray] = []
+    tokens = 0
+    for article in articles:
+        batch.append(article)
+        tokens += len(article)
+        if tokens >= buffers.NUMBERS // 16:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass(frozen=True)
@@ -182,6 +215,11 @@ class NGramEmbeddings(Extension):
             f"--ngram-embeddings.contexts is {self.contexts}; they are learned by a language model "
             "that goes on from another one (--lm.init), as usual or with --lm.through learned",
         )
+
+    def making(self, text: Extent, corpus: Extent) -> Need:
+        """What is counted together, and the rows."""
+        counted = min(corpus.text, 2 * buffers.NUMBERS)
+        return Need(8 * 6 * counted + self.contexts * (4 * corpus.width + 3 * 8))
 
     def active(self, weights: Weights) -> bool:
         """Where the language model has learned some."""

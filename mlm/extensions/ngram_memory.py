@@ -41,7 +41,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Outcome, Plan, Told
+from mlm.models.extension import Extension, Extent, Outcome, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.rules.gates import LinearGates
 from mlm.text.streams import Segment
@@ -99,14 +99,32 @@ class History(NamedTuple):
         return self._replace(since=since)
 
     def tensors(self) -> list[Tensor]:
-        """All of it, for files."""
-        return [self.since, *(t[:, : self.size].contiguous() for t in self.book.tensors())]
+        """All of it, for files: of every lane only what it sees, one lane behind the other."""
+        seen_BC = self._seen()
+        parts = [t[:, : self.size][seen_BC] for t in self.book.tensors()]
+        return [torch.cat([self.since.new_tensor([self.size]), self.since]), *parts]
 
     def of(self, tensors: list[Tensor]) -> History:
-        """The history made of such `tensors`."""
-        since, inputs, keys, values, rates = tensors
-        size = inputs.shape[1]
-        return History(_Book(inputs, keys, values, rates, size), size, since)
+        """The history made of such `tensors`; what no lane sees is zero.
+
+        Whole columns, (B, C, ...) behind `since`, are taken as they are.
+        """
+        marks, *parts = tensors
+        if parts[0].dim() == 2:
+            size = parts[0].shape[1]
+            return History(_Book(*parts, filled=size), size, marks)
+        size, since = int(marks[0]), marks[1:]
+        found = self._replace(size=size, since=since)
+        seen_BC, rows = found._seen(), []
+        for part in parts:
+            rows.append(part.new_zeros(len(since), size, *part.shape[1:]))
+            rows[-1][seen_BC] = part
+        inputs, keys, values, rates = rows
+        return found._replace(book=_Book(inputs, keys, values, rates, size))
+
+    def _seen(self) -> Tensor:
+        """(B, C): which columns hold what a lane has read of its article."""
+        return torch.arange(self.size, device=self.since.device) >= self.since.unsqueeze(1)
 
 
 def inverse_square_length(head_VE: Tensor) -> Tensor:
@@ -157,6 +175,11 @@ class NGramMemory(Extension):
             f"--ngram-memory.steps names {len(self.steps)} steps; it must be {LONGEST_CONTEXT}, "
             "one for every number of tokens",
         )
+
+    def lane_bytes(self, extent: Extent) -> float:
+        """The book, and the one it grows into."""
+        columns = min(self.tokens, extent.longest) + 4 * extent.segment
+        return 2.5 * 4 * extent.lanes * columns * (2 * extent.width + LONGEST_CONTEXT + 2)
 
     def derived(self, base: AdaptationBase) -> Weights:
         """1 / w of the embedding as it is now, and eta, made once.
@@ -223,7 +246,7 @@ def _with_room(history: History, length: int, tokens: int) -> History:
         return history
     first = max(0, size - tokens, min(size, int(history.since.min())))
     kept = size - first
-    room = kept + max(kept, 4 * length)
+    room = kept + max(kept // 4, 4 * length)
     more = []
     for tensor in book.tensors():
         new = tensor.new_empty(len(tensor), room, *tensor.shape[2:])

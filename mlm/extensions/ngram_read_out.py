@@ -34,7 +34,7 @@ from mlm.base.progress import NOTHING_KEPT, Progress, adam_tensors, load_adam
 from mlm.extensions.learning import Course, learn_by_reading
 from mlm.extensions.ngram_memory import ETA, SCALE, Lookup, NGramMemory
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Plan, Told
+from mlm.models.extension import Extension, Extent, Need, Plan, Told
 from mlm.models.language_model import Weights, gradient_share
 from mlm.reading.step import begin, prepared, step
 from mlm.rules.gates import LinearGates
@@ -108,6 +108,11 @@ class NGramReadOut(Extension):
             f"--ngram-read-out.words is {self.words}; it reads n-gram memory out, and there is "
             "none: set --ngram-memory.tokens, or use 0",
         )
+
+    def after_rule_need(self, extent: Extent) -> Need:
+        """Lanes that read, each with the gradient and the weights before and after it."""
+        tokens = min(extent.text, self.words * extent.tokens_per_word)
+        return Need(4 * 4 * LANES * extent.weights, tokens)
 
     def of(self, weights: Weights) -> ReadOut | None:
         """The read-out among the weights; None = it is not learned."""

@@ -18,7 +18,7 @@ Letters: A articles, V vocabulary, E embedding, S directions.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,8 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
-from mlm.models.extension import Extension, Making, Plan, Told
+from mlm.models.extension import Extension, Extent, Making, Need, Plan, Told
 from mlm.models.language_model import Weights
 from mlm.models.low_rank import BASIS, LOW, fold_weights
 from mlm.text.streams import Segment, Text
@@ -72,6 +73,14 @@ class WordCoupling(Extension):
         """It needs an output layer in a basis of its own."""
         return output_layer_problem("--word-coupling.directions", plan)
 
+    def making(self, text: Extent, corpus: Extent) -> Need:
+        """x x^T with its eigenvectors, blocks of x, the text's counts, and Q."""
+        articles, vocabulary = min(ARTICLES, corpus.articles), corpus.vocabulary
+        block = min(buffers.NUMBERS, articles * vocabulary)
+        counted = corpus.text * min(1.0, articles / max(1, corpus.articles))
+        directions = vocabulary * min(self.directions, articles)
+        return Need(8 * (4 * articles**2 + 3 * block + 3 * counted + 2 * directions))
+
     def fold(self, base: AdaptationBase, making: Making) -> AdaptationBase:
         """With Q of the training articles; the static model is the same."""
         vocabulary = len(base.weights["softmax.bias"])
@@ -86,18 +95,54 @@ class WordCoupling(Extension):
 
 
 def coupling_of(text: Text, vocabulary: int, directions: int) -> Tensor:
-    """Q (V, S), orthonormal columns; S is at most the number of articles."""
+    """Q (V, S), orthonormal columns; S is at most the number of articles.
+
+    x is made a block of the vocabulary at a time: no array is larger than `buffers.NUMBERS`, or
+    A x A.
+    """
     long = [a for a in text.articles if len(a) >= SHORTEST] or list(text.articles)
-    counts_AV = np.array([np.bincount(a, minlength=vocabulary) for a in long[:ARTICLES]], float)
-    words_A1 = counts_AV.sum(1, keepdims=True)
-    share_V = (counts_AV.sum(0) + 1) / (counts_AV.sum() + vocabulary)
-    residual_AV = (counts_AV - words_A1 * share_V) / np.sqrt(words_A1 * share_V)
-    x_AV = np.sign(residual_AV) * np.log1p(np.abs(residual_AV))
-    values_A, vectors_AA = np.linalg.eigh(x_AV @ x_AV.T)
+    counts = _Counts(long[:ARTICLES], vocabulary)
+    inner_AA = np.zeros((counts.articles, counts.articles))
+    for x_AV, _ in counts.residuals():
+        inner_AA += x_AV @ x_AV.T
+    values_A, vectors_AA = np.linalg.eigh(inner_AA)
     kept = values_A > 1e-9 * values_A[-1]
     sizes, sides = np.sqrt(values_A[kept][::-1]), vectors_AA[:, kept][:, ::-1]
-    found_VS = x_AV.T @ sides[:, :directions] / sizes[:directions]
-    return torch.from_numpy(np.ascontiguousarray(found_VS))
+    sizes, sides = sizes[:directions], sides[:, :directions]
+    found_VS = np.empty((vocabulary, len(sizes)))
+    for x_AV, words in counts.residuals():
+        found_VS[words] = x_AV.T @ sides / sizes
+    return torch.from_numpy(found_VS)
+
+
+class _Counts:
+    """How often every word comes in every article: only what is not zero."""
+
+    def __init__(self, articles: Sequence[np.ndarray], vocabulary: int) -> None:
+        self.articles, self.vocabulary = len(articles), vocabulary
+        found = [np.unique(np.asarray(a), return_counts=True) for a in articles]
+        article_N = np.repeat(np.arange(len(found)), [len(words) for words, _ in found])
+        word_N = np.concatenate([words for words, _ in found]).astype(np.int64)
+        count_N = np.concatenate([counts for _, counts in found])
+        order = np.argsort(word_N, kind="stable")
+        self.article_N, self.word_N, self.count_N = (x[order] for x in (article_N, word_N, count_N))
+
+    def residuals(self) -> Iterator[tuple[np.ndarray, slice]]:
+        """x (A, words of a block) in float64, and which words they are."""
+        words_A = np.bincount(self.article_N, self.count_N, self.articles)
+        share_V = np.bincount(self.word_N, self.count_N, self.vocabulary) + 1
+        share_V /= self.count_N.sum() + self.vocabulary
+        block = max(1, buffers.NUMBERS // self.articles)
+        for first in range(0, self.vocabulary, block):
+            words = slice(first, min(first + block, self.vocabulary))
+            lo, hi = np.searchsorted(self.word_N, [words.start, words.stop])
+            x_AV = np.zeros((self.articles, words.stop - words.start))
+            x_AV[self.article_N[lo:hi], self.word_N[lo:hi] - first] = self.count_N[lo:hi]
+            expected_AV = words_A[:, None] * share_V[words]
+            x_AV -= expected_AV
+            x_AV /= np.sqrt(expected_AV, out=expected_AV)
+            np.log1p(np.abs(x_AV, out=expected_AV), out=expected_AV)
+            yield np.copysign(expected_AV, x_AV, out=x_AV), words
 
 
 def uncoupled(x_V: Tensor, coupling: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+NUMBERS = 1 << 24
+"""Numbers of an array that is made a block at a time: 128 MB in float64."""
 MIN_BYTES = 1 << 20
 """Bytes below which the C library is quick enough."""
 

@@ -155,21 +155,26 @@ def half_lstm_forward(
     """
     hidden = c_BH.shape[1]
     one, two = np.float32(1), np.float32(2)
+    bi, bf, bg, bo = _quarters(bias, hidden)
     for lane in range(lo, hi):
-        x, r, a = projected_BG[lane], again_BG[lane], gates_BG[lane]
+        xi, xf, xg, xo = _quarters(projected_BG[lane], hidden)
+        ri, rf, rg, ro = _quarters(again_BG[lane], hidden)
+        ai, af, ag, ao = _quarters(gates_BG[lane], hidden)
+        c, new, t, h = c_BH[lane], new_BH[lane], tanh_c_BH[lane], h_BH[lane]
         for k in range(hidden):
-            kf, kg, ko = hidden + k, 2 * hidden + k, 3 * hidden + k
-            i = one / (one + fast_exp(-(widened(x[k]) + widened(r[k]) + bias[k])))
-            f = one / (one + fast_exp(-(widened(x[kf]) + widened(r[kf]) + bias[kf])))
-            g = widened(x[kg]) + widened(r[kg]) + bias[kg]
-            g = two / (one + fast_exp(-two * g)) - one
-            o = one / (one + fast_exp(-(widened(x[ko]) + widened(r[ko]) + bias[ko])))
-            new = f * c_BH[lane, k] + i * g
-            squashed = two / (one + fast_exp(-two * new)) - one
-            new_BH[lane, k] = new
-            tanh_c_BH[lane, k] = narrowed(squashed)
-            h_BH[lane, k] = narrowed(o * squashed)
-            a[k], a[kf], a[kg], a[ko] = narrowed(i), narrowed(f), narrowed(g), narrowed(o)
+            i = one / (one + fast_exp(-(widened(xi[k]) + widened(ri[k]) + bi[k])))
+            f = one / (one + fast_exp(-(widened(xf[k]) + widened(rf[k]) + bf[k])))
+            g = two / (one + fast_exp(-two * (widened(xg[k]) + widened(rg[k]) + bg[k]))) - one
+            o = one / (one + fast_exp(-(widened(xo[k]) + widened(ro[k]) + bo[k])))
+            n = f * c[k] + i * g
+            s = two / (one + fast_exp(-two * n)) - one
+            new[k] = n
+            t[k] = narrowed(s)
+            h[k] = narrowed(o * s)
+            ai[k] = narrowed(i)
+            af[k] = narrowed(f)
+            ag[k] = narrowed(g)
+            ao[k] = narrowed(o)
 
 
 @jit
@@ -182,18 +187,19 @@ def half_lstm_backward(lo, hi, gates_BG, c_BH, tanh_c_BH, dy_BH, dh_BH, dc_BH, d
     hidden = c_BH.shape[1]
     one = np.float32(1)
     for lane in range(lo, hi):
-        a, d = gates_BG[lane], dgates_BG[lane]
+        ai, af, ag, ao = _quarters(gates_BG[lane], hidden)
+        di, df, dg, do = _quarters(dgates_BG[lane], hidden)
+        c, t, dy, dh, dc = c_BH[lane], tanh_c_BH[lane], dy_BH[lane], dh_BH[lane], dc_BH[lane]
         for k in range(hidden):
-            kf, kg, ko = hidden + k, 2 * hidden + k, 3 * hidden + k
-            i, f, g, o = widened(a[k]), widened(a[kf]), widened(a[kg]), widened(a[ko])
-            tanh_c = widened(tanh_c_BH[lane, k])
-            up = widened(dh_BH[lane, k]) + widened(dy_BH[lane, k])
-            down = dc_BH[lane, k] + up * o * (one - tanh_c * tanh_c)
-            d[k] = narrowed(down * g * i * (one - i))
-            d[kf] = narrowed(down * c_BH[lane, k] * f * (one - f))
-            d[kg] = narrowed(down * i * (one - g * g))
-            d[ko] = narrowed(up * tanh_c * o * (one - o))
-            dc_BH[lane, k] = down * f
+            i, f, g, o = widened(ai[k]), widened(af[k]), widened(ag[k]), widened(ao[k])
+            tanh_c = widened(t[k])
+            up = widened(dh[k]) + widened(dy[k])
+            down = dc[k] + up * o * (one - tanh_c * tanh_c)
+            di[k] = narrowed(down * g * i * (one - i))
+            df[k] = narrowed(down * c[k] * f * (one - f))
+            dg[k] = narrowed(down * i * (one - g * g))
+            do[k] = narrowed(up * tanh_c * o * (one - o))
+            dc[k] = down * f
 
 
 @jit

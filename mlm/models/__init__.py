@@ -13,7 +13,17 @@ if TYPE_CHECKING:
         reset_lanes,
         unfold_low_rank,
     )
-    from mlm.models.extension import Extension, LaneValue, Making, Outcome, Plan, Restart, Told
+    from mlm.models.extension import (
+        Extension,
+        Extent,
+        LaneValue,
+        Making,
+        Need,
+        Outcome,
+        Plan,
+        Restart,
+        Told,
+    )
     from mlm.models.language_model import (
         LanguageModel,
         OutputTerms,
@@ -32,10 +42,12 @@ __all__ = [
     "BaseModel",
     "Dropout",
     "Extension",
+    "Extent",
     "LaneValue",
     "LanguageModel",
     "Making",
     "ModuleModel",
+    "Need",
     "Outcome",
     "OutputTerms",
     "Plan",
@@ -60,7 +72,7 @@ __getattr__, __dir__ = lazily(
     __name__,
     {
         "base": "AdaptationBase choose_dynamic fold_low_rank lanes_of reset_lanes unfold_low_rank",
-        "extension": "Extension LaneValue Making Outcome Plan Restart Told",
+        "extension": "Extension Extent LaneValue Making Need Outcome Plan Restart Told",
         "language_model": "LanguageModel OutputTerms Read State Tell Weights WithinSegment",
         "module": "ModuleModel",
         "recurrent": "BaseModel Dropout RecurrentLM",

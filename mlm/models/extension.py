@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.language_model import OutputTerms, Weights
+from mlm.models.output_layer import LOGITS
 from mlm.text.streams import Segment, Text
 
 Base = Any
@@ -103,6 +104,40 @@ class Making(NamedTuple):
     quiet: bool = True
     progress: Progress = NOTHING_KEPT
     """For what takes long: `Progress.of(<the extension's name>, work)`."""
+
+
+class Extent(NamedTuple):
+    """How much is read at once, for what an extension says of its memory and time."""
+
+    lanes: int
+    segment: int
+    """Tokens between two updates."""
+    text: int
+    """Tokens of the text."""
+    longest: int
+    """Tokens that a lane reads at most before it begins anew."""
+    articles: int
+    vocabulary: int
+    width: int
+    """E."""
+    weights: int
+    """Numbers that a lane has of its own: weights, and what the rule keeps beside them."""
+    tokens_per_word: float
+
+    @property
+    def logits(self) -> float:
+        """Bytes of the logits that the fused softmax works on together."""
+        each = self.segment * self.vocabulary
+        return 4.0 * each * max(1, min(self.lanes, LOGITS // each))
+
+
+class Need(NamedTuple):
+    """What some work takes."""
+
+    bytes: float = 0.0
+    """At its peak, beside the weights that all lanes share."""
+    tokens: float = 0.0
+    """That lanes with weights of their own read."""
 
 
 class Plan(NamedTuple):
@@ -193,6 +228,18 @@ class Extension:
     def key(self, what: str) -> str:
         """The name of one of its weights."""
         return f"{self.name}/{what}"
+
+    def lane_bytes(self, extent: Extent) -> float:
+        """What its values, and reading with it, take at their peak."""
+        return 0.0
+
+    def making(self, text: Extent, corpus: Extent) -> Need:
+        """What `fold`, `make` or `with_model` take; the texts are those of `Making`."""
+        return Need()
+
+    def after_rule_need(self, extent: Extent) -> Need:
+        """What `after_rule` takes; `extent` is of the text it reads."""
+        return Need()
 
     # -- where it applies -------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from mlm.reader.reader import DocumentReader, spell
 from mlm.reader.tracks import Track
 from mlm.reader.words import MAIN, STATS, Batch, Details, Prices, column, rows, schema
 from mlm.reading.lanes import lanes_under
-from mlm.reading.scoring import busy_segments
+from mlm.reading.scoring import Scores, busy_segments, score_protocol
 from mlm.runs.rules import Ready, ready_rule, ready_rules
 from mlm.runs.run import Run, choose_device, threads_of
 from mlm.settings.config import Config
@@ -53,10 +53,10 @@ class TrainedModel(HubModel):
     gets the same numbers.
     """
 
-    def __init__(self, run: Run, name: str) -> None:
-        """Called by `load`."""
+    def __init__(self, run: Run, name: str, how: Switches | None = None) -> None:
+        """Called by `load`; `how` to compute, where it is not to be as said above."""
         self.name, self._run, self.folder = name, run, run.folder.path
-        self.switches = Switches(threads=threads_of(run.config, first=False))
+        self.switches = how or Switches(threads=threads_of(run.config, first=False))
         self._ready: dict[tuple[str, str], Ready] = {}
 
     @classmethod
@@ -250,11 +250,44 @@ class TrainedModel(HubModel):
         }
         return names, about
 
-    def track(self, name: str, protocol: str, lanes: int) -> Track:
+    def ready(self, name: str, protocol: str) -> Ready:
+        """The rule of this name, tuned or loaded, with its neural cache.
+
+        Raises:
+            UserError: it is neither, or its file is damaged.
+        """
         with computing(self.switches):
             if (name, protocol) not in self._ready:
                 self._ready[name, protocol] = ready_rule(self._run, name, protocol)
-            base, bound, cache, _ = self._ready[name, protocol]
+            return self._ready[name, protocol]
+
+    def losses(
+        self,
+        articles: Sequence[np.ndarray],
+        rule: str = BEST,
+        protocol: Protocol = "article",
+        lanes: int = 16,
+        title: str | None = None,
+    ) -> Scores:
+        """Losses of all tokens of these articles: what `evaluate.py` makes its tables of.
+
+        Args:
+            articles: tokens of each (`vocabulary.encode`).
+            rule, protocol: as in `reader`. A rule with a cache has its losses in `cached[0]`, and
+                beside them those without.
+            lanes: articles read side by side; results do not depend on it.
+            title: of a progress bar, if there is to be one.
+        """
+        (rule,) = self.resolved([rule])
+        base, bound, cache, _ = self.ready(rule, protocol)
+        more = (articles, self.vocabulary.eos_id, protocol, lanes, title, cache)
+        with computing(self.switches):
+            return score_protocol(base, bound, *more)
+
+    def track(self, name: str, protocol: str, lanes: int) -> Track:
+        """Lanes that read under a rule, from where documents begin."""
+        base, bound, cache, _ = self.ready(name, protocol)
+        with computing(self.switches):
             own = lanes_under(base.for_protocol(protocol), bound, lanes)
             starts = torch.from_numpy(self.vocabulary.starts_word).to(self._run.device)
             return Track(own, cache, starts)

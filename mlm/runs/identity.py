@@ -20,7 +20,7 @@ from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import CHECKSUM, load_about
 from mlm.store.versions import constants
 
-FIRST_ORDER = ("reverse", "checkpoint", "forward")
+FIRST_ORDER = ("auto", "reverse", "checkpoint", "forward")
 
 
 def lm_identity(run: Run) -> str:

@@ -116,6 +116,13 @@ class Run:
         last = self.folder.checkpoint("lm_last")
         return not self.fresh and ("lm" not in self.config.stages or last.exists())
 
+    def with_config(self, config: Config) -> Run:
+        """The same run with other settings of how it is computed; its texts stay open."""
+        found = dataclasses.replace(self, config=config)
+        if "data" in vars(self):
+            vars(found)["data"] = self.data
+        return found
+
     # -- texts ------------------------------------------------------------------------------
 
     @cached_property

@@ -50,6 +50,7 @@ RANGES = {
     "threads": Range(0, 1024),
     "seed": Range(0, (1 << 32) - 1),
     "checkpoint_minutes": Range(0, 10**6, open_low=True),
+    "memory_gb": Range(0, 10**6),
     "text.vocabulary_size": Range(0, 10**7),
     "text.train_words": MANY_WORDS,
     "text.held_out": Range(0, 1, open_low=True, open_high=True),

@@ -46,6 +46,9 @@ class Config:
     """auto = CUDA if there is one."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice, after stage 1 one for models under 256 units."""
+    memory_gb: float = 0.0
+    """Gigabytes that a run may use, of the GPU if it computes there; what needs more is refused
+    before it begins. 0 = three quarters of what is free."""
     seed: int = 0
     """Seed of initialisation, data order, dropout and bootstrap."""
     checkpoint_minutes: float = 5.0

@@ -20,6 +20,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "overwrite": "overwrite",
         "device": "device",
         "threads": "threads",
+        "memory-gb": "memory_gb",
         "seed": "seed",
         "checkpoint-minutes": "checkpoint_minutes",
     },

@@ -171,12 +171,13 @@ class MetaConfig:
     """Share of the lanes that are never reset at article boundaries."""
     unroll: int = 40
     """Updates per meta-gradient."""
-    gradient: Literal["reverse", "checkpoint", "forward", "second", "pes"] = "reverse"
-    """First order: the same meta-gradient from every update kept (reverse, fastest), from a
-    snapshot now and then and the text between read twice (checkpoint), or along with the updates
-    (forward: its memory does not grow with the unroll). second = exact, through the inner
-    gradients too: slow. pes = persistent evolution strategies: no back-propagation, no bias by
-    truncation, much noise; trains the rule only."""
+    gradient: Literal["auto", "reverse", "checkpoint", "forward", "second", "pes"] = "auto"
+    """auto = the first of the next three that fits into memory, then fewer lanes. First order: the
+    same meta-gradient from every update kept (reverse, fastest), from a snapshot now and then and
+    the text between read twice (checkpoint), or along with the updates (forward: its memory does
+    not grow with the unroll). second = exact, through the inner gradients too: slow. pes =
+    persistent evolution strategies: no back-propagation, no bias by truncation, much noise; trains
+    the rule only."""
     pes_pairs: int = 4
     """Antithetic pairs of perturbed rules that read side by side (pes)."""
     pes_sigma: float = 0.05

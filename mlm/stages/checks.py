@@ -26,7 +26,7 @@ from mlm.text.tokens import TokenFile, encode_split, shared_articles
 from mlm.training.language_model import shape_of, weights_of_run
 
 HOW = (
-    *("corpus", "resume", "overwrite", "out", "stages", "device", "threads"),
+    *("corpus", "resume", "overwrite", "out", "stages", "device", "threads", "memory_gb"),
     *("checkpoint_minutes", "text.data_dir"),
 )
 """Settings that say where and how to compute, not what: the text counts by its content."""

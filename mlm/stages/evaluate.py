@@ -17,7 +17,9 @@ from torch import Tensor
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
-from mlm.reading.scoring import Scores, check_finite, score_protocol, word_losses
+from mlm.kernels import switches
+from mlm.reader.model import Protocol, TrainedModel
+from mlm.reading.scoring import Scores, check_finite, word_losses
 from mlm.report.evaluation import (
     evaluate_rows,
     merge_evaluation,
@@ -27,10 +29,11 @@ from mlm.report.evaluation import (
 from mlm.report.losses import LossTable, column_name, write_losses
 from mlm.report.tables import Row, format_totals
 from mlm.runs.identity import identity
-from mlm.runs.rules import check_learned, current_identity, ready_rule
+from mlm.runs.rules import check_learned, current_identity
 from mlm.runs.run import Run, open_run, say
 from mlm.settings.config import Config
 from mlm.stages.checks import tell_shared
+from mlm.stages.fit import fitted, lengths_of_file
 from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split, source_hash
@@ -173,22 +176,14 @@ def _passes(rules: Sequence[str]) -> list[list[str]]:
 
 
 def _score_pass(
-    run: Run, text: SplitText, protocol: str, names: Sequence[str]
+    model: TrainedModel, run: Run, text: SplitText, protocol: Protocol, names: Sequence[str]
 ) -> Iterator[RuleScores]:
     """What one reading of the text says of every rule that it serves (see `_passes`)."""
-    ready = [ready_rule(run, name, protocol) for name in names]
+    ready = [model.ready(name, protocol) for name in names]
     title = None if run.quiet else f"{text.split}, {protocol}, {rule_label(names[-1])}"
     titles = text.titles
-    scores: Scores = score_protocol(
-        ready[-1].base,
-        ready[-1].bound,
-        text.articles,
-        text.vocabulary.eos_id,
-        protocol,
-        run.config.evaluation.lanes,
-        title,
-        ready[-1].cache,
-    )
+    lanes = run.config.evaluation.lanes
+    scores = model.losses(text.articles, names[-1], protocol, lanes, title)
     _tell_resets(scores, names[0], protocol, titles)
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
@@ -231,13 +226,14 @@ def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
 def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str, str], RuleScores]:
     """Every rule in every protocol; what was scored before an interruption is not read again."""
     evaluation, done = run.config.evaluation, _Finished()
+    model = TrainedModel(run, run.folder.path.name, switches())
     rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
     with progress.of("scores", done):
         for protocol in evaluation.protocols:
             for names in _passes(rules):
                 if all((name, protocol) in done.scores for name in names):
                     continue
-                found = list(_score_pass(run, text, protocol, names))
+                found = list(_score_pass(model, run, text, protocol, names))
                 with uninterrupted():
                     done.scores |= {(one.name, protocol): one for one in found}
                     progress.save("scores", done)
@@ -349,6 +345,8 @@ def evaluate_run(
 ) -> None:
     """What `evaluate.py` does: score, print, draw; `results` None = in the run folder."""
     run = dataclasses.replace(open_run(config), results=results)
+    text = _split_text(run, corpus or config.corpus)
+    run = fitted(run, lengths_of_file(text.file, config.evaluation.max_articles))
     folder, rows = stage_evaluate(run, corpus)
     show(folder, rows)
     if pictures:

@@ -8,6 +8,7 @@ from mlm.runs.run import Run, marks_of, open_run, threads_of
 from mlm.settings.config import Config
 from mlm.stages.checks import check_folder, check_plan, check_text, remove_results
 from mlm.stages.evaluate import draw, forget_scores, show, stage_evaluate
+from mlm.stages.fit import fitted, with_recorded_choices
 from mlm.stages.language_model import stage_lm
 from mlm.stages.meta import stage_meta
 from mlm.store.lock import only_writer
@@ -25,11 +26,13 @@ def run_stages(config: Config, quiet: bool = False) -> Run:
 
 def _run(run: Run) -> Run:
     """What `run_stages` does, alone in the folder."""
-    config = run.config
+    run = with_recorded_choices(run)
     check_folder(run)
-    if {"lm", "meta"} & set(config.stages):
+    if {"lm", "meta"} & set(run.config.stages):
         check_text(run)
         check_plan(run)
+    run = fitted(run)
+    config = run.config
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:

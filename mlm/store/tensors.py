@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from mlm.base.files import MARK, atomic_path, parse_json
 from mlm.base.kinds import as_kind, shown, type_problem
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
+from mlm.store.streaming import write_signed
 from mlm.store.versions import differences, written_now
 
 
@@ -50,18 +50,13 @@ def save_tensors(
     Raises:
         UserError: what is read back differs from what was written.
     """
-    from safetensors.torch import save
-
-    plain = {n: t.detach().to("cpu").contiguous() for n, t in tensors.items()}
+    plain = dict(tensors)
     about = {**about, **written_now(of_model, plain), CHECKSUM: BLANK}
     if packed:
-        less, about["packing"] = pack({n: plain.pop(n) for n in packed})
+        less, about["packing"] = pack({n: plain.pop(n).detach().cpu() for n in packed})
         plain |= less
-    head, body = signed(save(plain, metadata={"mlm": json.dumps(about)}))
     with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(head)
-            file.write(body)
+        write_signed(temporary, plain, about)
         try:
             _checked(temporary)
         except ValueError as error:
@@ -71,15 +66,6 @@ def save_tensors(
             ) from None
         if keep_previous and path.exists():
             _keep(path)
-
-
-def signed(body: bytes) -> tuple[bytes, memoryview]:
-    """The header of a safetensors file with its checksum in place of `BLANK`, and the rest."""
-    end = 8 + int.from_bytes(body[:8], "little")
-    head, rest = body[:end], memoryview(body)[end:]
-    digest = hashlib.sha256(head)
-    digest.update(rest)
-    return head.replace(BLANK.encode(), digest.hexdigest().encode(), 1), rest
 
 
 def _header(file: IO[bytes]) -> tuple[bytes, dict[str, Any]]:

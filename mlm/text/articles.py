@@ -18,6 +18,8 @@ SPLITS = ("train", "valid", "test")
 SPLIT_WORDS = {"train": ("train",), "valid": ("valid", "validation"), "test": ("test",)}
 
 
+LONGEST_ARTICLE = 1 << 26
+"""Characters of an article, which is held in memory whole: some ten million words."""
 _FORM_HELP = (
     "WikiText form: each article opens with a line ' = Title = ' (one '=' on each side) that has "
     "a blank line before and after it"
@@ -74,6 +76,14 @@ def title_of(line: str) -> str | None:
     return " ".join(words[1:-1])
 
 
+def too_long(source: str, title: str) -> UserError:
+    """What to say of an article of more than `LONGEST_ARTICLE` characters."""
+    return UserError(
+        f"{source}: the article {title[:40]!r} is longer than {LONGEST_ARTICLE:,} characters. "
+        "Divide it into several"
+    )
+
+
 def split_articles(lines: Iterable[str], source: str = "the text") -> Iterator[Article]:
     """Cut a stream of lines into articles, holding one article and one line at a time.
 
@@ -81,11 +91,12 @@ def split_articles(lines: Iterable[str], source: str = "the text") -> Iterator[A
     it and a blank line or the end of the text after it; ` = 5 = ` in running text opens nothing.
     The blank line before a title belongs to the article it opens, so every line belongs to exactly
     one article and word counts add up. Lines may come with or without their newline (files; rows
-    of a data set). Raises `UserError`, naming `source`, if the text is empty or does not start
-    with an article.
+    of a data set). Raises `UserError`, naming `source`, if the text is empty, does not start
+    with an article, or holds one that is too long (`LONGEST_ARTICLE`).
     """
     title: str | None = None
     pending: list[str] = []
+    size = 0
     rows = (line.rstrip("\r\n") + "\n" for line in lines)
     line, number = next(rows, None), 0
     while line is not None:
@@ -96,7 +107,7 @@ def split_articles(lines: Iterable[str], source: str = "the text") -> Iterator[A
             opening = pending if title is None else [pending.pop()] if pending else []
             if title is not None:
                 yield Article(title, "".join(pending))
-            title, pending = found, [*opening, line]
+            title, pending, size = found, [*opening, line], 0
         elif title is None and line.strip():
             raise UserError(
                 f"{source}, line {number}: no title line before the text {line.strip()[:40]!r}. "
@@ -104,6 +115,9 @@ def split_articles(lines: Iterable[str], source: str = "the text") -> Iterator[A
             )
         else:
             pending.append(line)
+        size += len(line)
+        if size > LONGEST_ARTICLE:
+            raise too_long(source, title or "")
         line = following
     if title is None:
         raise UserError(f"{source} is empty: no article in it. {_FORM_HELP}")

@@ -20,6 +20,7 @@ from mlm.base.errors import UserError, command_of
 from mlm.base.files import readable
 from mlm.spelling import WordFeed, guess_form
 from mlm.text.articles import (
+    LONGEST_ARTICLE,
     SPLIT_WORDS,
     SPLITS,
     Article,
@@ -30,6 +31,7 @@ from mlm.text.articles import (
     safe_name,
     split_articles,
     title_of,
+    too_long,
 )
 from mlm.text.hub import HUB_CONFIGS, HubCorpus, ParquetDirectory, parquet_directory
 from mlm.text.lines import PACKINGS, read_lines
@@ -307,7 +309,7 @@ class PlainFiles:
         if path != self.path and _has_titles(path):
             return split_articles(read_lines(path), str(path))
         title = path.name if _stem(path) is None else str(_stem(path))
-        article = _converted(readable(title), "".join(read_lines(path)))
+        article = _converted(readable(title), _whole(path))
         return iter([article] if article.text.strip() else [])
 
     def fingerprint(self, split: str) -> str:
@@ -315,6 +317,21 @@ class PlainFiles:
         for path in self._files(split):
             digest.update(f"{readable(path.name)} {file_hash(path)}\n".encode())
         return f"plain-{_CONVERSION}-{digest.hexdigest()}"
+
+
+def _whole(path: Path) -> str:
+    """The text of a plain file.
+
+    Raises:
+        UserError: it is longer than an article may be.
+    """
+    lines, size = [], 0
+    for line in read_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size > LONGEST_ARTICLE:
+            raise too_long(str(path), path.name)
+    return "".join(lines)
 
 
 def _converted(title: str, text: str) -> Article:

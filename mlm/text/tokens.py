@@ -98,7 +98,7 @@ class TokenFile:
                 actual = os.fstat(file.fileno()).st_size
                 file.seek(offset)
                 header = file.read()
-        except (OSError, struct.error) as error:
+        except (OSError, ValueError, struct.error) as error:
             raise DamagedFile(f"{self.path}: {error}") from None
         if magic != _MAGIC or version != _FORMAT:
             raise DamagedFile(f"{self.path}: no token file of format {_FORMAT}")

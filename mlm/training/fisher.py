@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.progress import NOTHING_KEPT, Progress
+from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome
 from mlm.reading.step import begin, carry_extras, open_articles, score_segment
@@ -59,14 +60,19 @@ class _Estimate:
     def read(self, piece: Segment) -> int:
         """Read a segment statically; returns its tokens."""
         base = self.base
-        reader = open_articles(base, base.start(), self.reader, piece.new)
+        # theta_0 stays in all lanes: there are no weights to put back
+        lanes = open_articles(base, {}, self.reader._replace(weights={}), piece.new)
+        reader = lanes._replace(weights=self.reader.weights)
         scored = score_segment(base, reader, piece)
         outcome = Outcome(scored.by_added, piece.mask)
         extras = carry_extras(base, reader.extras, piece, scored.told, outcome)
         self.reader = reader._replace(state=scored.state, extras=extras)
         full = piece.mask.all(1)
+        every = bool(full.all())
         for n, gradient in scored.gradients.items():
-            self.squares[n] += gradient[full].square().sum(0)
+            squares = gradient.square_()
+            self.squares[n] += (squares if every else squares[full]).sum(0)
+        buffers.release(scored.gradients.values())
         self.segments += int(full.sum())
         count = int(piece.mask.sum())
         self.total += float(scored.nll.sum())

@@ -135,6 +135,7 @@ class MetaTrainer:
             found = second_order(self.base, self.rule, *state, learn, ewc)
         else:
             assert mode != "pes"
+            mode = "reverse" if mode == "auto" else mode  # stages choose, here nothing is known
             bound = self.rule.bind(self.parameters, self.base)
             base = prepared(self.base, bound)
             found = meta_gradient(base, bound, *state, mode, learn, ewc)
@@ -322,6 +323,7 @@ def _judge(
     identity: str,
 ) -> None:
     """Measure the gain on validation, keep the parameters if it is the best, save."""
+    buffers.clear()  # those of an unroll, which reading has no use for
     gain = judge(trainer)
     finite = math.isfinite(gain)
     if not finite and not trainer.best[1]:

@@ -842,7 +842,7 @@ def test_ctrl_c_while_scoring(
     contents: Contents,
 ) -> None:
     folder = finished.copy(tmp_path / "run")
-    patch(monkeypatch, "mlm.stages.evaluate.score_protocol", 2, KeyboardInterrupt())
+    patch(monkeypatch, "mlm.reader.model.score_protocol", 2, KeyboardInterrupt())
     outcome = command("evaluate", folder, "--rules", "rms")
     assert outcome.code == 130
     assert outcome.err.strip().endswith("interrupted; everything saved so far is kept")

@@ -95,6 +95,15 @@ def test_the_contexts_are_those_that_come_most_often(number: int) -> None:
     assert mine == [n for _, n in counts.most_common(number)]
 
 
+def test_a_long_text_s_contexts_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    articles = [random.zipf(1.5, size=n) % 40 for n in (900, 1, 1300, 4)]
+    wholes = [most_frequent(articles, EOS, number) for number in (5, 300, 10_000)]
+    monkeypatch.setattr("mlm.kernels.buffers.NUMBERS", 200)
+    for whole, number in zip(wholes, (5, 300, 10_000), strict=True):
+        assert torch.equal(most_frequent(articles, EOS, number), whole)
+
+
 @pytest.mark.parametrize(("tokens", "segment"), [(0, 5), (1, 5), (1000, 5), (0, 2)])
 def test_every_token_is_predicted_with_the_rows_of_its_contexts(
     tokens: int, segment: int, engine: str

@@ -131,9 +131,10 @@ def test_what_is_long_ago_is_forgotten(engine: str) -> None:
     history, want = begin(base, 1).extras[MEMORY], []
     reader = begin(base, 1, bound)
     for piece in LaneStream([article], 1, base.segment, EOS):
-        lo = max(0, _history(reader).size - 30)
-        tensors = _history(reader).tensors()
-        short = [(tensors[0] - lo).clamp(min=0), *(t[:, lo:] for t in tensors[1:])]
+        now = _history(reader)
+        lo = max(0, now.size - 30)
+        columns = [t[:, lo : now.size] for t in now.book.tensors()]
+        short = [(now.since - lo).clamp(min=0), *columns]
         window = reader._replace(extras={MEMORY: history.of(short)})
         reader, nll = read(base, bound, window, piece)
         want += nll[piece.mask].tolist()
@@ -219,6 +220,28 @@ def test_a_reader_is_kept_in_files_and_lanes_can_be_chosen() -> None:
     )
     assert torch.equal(want, found)
     torch.testing.assert_close(one, want[2:], rtol=1e-12, atol=1e-13)
+
+
+def test_files_hold_what_lanes_can_recall_and_no_more() -> None:
+    base = _world()
+    bound = RMS().bind(SETTING, base)
+    reader = begin(base, 3, bound)
+    pieces = list(LaneStream(_repetitive((60, 60, 60)), 3, base.segment, EOS))
+    for piece in pieces[:5]:
+        reader, _ = read(base, bound, reader, piece)
+    new = torch.tensor([False, True, False])
+    reader = reader._replace(extras={MEMORY: _history(reader).opened(new)})
+    for piece in pieces[5:7]:
+        reader, _ = read(base, bound, reader, piece)
+    history, each = _history(reader), base.segment
+    marks, inputs, *others = history.tensors()
+    assert marks.tolist() == [7 * each, 0, 5 * each, 0]
+    assert [len(t) for t in (inputs, *others)] == [(7 + 2 + 7) * each] * 4
+    again = history.of(history.tensors())
+    seen = torch.arange(history.size) >= history.since.unsqueeze(1)
+    for mine, kept in zip(history.book.tensors(), again.book.tensors(), strict=True):
+        assert torch.equal(mine[:, : history.size][seen], kept[seen])
+        assert not bool(kept[~seen].any())
 
 
 def test_boundaries_open_another_table() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,22 @@ def test_words_that_occur_together_are_related() -> None:
     assert float(leading[list(topics[1])].max()) < -0.3
     assert coupling_of(Text(texts[:2], 1, EOS), 12, 50).shape[1] <= 2
     assert coupling_of(Text([np.array([1, 2])], 1, EOS), 12, 5).shape[0] == 12, "short text"
+
+
+def test_the_coupling_needs_no_array_of_articles_times_vocabulary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    random = np.random.default_rng(2)
+    texts = [random.zipf(1.4, size=n) % 5000 for n in random.integers(200, 400, size=60)]
+    text = Text(texts, 1, EOS)
+    whole = coupling_of(text, 5000, 8)
+    monkeypatch.setattr("mlm.kernels.buffers.NUMBERS", 60 * 150)
+    tracemalloc.start()
+    found = coupling_of(text, 5000, 8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    torch.testing.assert_close(found, whole, rtol=0, atol=1e-12)
+    assert peak < 0.6 * 60 * 5000 * 8
 
 
 def _problems(names: tuple[str, ...], rank: int, cutoffs: tuple[int, ...]) -> Sequence[str]:

@@ -18,7 +18,7 @@ from conftest import Command, Finished
 from safetensors.torch import load_file
 from tiny import as_flags, tiny_config, write_corpus
 
-from mlm.stages import evaluate
+from mlm.reader import model
 from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_about
@@ -132,7 +132,7 @@ def test_an_evaluation_that_goes_on_reads_only_what_it_has_not_scored(
     folder = finished.copy(tmp_path / "run")
     for name in ("evaluation.json", "losses.parquet"):
         (folder / name).unlink()
-    original, read, most = evaluate.score_protocol, list[int](), 4
+    original, read, most = model.score_protocol, list[int](), 4
 
     def reading(*words: Any, **named: Any) -> Any:
         if len(read) == most:
@@ -140,13 +140,13 @@ def test_an_evaluation_that_goes_on_reads_only_what_it_has_not_scored(
         read.append(1)
         return original(*words, **named)
 
-    monkeypatch.setattr(evaluate, "score_protocol", reading)
+    monkeypatch.setattr(model, "score_protocol", reading)
     stopped = command("evaluate", folder, "--no-draw")
     assert stopped.code == 130
     assert "To go on: the same command again" in stopped.err
     assert not (folder / "evaluation.json").exists()
     monkeypatch.setattr(
-        evaluate, "score_protocol", lambda *w, **n: read.append(1) or original(*w, **n)
+        model, "score_protocol", lambda *w, **n: read.append(1) or original(*w, **n)
     )
     assert command("evaluate", folder, "--no-draw").code == 0
     assert len(read) == 2 * len(finished.config.evaluation.rules)

@@ -17,7 +17,8 @@ from mlm.models import output_layer, recurrent
 from mlm.models.extension import numbers_of
 from mlm.rules import gates
 from mlm.store.released import BLANK
-from mlm.store.tensors import CHECKSUM, load_about, load_tensors, save_tensors, signed
+from mlm.store.streaming import write_signed
+from mlm.store.tensors import CHECKSUM, load_about, load_tensors, save_tensors
 from mlm.store.versions import FORMAT, OF_MODELS, OF_RULES, SPEED, constants
 
 SOME = {"embedding": torch.zeros(2)}
@@ -27,14 +28,13 @@ Contents = Callable[[Path], dict[str, bytes]]
 def with_other_about(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Let a file of tensors say something else about itself, with a checksum that holds."""
     from safetensors import safe_open
-    from safetensors.torch import save
 
     with safe_open(path, "pt") as file:
         about = json.loads(file.metadata()["mlm"])
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     change(about)
     about[CHECKSUM] = BLANK
-    path.write_bytes(b"".join(signed(save(tensors, {"mlm": json.dumps(about)}))))
+    write_signed(path, tensors, about)
 
 
 OTHER: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {

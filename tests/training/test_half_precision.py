@@ -68,8 +68,8 @@ def test_it_is_as_exact_as_the_library_in_bfloat16() -> None:
     assert found.keys() == exact.keys() == library.keys()
     for name, want in exact.items():
         error, its = ((of[name] - want).norm() / want.norm() for of in (found, library))
-        assert error < 0.01, name
-        assert error < 1.5 * its + 1e-3, name
+        assert error < 0.02, name
+        assert error < 1.5 * its + 1e-3, (name, error, its)
 
 
 @needs_kernels

@@ -1,0 +1,267 @@
+"""What a run needs is known before it begins: chosen where it is left open, or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command, Finished
+from tiny import tiny_config, write_corpus
+
+from mlm.models.extension import Extension, Extent
+from mlm.runs.run import open_run
+from mlm.settings.flags import replaced
+from mlm.settings.presets import settings
+from mlm.stages import fit
+from mlm.stages.fit import Limit, choices, fitted, predicted, shown_seconds, with_recorded_choices
+from mlm.stages.machine import free_bytes, pace, resident_bytes
+from mlm.stages.needs import MODES, Lengths, RunSizes, meta_copies, meta_part, scoring, stage_1
+from mlm.training.language_model import shape_of
+
+WIKITEXT_103 = Lengths(103_000_000, 103_000_000, 28_000, 20_000)
+VALID = Lengths(217_646, 217_646, 60, 15_000)
+CPU = torch.device("cpu")
+
+
+def _sizes(size: str = "awd", rule: str = "default", /, **changes: Any) -> RunSizes:
+    config = settings(size, rule)
+    config = replaced(config, {path.replace("__", "."): v for path, v in changes.items()})
+    vocabulary = 267_735 if size == "awd" else 4000
+    shape, text = shape_of(config, vocabulary), WIKITEXT_103
+    held_out = Lengths(10_000_000, 10_000_000, 2800, 20_000)
+    shares = (0.06, 0.06) if shape.cutoffs else ()
+    more = (held_out, VALID, VALID, VALID, shares)
+    return RunSizes(config, shape, True, True, text, *more)
+
+
+def _chosen(sizes: RunSizes, gigabytes: float) -> dict[str, Any] | None:
+    for values in choices(sizes):
+        other = sizes.with_config(replaced(sizes.config, values))
+        if all(stage.bytes <= gigabytes * 1e9 for stage in predicted(other, CPU, 4e8)):
+            return values
+    return None
+
+
+def test_reverse_mode_of_the_largest_size_needs_a_hundred_gigabytes() -> None:
+    """16 lanes x 20.2 M dynamic weights x 80 copies of 4 bytes are 103 GB."""
+    sizes = _sizes()
+    assert sizes.own == 20_220_802
+    (rule, _) = sizes.learned
+    assert 16 * 4 * meta_copies(sizes, rule, "reverse") == pytest.approx(103e9, rel=0.06)
+    order = [meta_copies(sizes, rule, mode) for mode in MODES]
+    assert order == sorted(order, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "mode", "lanes"),
+    [(200, "reverse", 16), (40, "checkpoint", 16), (20, "forward", 16), (10, "forward", 9)],
+)
+def test_mode_and_lanes_are_those_that_fit(gigabytes: int, mode: str, lanes: int) -> None:
+    chosen = _chosen(_sizes(), gigabytes)
+    assert chosen is not None
+    assert (chosen["meta.gradient"], chosen["meta.lanes"]) == (mode, lanes)
+
+
+def test_what_the_user_set_is_not_chosen() -> None:
+    found = list(choices(_sizes(meta__gradient="checkpoint", meta__lanes=7)))
+    assert {(v["meta.gradient"], v["meta.lanes"]) for v in found} == {("checkpoint", 7)}
+    alone = list(choices(_sizes(evaluation__lanes=3, meta__gradient="reverse")))
+    assert {v["evaluation.lanes"] for v in alone} == {3}
+    assert {v["meta.lanes"] for v in alone} > {16, 1}
+
+
+def test_a_rule_with_a_parameter_per_unit_is_never_trained_in_forward_mode() -> None:
+    found = list(choices(_sizes("small", "best")))
+    assert {v["meta.gradient"] for v in found} == {"reverse", "checkpoint"}
+
+
+def test_an_extension_states_its_own_need() -> None:
+    class Greedy(Extension):
+        def lane_bytes(self, extent: Extent) -> float:
+            return 1e9 * extent.lanes
+
+    sizes = _sizes("small")
+    (rule, _) = sizes.learned
+    before = meta_part(sizes, rule).bytes, scoring(sizes)[0].bytes
+    sizes.__dict__["extensions"] = (Greedy(),)
+    object.__setattr__(sizes, "__class__", _WithOwn)
+    assert meta_part(sizes, rule).bytes - before[0] == pytest.approx(16e9)
+    assert scoring(sizes)[0].bytes - before[1] == pytest.approx(16e9)
+
+
+class _WithOwn(RunSizes):
+    @property
+    def extensions(self) -> tuple[Extension, ...]:
+        return vars(self)["extensions"]
+
+
+def test_more_of_anything_needs_more() -> None:
+    least = _sizes("small")
+    for changes in (
+        {"lm__lanes": 64},
+        {"lm__segment": 128},
+        {"model__hidden": 512, "model__embedding": 512},
+        {"model__layers": 2},
+    ):
+        assert stage_1(_sizes("small", **changes))[0].bytes > stage_1(least)[0].bytes
+    for changes in (
+        {"evaluation__lanes": 32},
+        {"adapt__dynamic": "all"},
+        {"evaluation__rules": ("rms+cache",), "evaluation__cache_words": 10**7},
+    ):
+        assert scoring(_sizes("small", **changes))[0].bytes > scoring(least)[0].bytes
+
+
+def test_a_cache_of_a_billion_words_needs_hundreds_of_gigabytes() -> None:
+    sizes = _sizes("small", evaluation__rules=("static+cache",), evaluation__cache_words=10**8)
+    assert scoring(sizes)[0].bytes > 1e12
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, command: Command
+) -> None:
+    corpus, out = write_corpus(tmp_path / "toy"), tmp_path / "run"
+    words = ("--corpus", corpus, "--out", out, "--vocabulary-size", 400)
+    words = (*words, "--text.data-dir", tmp_path / "cache")
+    done = command("train", *words, "--memory-gb", 0.1)
+    assert done.code == 1
+    assert "stage 1 needs about 0." in done.error
+    assert "0.1 GB may be used (--memory-gb)" in done.error
+    assert not (out / "config.json").exists()
+    assert not (out / "checkpoints").exists()
+
+
+def test_the_message_names_the_value_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = _sizes(meta__gradient="reverse", meta__lanes=15)
+    limit = Limit(30e9, "a test")
+
+    def stages(values: dict[str, Any]) -> list[fit.Stage]:
+        return predicted(sizes.with_config(replaced(sizes.config, values)), CPU, 4e8)
+
+    said = str(fit._refusal(stages, next(iter(choices(sizes))), sizes, limit))
+    assert "reverse, 15 lanes) needs about 102 GB, but 30.0 GB may be used (a test)" in said
+    assert "Use --meta.gradient checkpoint or --meta.lanes 4; or, if" in said
+    for way in ({"meta.gradient": "checkpoint"}, {"meta.lanes": 4}):
+        assert all(s.bytes <= limit.bytes for s in stages(way))
+    assert any(s.bytes > limit.bytes for s in stages({"meta.lanes": 5}))
+
+
+def test_a_run_says_what_it_takes_and_keeps_what_was_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(write_corpus(tmp_path / "toy"), tmp_path / "run")
+    config = replaced(config, {"meta.gradient": "auto", "meta.unroll": 4000, "meta.lanes": 8})
+    run = open_run(config, quiet=True)
+    monkeypatch.setattr(fit, "memory_limit", lambda *_: Limit(math.inf, "a test"))
+    free = fitted(run)
+    assert free.config.meta.gradient == "reverse"
+    assert free.config.meta.lanes == config.meta.lanes
+    said = capsys.readouterr().err
+    assert [line.partition(" (")[0].partition(":")[0] for line in said.splitlines()] == [
+        "stage 1",
+        "stage 2",
+        "evaluation",
+    ]
+    most = max(stage.bytes for stage in predicted(fit.sizes_of(free), CPU, resident_bytes()))
+    monkeypatch.setattr(fit, "memory_limit", lambda *_: Limit(0.9 * most, "a test"))
+    less = fitted(run)
+    assert less.config.meta.gradient == "checkpoint"
+    assert "note: --meta.gradient checkpoint instead of reverse" in capsys.readouterr().err
+    assert less.data is run.data
+    run.folder.path.mkdir(parents=True)
+    run.folder.save_config(less.config)
+    again = run.with_config(dataclasses.replace(config, resume=True))
+    assert with_recorded_choices(again).config.meta.gradient == "checkpoint"
+
+
+def test_scoring_is_refused_too(finished: Finished, command: Command) -> None:
+    done = command("evaluate", finished.folder, "--memory-gb", 0.01, "--no-draw")
+    assert done.code == 1
+    assert "evaluation needs about" in done.error
+
+
+# -- the machine ----------------------------------------------------------------------------------
+
+
+def _machine(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({}, 8e6 * 1024),
+        (
+            {
+                "proc/self/cgroup": "0::/user/job\n",
+                "sys/fs/cgroup/user/job/memory.max": "max\n",
+                "sys/fs/cgroup/user/job/memory.current": "5\n",
+                "sys/fs/cgroup/user/memory.max": "4000000000\n",
+                "sys/fs/cgroup/user/memory.current": "1000000000\n",
+                "sys/fs/cgroup/user/memory.stat": "anon 3\ninactive_file 500000000\n",
+            },
+            3.5e9,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/somewhere/else\n",
+                "sys/fs/cgroup/memory.max": "2000000000\n",
+                "sys/fs/cgroup/memory.current": "500000000\n",
+            },
+            1.5e9,
+        ),
+        (
+            {
+                "proc/self/cgroup": "4:cpu:/job\n3:memory:/job\n",
+                "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "1000000000\n",
+                "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "400000000\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1\n",
+            },
+            0.6e9,
+        ),
+    ],
+    ids=["no limit", "version 2, above", "a container", "version 1"],
+)
+def test_free_memory_is_the_least_that_system_and_control_groups_leave(
+    tmp_path: Path, files: dict[str, str], want: float
+) -> None:
+    system = {"proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n"}
+    assert free_bytes(CPU, _machine(tmp_path, {**system, **files})) == pytest.approx(want)
+
+
+def test_nothing_known_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert free_bytes(CPU, tmp_path) is None
+    monkeypatch.setattr(fit, "free_bytes", lambda device: None)
+    assert fit.memory_limit(settings(), CPU).bytes == math.inf
+
+
+def test_the_machine_is_measured_in_units_that_make_sense() -> None:
+    speed = pace(CPU, torch.get_num_threads())
+    assert 1e8 < speed.products < 1e14
+    assert 1e8 < speed.moved < 1e13
+    assert 1e7 < resident_bytes() <= resident_bytes("VmHWM")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "want"),
+    [
+        (0.2, "a second"),
+        (90, "about 90 s"),
+        (200, "about 3 min"),
+        (9e3, "about 2 h"),
+        (8e6, "about 93 days"),
+    ],
+)
+def test_times_are_told_roughly(seconds: float, want: str) -> None:
+    assert shown_seconds(seconds) == want
