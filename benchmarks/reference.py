@@ -108,7 +108,8 @@ SAID = ("UserError", "DamagedFile", "DamagedCheckpoint", "note")
 ASKS = re.compile(
     r"\b(use|give|name|choose|run|set|add|leave|train|fetch|convert|free|check|delete|remove|wait|"
     r"install|resume|lower|restore|evaluate|ask|tune|make|rename|save|need|needs|must|put|"
-    r"continue|scores|divide|break|go on|load|end|let|at least|is one of|are numbered|present|the splits are)\b",
+    r"continue|scores|divide|break|go on|load|end|let|at least|is one of|are numbered|present|"
+    r"the splits are)\b",
     re.I,
 )
 """What a message says that tells its reader what to do."""
