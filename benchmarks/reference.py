@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import NoneType
@@ -86,27 +87,99 @@ def _template(node: ast.expr) -> str | None:
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
-        parts = [v.value if isinstance(v, ast.Constant) else "…" for v in node.values]
-        return "".join(str(part) for part in parts)
+        return "".join(map(_part, node.values))
     return None
 
 
+def _part(node: ast.expr) -> str:
+    """A part of a message; a command as it is called where mlm is installed."""
+    match node:
+        case ast.Constant(value):
+            return str(value)
+        case ast.FormattedValue(ast.Call(ast.Name("command_of"), [ast.Constant(name)])):
+            return f"mlm {name}"
+    return "…"
+
+
+SAID = ("UserError", "DamagedFile", "DamagedCheckpoint", "note")
+"""What messages are given to."""
+
+
+ASKS = re.compile(
+    r"\b(use|give|name|choose|run|set|add|leave|train|fetch|convert|free|check|delete|remove|wait|"
+    r"install|resume|lower|restore|evaluate|ask|tune|make|rename|save|need|needs|must|put|"
+    r"continue|scores|divide|break|go on|load|end|let|at least|is one of|are numbered|present|"
+    r"the splits are)\b",
+    re.I,
+)
+"""What a message says that tells its reader what to do."""
+CURES = {
+    "….initial_state is missing: …": "Give the module the method that the message names.",
+    "…: …; …": "Rename the parameter or the file that the message names.",
+    "no such setting of a model to load: …": "Leave it out.",
+    "no rule …; … reads with …, or best": "Use one of the rules that the message lists.",
+    "… was saved with another model (…)": "Read on with that model.",
+    "… is not in …, a released model. …": "Use one of the rules that the message lists.",
+    "a scale of perturbations is given for …, but the parameters are …": "Name parameters only.",
+    "…: … values of … for … words": "Give one value for each word.",
+    "…: … losses of …, … words": "Give one loss for each word.",
+    "note: … is damaged (…); what it held is tuned again": "Nothing is to be done.",
+    "note: results made with other settings, or of another rule or text, go: …": (
+        "Evaluate again with those rules to have their rows back."
+    ),
+    "note: …: trained with other settings; the rows in metrics.jsonl are dropped": (
+        "Train these rules again if they are wanted."
+    ),
+    "revision …: … is a folder; only hub ids have revisions": "Leave the revision out.",
+    "… was made by another version of mlm (format …, now …); …": "The message ends with it.",
+    "note: … has no checksum, so that damage to it would go unnoticed": (
+        "Run its stage again: files written now have one."
+    ),
+    "… is missing: …": "The message ends with the command that makes it.",
+    "… was written by another version of mlm (…); …": "The message ends with it.",
+    "note: …; going on from the checkpoint before it": (
+        "Nothing is to be done; check the disk if it comes again."
+    ),
+    "… is empty: no article in it. …": "Put text in WikiText's form into it.",
+    "…: no column 'text'; is it … or laid out as it?": "Give a folder in the hub's layout.",
+    "…: its checksum does not match its content": "Nothing: the token file is built again.",
+    "…: …": "Nothing: the token file is built again.",
+    "…: no token file of format …": "Nothing: the token file is built again.",
+    "…: … of … bytes, cut short or overwritten": "Nothing: the token file is built again.",
+    "…: larger than the training text supports. The largest possible size is …": (
+        "Give --vocabulary-size at most that."
+    ),
+    "…: too small to hold 256 bytes and the characters of the training text. The smallest "
+    "possible size is …": "Give --vocabulary-size at least that.",
+    "…: SentencePiece cannot fit the training text (…)": (
+        "Try another --vocabulary-size, or --vocabulary word."
+    ),
+    "--lm.init …: …": "The message ends with it.",
+    "no learned rule can start as … does": "Start from a rule of this program.",
+    "… has no word in it; nothing to read": "Give a text with words.",
+}
+"""What to do about messages that do not say so themselves."""
+
+
 def messages(folder: Path) -> Iterator[tuple[Path, str]]:
-    """(file, message) of every `UserError` in a file, or below a folder, whose text is there."""
+    """(file, message) of every error and note for users in a file, or below a folder, whose text is
+    there."""
     for file in [folder] if folder.is_file() else sorted(folder.rglob("*.py")):
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
             match node:
-                case ast.Call(ast.Name("UserError"), [first, *_]):
-                    if (text := _template(first)) is not None:
+                case ast.Call(ast.Name(name), [first, *_]) if name in (*SAID, "say"):
+                    text = _template(first)
+                    if text is not None and (name in SAID or text.startswith("note: ")):
+                        text = f"note: {text}" if name == "note" else text
                         yield file, " ".join(text.split())
 
 
 def errors_table(*folders: str) -> list[str]:
     """Every message below some folders, with the file that raises it."""
-    lines = ["| message | raised in |", "| :-- | :-- |"]
+    lines = ["| message | cure, where the message has none | raised in |", "| :-- | :-- | :-- |"]
     for folder in folders:
         for file, text in messages(ROOT / folder):
             plain = text.replace("<", "&lt;").replace("`", "'").replace("*", r"\*")
-            lines.append(_row(plain, f"`{file.relative_to(ROOT).as_posix()}`"))
+            lines.append(_row(plain, CURES.get(text, ""), f"`{file.relative_to(ROOT).as_posix()}`"))
     return lines

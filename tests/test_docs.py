@@ -12,7 +12,7 @@ import pytest
 from conftest import Command, Finished
 
 from benchmarks.readme import ROOT
-from benchmarks.reference import messages
+from benchmarks.reference import ASKS, CURES, messages
 from mlm.cli.flags import settings_of
 from mlm.models.extension import Extension
 from mlm.settings.config import Config
@@ -118,6 +118,16 @@ def test_every_message_is_on_the_page_of_errors() -> None:
     read = {ROOT / path for marker in markers for path in marker.split()}
     raising = {file for file, _ in messages(ROOT / "mlm")}
     assert [f for f in raising if not read & {f, *f.parents}] == []
+
+
+def test_every_message_says_what_to_do() -> None:
+    """Itself, or on the page of errors; no cure is of a message that is gone."""
+    found = {text for _, text in messages(ROOT / "mlm")}
+    assert len(found) > 150
+    assert [text for text in found if not ASKS.search(text) and text not in CURES] == []
+    assert set(CURES) - found == set()
+    page = (DOCS / "errors.md").read_text(encoding="utf-8")
+    assert [cure for cure in CURES.values() if cure not in page] == []
 
 
 def test_every_file_of_a_run_is_on_its_page(finished: Finished) -> None:

@@ -111,6 +111,7 @@ def test_tests_mirror_the_rooms() -> None:
         "docs",
         "examples",
         "fake_cuda",
+        "fuzz",
         "gpu",
         "house",
         "links",

@@ -136,7 +136,9 @@ def _documents(model: TrainedModel, options: Options) -> list[Document]:
         raise UserError(f"{error}. Or name another text with --corpus") from None
     found = [Document(a.title, a.text, "wikitext") for a in articles if a.text.strip()]
     if not found:
-        raise UserError(f"{name}, split {options.split}: no article with a word in it")
+        raise UserError(
+            f"{name}, split {options.split}: no article with a word in it; check the corpus"
+        )
     return found
 
 

@@ -81,7 +81,7 @@ def today(words: Iterable[str]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=")
         if name == "--adapt.threads":
-            raise UserError("--adapt.threads is gone: --threads counts for every stage")
+            raise UserError("--adapt.threads is gone: use --threads, which counts for every stage")
         parted = equals and name.startswith("--")
         section, dot, switch = name.removeprefix("--no-").rpartition(".")
         if dot and name.startswith("--no-"):

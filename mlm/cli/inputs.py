@@ -73,7 +73,9 @@ def compiled(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return None if pattern is None else re.compile(pattern)
     except re.error as error:
-        raise UserError(f"--split-on {pattern}: not a regular expression ({error})") from None
+        raise UserError(
+            f"--split-on {pattern}: not a regular expression ({error}); check it"
+        ) from None
 
 
 def open_sources(

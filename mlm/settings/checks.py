@@ -36,9 +36,9 @@ class Range(NamedTuple):
         return f"at least {self.low:g} and at most {self.high:,.15g}"
 
 
-WORDS = Range(0, 10**11)
+MANY_WORDS = Range(0, 10**11)
 SOME_WORDS = Range(1, 10**11)
-WIDTH = Range(1, 1 << 16)
+UNITS = Range(1, 1 << 16)
 LANES = Range(1, 1 << 16)
 RATE = Range(0, 1000, open_low=True)
 STRENGTH = Range(0, 10**9)
@@ -52,10 +52,10 @@ RANGES = {
     "checkpoint_minutes": Range(0, 10**6, open_low=True),
     "memory_gb": Range(0, 10**6),
     "text.vocabulary_size": Range(0, 10**7),
-    "text.train_words": WORDS,
+    "text.train_words": MANY_WORDS,
     "text.held_out": Range(0, 1, open_low=True, open_high=True),
-    "model.embedding": WIDTH,
-    "model.hidden": WIDTH,
+    "model.embedding": UNITS,
+    "model.hidden": UNITS,
     "model.layers": Range(1, 256),
     "model.adaptive_above": Range(0, 10**9),
     "model.cutoffs": Range(1, 10**9),
@@ -75,10 +75,10 @@ RANGES = {
     "lm.ar": STRENGTH,
     "lm.tar": STRENGTH,
     "lm.validations": Range(1, 10**6),
-    "lm.validation_words": WORDS,
+    "lm.validation_words": MANY_WORDS,
     "lm.through_rate": RATE,
     "lm.through_decay": RATE._replace(open_low=False),
-    "adapt.rank": WIDTH,
+    "adapt.rank": UNITS,
     "adapt.update_every": Range(5, 100),
     "adapt.fisher_words": SOME_WORDS,
     "adapt.fisher_prior": SHARE,

@@ -21,12 +21,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _build(default: Any, values: Any, where: str) -> Any:
     """A section of the tree from what a file says of it."""
     if not isinstance(values, dict):
-        raise UserError(f"{where.rstrip('.') or 'config'} is no table of settings")
+        raise UserError(f"{where.rstrip('.') or 'config'} must be a table of settings")
     hints = get_type_hints(type(default))
     changes: dict[str, Any] = {}
     for name, value in values.items():
         if name not in {field.name for field in dataclasses.fields(default)}:
-            raise UserError(f"unknown setting {where}{name}; was it made by a newer mlm?")
+            raise UserError(
+                f"unknown setting {where}{name}; leave it out, or use the mlm that wrote it"
+            )
         old = getattr(default, name)
         nested = dataclasses.is_dataclass(old)
         changes[name] = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlm.base.errors import UserError
+from mlm.base.errors import UserError, note
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
 from mlm.base.processes import ranks
@@ -23,7 +23,7 @@ from mlm.store.lock import check_writable
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import entry, load_about
 from mlm.text.corpora import open_corpus
-from mlm.text.tokens import encode_split
+from mlm.text.tokens import TokenFile, encode_split, shared_articles
 from mlm.training.language_model import shape_of, weights_of_run
 
 HOW = (
@@ -132,6 +132,7 @@ def check_text(run: Run) -> None:
     config = run.config
     run.training_text(0)
     run.validation_text(config.lm.validation_words)
+    tell_shared(run, "valid", run.data.splits["valid"])
     if "meta" in config.stages:
         longest = max(len(article) for article in run.training_text(1).articles)
         every = config.adapt.update_every
@@ -145,7 +146,24 @@ def check_text(run: Run) -> None:
         source, vocabulary = open_corpus(config.corpus), run.data.vocabulary
         file = encode_split(source, split, vocabulary, cache, progress=not run.quiet)
         if not any(file.words[: config.evaluation.max_articles or None]):
-            raise UserError(f"{config.corpus}, split {split}: no article with a word in it")
+            raise UserError(
+                f"{config.corpus}, split {split}: no article with a word in it; check the corpus"
+            )
+        tell_shared(run, split, file)
+
+
+def tell_shared(run: Run, split: str, file: TokenFile) -> None:
+    """A note if articles of a split stand in the training text, too."""
+    try:
+        shared = shared_articles(file, run.data.splits["train"])
+    except UserError:  # the training text is not here
+        return
+    if shared and split != "train":
+        note(
+            f"{len(shared)} of the {len(file)} articles of split {split} stand in the training "
+            f"text, too, such as {shared[0]!r}: numbers on them show what was learned by heart. "
+            "Remove them from one of both"
+        )
 
 
 def check_plan(run: Run) -> None:

@@ -33,6 +33,7 @@ from mlm.runs.identity import identity
 from mlm.runs.rules import check_learned, current_identity
 from mlm.runs.run import Run, open_run, say
 from mlm.settings.config import Config
+from mlm.stages.checks import tell_shared
 from mlm.stages.fit import fitted, lengths_of_file
 from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
@@ -136,7 +137,9 @@ def _split_text(run: Run, corpus: str) -> SplitText:
     number = min(len(file), evaluation.max_articles or len(file))
     chosen = [a for a in range(number) if file.words[a] > 0]
     if not chosen:
-        raise UserError(f"{corpus}, split {evaluation.split}: no article with a word in it")
+        raise UserError(
+            f"{corpus}, split {evaluation.split}: no article with a word in it; check the corpus"
+        )
     split = WHOLE if getattr(source, "whole", False) else evaluation.split
     return SplitText(split, file, run.vocabulary, chosen, f"{file.source_hash[:16]}-{number}")
 
@@ -329,6 +332,8 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     folder = results_folder(run, corpus)
     existing = read_evaluation(folder)
     text = _split_text(run, corpus)
+    if not run.folder.released and not _is_another(run, corpus):
+        tell_shared(run, text.split, text.file)
     if given and folder == (run.results or run.folder.path):
         say(f"{corpus} is the run's own text; its split {text.split} is scored")
     check_learned(run)

@@ -36,6 +36,7 @@ __all__ = [
     "fit_vocabulary",
     "load_vocabulary",
     "prepare",
+    "shared_articles",
     "source_hash",
     "write_token_file",
 ]
@@ -98,7 +99,7 @@ class TokenFile:
                 actual = os.fstat(file.fileno()).st_size
                 file.seek(offset)
                 header = file.read()
-        except (OSError, struct.error) as error:
+        except (OSError, ValueError, struct.error) as error:
             raise DamagedFile(f"{self.path}: {error}") from None
         if magic != _MAGIC or version != _FORMAT:
             raise DamagedFile(f"{self.path}: no token file of format {_FORMAT}")
@@ -199,6 +200,21 @@ def _digest(*parts: object) -> str:
 def source_hash(corpus: Corpus, split: str, max_words: int = 0) -> str:
     """Hash of a split's content, as its token file has it."""
     return _digest(corpus.fingerprint(split), max_words)
+
+
+_LEAST = 20  # words of an article that no other has by chance
+
+
+def shared_articles(one: TokenFile, other: TokenFile) -> list[str]:
+    """Titles of the articles of `one` that `other` has, too, token for token; short ones apart."""
+
+    def hashes(file: TokenFile) -> Iterator[tuple[str, bytes]]:
+        for index in np.flatnonzero(file.words >= _LEAST):
+            tokens = file.tokens[file.offsets[index] : file.offsets[index + 1]]
+            yield file.titles[index], hashlib.blake2b(tokens.tobytes()).digest()
+
+    there = {digest for _, digest in hashes(other)}
+    return [title for title, digest in hashes(one) if digest in there]
 
 
 def limited(articles: Iterable[Article], max_words: int) -> Iterator[Article]:

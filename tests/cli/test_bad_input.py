@@ -26,10 +26,12 @@ from safetensors.torch import load_file
 from tiny import article, as_flags, corpus_text, tiny_config, write_corpus
 
 from mlm.base.errors import run_cli
+from mlm.settings.checks import RANGES, Range
 from mlm.settings.config import Config
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors, save_tensors
 from mlm.store.versions import FORMAT
+from mlm.text.articles import split_articles
 
 ROOT = Path(__file__).resolve().parents[2]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -92,6 +94,29 @@ def test_corpus_that_does_not_exist(command: Command, tmp_path: Path) -> None:
     assert "no corpus" in error
     assert "pydocs" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_text_that_stands_in_the_training_text_is_told(
+    command: Command, finished: Finished, tmp_path: Path
+) -> None:
+    """A split that is the training split, and one that shares an article; otherwise nothing."""
+    corpus = Path(shutil.copytree(finished.corpus, tmp_path / "toy"))
+    train = (corpus / "train.txt").read_text(encoding="utf-8")
+    first = next(split_articles(train.splitlines(keepends=True)))
+    with open(corpus / "valid.txt", "a", encoding="utf-8") as file:
+        file.write(first.text)
+    (corpus / "test.txt").write_text(train, encoding="utf-8")
+    words = flags_for(corpus, tmp_path / "run", evaluation__split="test", stages=("lm", "meta"))
+    with pytest.MonkeyPatch.context() as now:
+        now.setattr("mlm.stages.order.stage_lm", lambda run: None)
+        now.setattr("mlm.stages.order.stage_meta", lambda run: None)
+        now.setattr("mlm.stages.order.stage_evaluate", lambda run: (run.folder.path, []))
+        err = command("train", *words, "--stages", "lm", "meta", "evaluate").err
+        assert "1 of the 5 articles of split valid stand in the training text, too, such as " in err
+        assert repr(first.title) in err
+        assert "12 of the 12 articles of split test stand in the training text" in err
+        clean = flags_for(finished.corpus, tmp_path / "clean")
+        assert "stand in the training" not in command("train", *clean, "--stages", "lm").err
 
 
 @pytest.mark.parametrize(
@@ -186,14 +211,17 @@ def _losses(path: Path) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------- settings
 
 BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
-    "M below 5": (("--update-every", "4"), "--update-every is 4; M must be 5 to 100"),
-    "M above 100": (("--update-every", "101"), "--update-every is 101; M must be 5 to 100"),
+    "M below 5": (
+        ("--update-every", "4"),
+        "--update-every is 4; M must be at least 5",
+    ),
+    "M above 100": (("--update-every", "101"), "--update-every is 101; M must be at least 5"),
     "preset": (("--preset", "nonsense"), "--preset nonsense: unknown; choose from pydocs"),
     "rule": (("--rules", "static", "lamb"), "--rules is lamb; choose from"),
     "no rule trained": (("--train-rules", "two_levels"), "three_levels is not trained in this run"),
     "weights": (("--dynamic", "lstn"), "--dynamic: 'lstn' matches no weight"),
     "no weights": (("--dynamic", ","), "--dynamic is empty"),
-    "seed": (("--seed", "-1"), "--seed is -1; it must not be negative"),
+    "seed": (("--seed", "-1"), "--seed is -1; it must be at least 0"),
     "rate": (("--learning-rate", "inf"), "--learning-rate is inf; it must be above 0"),
     "epochs": (("--epochs", "nan"), "--epochs is nan; it must be above 0"),
     "lanes": (("--lanes", "0"), "--lanes is 0; it must be at least 1"),
@@ -204,7 +232,10 @@ BAD_FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     "start": (("--meta.features", "loss"), "--meta.start is rms, whose steps follow"),
     "unroll": (("--meta.unroll", "1"), "--meta.unroll is 1; it must be at least 2"),
     "no protocol": (("--protocols",), "--protocols is empty"),
-    "extension": (("--ngram-memory.tokens", "-1"), "--ngram-memory.tokens is -1; it must be 0 or"),
+    "extension": (
+        ("--ngram-memory.tokens", "-1"),
+        "--ngram-memory.tokens is -1; it must",
+    ),
     "share": (("--surprise-weighting.share", "nan"), "--surprise-weighting.share is nan; it must"),
     "steps": (
         ("--ngram-memory.tokens", "9", "--ngram-memory.steps", "1", "2"),
@@ -505,7 +536,11 @@ def test_nan_in_stage_1(
         assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
 
 
-def test_nan_from_a_real_cause(finished: Finished, command: Command, tmp_path: Path) -> None:
+def test_nan_from_a_real_cause(
+    finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rate that the table of ranges would refuse."""
+    monkeypatch.setitem(RANGES, "lm.learning_rate", Range(0, 1e39))
     flags = flags_for(finished.corpus, tmp_path / "run", lm__learning_rate=1e38, stages=("lm",))
     error = command("train", *flags).error
     assert "lower --learning-rate (now 1e+38)" in error
@@ -554,7 +589,7 @@ def test_gates_that_diverge_from_a_real_cause(
 ) -> None:
     """An absurd step size ruins the gates; the start, which was judged first, is kept as best."""
     folder = finished.copy(tmp_path / "run")
-    outcome = command(*META, folder, "--meta.learning-rate", 1e6)
+    outcome = command(*META, folder, "--meta.learning-rate", 1e3)
     assert "Traceback" not in outcome.err
     if outcome.code:
         assert "lower --meta.learning-rate" in outcome.error

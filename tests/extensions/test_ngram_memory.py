@@ -321,4 +321,4 @@ def test_a_run_with_n_gram_memory(finished: Finished, command: Command, tmp_path
     for key, value in found["0"].items():
         assert (found["500"][key] == value) == (key[1] != "three_levels")
     error = command("train", *words, "-1").error
-    assert "--ngram-memory.tokens is -1; it must be 0 or more and finite" in error
+    assert "--ngram-memory.tokens is -1; it must be at least 0" in error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -538,3 +539,11 @@ def test_texts_of_one_name_have_a_folder_each(
     assert files[1] == files[3]
     assert files[0] != files[1]
     assert "again" not in capsys.readouterr().err
+
+
+def test_a_header_beyond_any_file_is_damage(tmp_path: Path) -> None:
+    """A place of the header that no file system can seek to."""
+    path = tmp_path / "far.tokens"
+    path.write_bytes(struct.pack("<8sIIQQ", b"mlmtoken", 2, 0, 2**64 - 1, 40) + bytes(40))
+    with pytest.raises(DamagedFile):
+        TokenFile(path)
