@@ -19,7 +19,14 @@ from mlm.base.errors import UserError
 from mlm.report import figure2 as figure2_module
 from mlm.report.figure2 import figure2, letter, moving_average, panels_of, smooth, window_points
 from mlm.report.losses import LossTable
-from mlm.report.plots import draw_all, gain_by_position, read_metrics, training_curves, word_picture
+from mlm.report.plots import (
+    draw_all,
+    gain_by_occurrence,
+    gain_by_position,
+    read_metrics,
+    training_curves,
+    word_picture,
+)
 from mlm.report.word_picture import colour_range, ink_on, word_colour
 
 REPOSITORY = Path(__file__).parents[2]
@@ -143,6 +150,29 @@ def test_gain_by_position_draws_every_rule_and_protocol(run: Path, tmp_path: Pat
     assert float(first["low"]) < same["nats_per_word_gained"] < float(first["high"])
 
 
+def test_gain_by_occurrence_draws_the_losses_of_the_words_that_come_back(run: Path, tmp_path: Path):
+    rows = read_csv(gain_by_occurrence(LossTable.load(run / "losses.parquet"), tmp_path)[2])
+    assert {(r["protocol"], r["rule"]) for r in rows} >= {("article", "static"), ("stream", "rms")}
+    key = ("article", "rms", "5", "10", "2")
+    names = ("protocol", "rule", "first_loss_from", "first_loss_to", "from")
+    drawn = next(row for row in rows if tuple(row[name] for name in names) == key)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    same = next(
+        row
+        for row in evaluation
+        if (row["kind"], row["split"]) == ("occurrence", "valid")
+        and tuple(str(row[name]) for name in names) == key
+    )
+    assert float(drawn["loss"]) == pytest.approx(same["nll"] / same["words"], rel=1e-4)
+    assert float(drawn["low"]) < same["nats_per_word_gained"] < float(drawn["high"])
+
+
+def test_words_that_never_come_back_make_no_picture_of_occurrences(tmp_path: Path):
+    table = made_up_losses([["a", "b", "a", "<eos>"]])
+    assert gain_by_occurrence(table, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_training_curves_tolerate_what_is_missing(tmp_path: Path):
     assert training_curves(tmp_path) == []
     lines = [
@@ -208,6 +238,7 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
     names = {path.relative_to(run).as_posix() for path in paths}
     stems = [
         "figure2",
+        "gain_by_occurrence",
         "gain_by_position",
         "words_start",
         "words_middle",
