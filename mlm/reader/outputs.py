@@ -20,7 +20,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
 from mlm.base.names import EOS, STATIC
 from mlm.report.losses import LossTable, column_name
-from mlm.report.page import WORD_LIMIT, write_page
+from mlm.page.page import WORD_LIMIT, write_page
 
 Write = Callable[[pa.Table], None]
 """Takes further rows, losses in bits."""

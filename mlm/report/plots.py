@@ -25,7 +25,6 @@ from mlm.report.occurrences import (
     first_loss_label,
     recurrence_rows,
 )
-from mlm.report.page import write_page
 from mlm.report.word_picture import word_picture
 
 __all__ = [
@@ -51,7 +50,7 @@ def draw_all(
 
     Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
     words_middle (of the longest of them), gain_by_occurrence, gain_by_position and, if the run has
-    `metrics.jsonl`, training; and `words.html` beside it. `passage` (article, position) draws those words too.
+    `metrics.jsonl`, training. `passage` (article, position) draws those words too.
     `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured.
     `split` None takes `valid`, else the first in the file; another split's files get its name as a
     suffix. Raises `UserError` if the folder lacks what a picture needs.
@@ -69,9 +68,7 @@ def draw_all(
     paths += gain_by_position(table, folder, suffix=suffix)
     among = table.articles[first : first + articles]
     paths += word_pictures(table, folder, among, protocol=protocol, passage=passage, suffix=suffix)
-    paths += training_curves(run_dir)
-    paths.append(write_page(table, run_dir / f"words{suffix}.html"))
-    return paths
+    return paths + training_curves(run_dir)
 
 
 def word_pictures(

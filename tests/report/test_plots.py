@@ -204,7 +204,7 @@ def test_the_word_picture_is_safe_for_any_word(tmp_path: Path):
     rows = read_csv(paths[2])
     assert [row["word"] for row in rows] == words
     for row, loss, static in zip(rows, table.losses["rms"], table.losses["static"], strict=True):
-        assert float(row["difference"]) == pytest.approx(loss - static, rel=1e-4, abs=1e-5)
+        assert float(row["gain"]) == pytest.approx(static - loss, rel=1e-4, abs=1e-5)
 
 
 def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: Path):
@@ -217,8 +217,8 @@ def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: 
 
 def test_colours_are_white_at_zero_symmetric_and_clipped():
     assert word_colour(0, 2) == (1, 1, 1)
-    assert word_colour(-9, 2) == pytest.approx([0x43 / 255, 0x93 / 255, 0xC3 / 255])
-    assert word_colour(9, 2) == pytest.approx([0xD6 / 255, 0x60 / 255, 0x4D / 255])
+    assert word_colour(9, 2) == pytest.approx([0x43 / 255, 0x93 / 255, 0xC3 / 255])
+    assert word_colour(-9, 2) == pytest.approx([0xD6 / 255, 0x60 / 255, 0x4D / 255])
     assert word_colour(1, 2) == pytest.approx([1 - 0.5**0.6 * (1 - c) for c in word_colour(2, 2)])
     assert colour_range(np.r_[np.zeros(1000), 100.0]) < 1  # one outlier does not set the range
     assert colour_range(np.zeros(3)) > 0

@@ -16,7 +16,7 @@ from fake_run import made_up_losses, made_up_words
 
 from mlm.base.errors import UserError
 from mlm.report.losses import LossTable
-from mlm.report.page import WordLossPage, write_page
+from mlm.page.page import WordLossPage, write_page
 from mlm.report.word_picture import ink_on, word_colour
 
 HOSTILE = [
