@@ -74,7 +74,7 @@ function addSeries(chart, points, name, at) {
 /** Which occurrences get a number under the axis. */
 function tickPlaces(number) {
   if (number <= 12) return Array.from({ length: number }, (_, i) => i);
-  const step = axisSteps(1, number, 6), places = step.map((n) => n - 1).filter((i) => Number.isInteger(i) && i > 0 && i < number - number / 14);
+  const step = axisSteps(1, number, 6), places = step.map((n) => n - 1).filter((i) => Number.isInteger(i) && i > 0 && i < number - number / 9);
   return [0, ...places, number - 1];
 }
 

@@ -14,31 +14,29 @@ function roundEnd(size) {
   return ends.find((end) => end >= size * (1 - 1e-9)) ?? ends[ends.length - 1];
 }
 
-/** Sizes of all gains of the file under the chosen pair, sorted, in nats. */
-let sizes = new Float32Array(0);
+/** How many of the file's words gain or lose so many steps (1 / data.scale nats), summed up. */
+const withinSteps = new Uint32Array(65536);
 
-function sortSizes() {
-  const a = ruleNamed(view.rule).losses, b = ruleNamed(view.against).losses;
-  sizes = new Float32Array(words.length);
-  for (let row = 0; row < sizes.length; row++) sizes[row] = Math.abs(a[row] - b[row]) / data.scale;
-  sizes.sort();
+function countSizes() {
+  withinSteps.fill(0);
+  for (let row = 0; row < words.length; row++) withinSteps[Math.abs(mine[row] - other[row])] += 1;
+  for (let steps = 1; steps < withinSteps.length; steps++) withinSteps[steps] += withinSteps[steps - 1];
+}
+
+/** The range that colours have unless another is asked for, in the unit. */
+function usualRange() {
+  const number = Math.ceil(words.length * data.percentile / 100);
+  const steps = withinSteps.findIndex((within) => within >= number);
+  return roundEnd(steps / data.scale * inUnit(1));
 }
 
 function setLimit() {
-  sortSizes();
-  const unit = inUnit(1);
-  const usual = roundEnd(sizes[Math.floor((sizes.length - 1) * data.percentile / 100)] * unit);
-  limit = (view.range ?? usual) / unit;
+  limit = (view.range ?? usualRange()) / inUnit(1);
 }
 
 /** Share of the file's words whose gain or loss is within the range. */
 function withinRange() {
-  let low = 0, high = sizes.length;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (sizes[middle] <= limit * (1 + 1e-6)) low = middle + 1; else high = middle;
-  }
-  return low / sizes.length;
+  return withinSteps[Math.min(65535, Math.floor(limit * data.scale + 1e-6))] / words.length;
 }
 
 /** Give a word's element the colour and the line of its gain. */
@@ -65,8 +63,7 @@ const isDark = () => document.documentElement.hasAttribute("data-dark");
 
 // ---- the legend
 function rangeSteps() {
-  const usual = roundEnd(sizes[Math.floor((sizes.length - 1) * data.percentile / 100)] * inUnit(1));
-  const steps = [];
+  const usual = usualRange(), steps = [];
   for (const power of [0.01, 0.1, 1, 10]) for (const end of data.round_ends) steps.push(Number((end * power).toPrecision(3)));
   const around = steps.filter((step) => step >= usual / 16 && step <= usual * 8);
   return [...new Set([...around, usual, inUnit(limit)].map((x) => Number(x.toPrecision(6))))].sort((a, b) => a - b);

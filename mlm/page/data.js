@@ -5,7 +5,9 @@ const data = JSON.parse($("data").textContent);
 const BITS = Math.LOG2E; // bits in a nat
 
 function unpack(text, Kind) {
-  return new Kind(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
+  const signs = atob(text), bytes = new Uint8Array(signs.length);
+  for (let i = 0; i < signs.length; i++) bytes[i] = signs.charCodeAt(i);
+  return new Kind(bytes.buffer);
 }
 
 const words = unpack(data.words, Uint32Array); // numbers in data.vocabulary
@@ -67,16 +69,26 @@ function lossAt(name, place) {
   return ruleNamed(name).losses[article().start + place] / data.scale;
 }
 
+/** The losses of the chosen pair. */
+let mine = new Uint16Array(0), other = new Uint16Array(0);
+
+function choosePair() {
+  mine = ruleNamed(view.rule).losses;
+  other = ruleNamed(view.against).losses;
+  countSizes();
+}
+
 /** Nats that the chosen rule gains on the word at a place: positive = predicted better. */
 function gainAt(place) {
-  return lossAt(view.against, place) - lossAt(view.rule, place);
+  const row = data.articles[view.article].start + place;
+  return (other[row] - mine[row]) / data.scale;
 }
 
 /** Nats gained in all by a rule on some rows of the file. */
 function gainOf(name, from, to) {
-  const mine = ruleNamed(name).losses, other = ruleNamed(view.against).losses;
+  const losses = ruleNamed(name).losses;
   let sum = 0;
-  for (let row = from; row < to; row++) sum += other[row] - mine[row];
+  for (let row = from; row < to; row++) sum += other[row] - losses[row];
   return sum / data.scale;
 }
 
@@ -84,7 +96,8 @@ function gainOf(name, from, to) {
 const MINUS = "−";
 const fixed = (x, digits) => x.toFixed(digits).replace(/^-(?=[0.]*$)/, "").replace("-", MINUS);
 const signed = (x, digits = 2) => (Number(x.toFixed(digits)) > 0 ? "+" : "") + fixed(x, digits);
-const count = (n) => n.toLocaleString("en");
+const grouped = new Intl.NumberFormat("en");
+const count = (n) => grouped.format(n);
 const inUnit = (nats) => (view.unit === "bits" ? nats * BITS : nats);
 const amount = (nats, digits = 2) => fixed(inUnit(nats), digits);
 const change = (nats, digits = 2) => signed(inUnit(nats), digits);

@@ -5,10 +5,22 @@ let extremes = { gain: [], loss: [] }; // places, the largest first
 
 /** The words on show that gain and lose most. */
 function findExtremes() {
-  const shown = [];
-  for (let place = 0; place < spans.length; place++) if (spans[place]) shown.push([gainAt(place), place]);
-  const side = (sign) => shown.filter(([gain]) => sign * gain > 0.005).sort((a, b) => sign * (b[0] - a[0])).slice(0, LARGEST).map(([, place]) => place);
-  extremes = { gain: side(1), loss: side(-1) };
+  const gains = Float32Array.from(blockAt, (block, place) => (block < 0 ? 0 : gainAt(place)));
+  extremes = { gain: largest(gains, 1), loss: largest(gains, -1) };
+}
+
+/** Places of the largest values times `sign`, in order, as far as they are above 0.005. */
+function largest(values, sign) {
+  const found = [];
+  for (let place = 0; place < values.length; place++) {
+    const value = sign * values[place];
+    if (value <= 0.005 || (found.length === LARGEST && value <= sign * values[found[LARGEST - 1]])) continue;
+    let at = found.length;
+    while (at > 0 && sign * values[found[at - 1]] < value) at--;
+    found.splice(at, 0, place);
+    found.length = Math.min(found.length, LARGEST);
+  }
+  return found;
 }
 
 function drawExtremes() {

@@ -11,7 +11,7 @@ function selectedPlaces() {
     const range = chosen.getRangeAt(0);
     for (const block of blocks) {
       if (!range.intersectsNode(block.node)) continue;
-      all.push(...block.places.filter((place) => range.intersectsNode(spans[place])));
+      all.push(...block.places.filter((place) => range.intersectsNode(spanAt(place))));
     }
   }
   return all.length ? all : Array.from({ length: article().words }, (_, place) => place);
@@ -51,16 +51,16 @@ function download(blob, ending) {
 /** What the window shows of the text, as rectangles, lines and words to draw. */
 function sceneOf() {
   const [from, to] = placesInWindow(), frame = $("text").getBoundingClientRect();
-  const top = spans[from].getBoundingClientRect().top, shapes = [], dark = isDark();
+  const top = spanAt(from).getBoundingClientRect().top, shapes = [], dark = isDark();
   const head = 58, pad = 24, ink = dark ? "#e9eaee" : "#1b1c1f", word = dark ? "#ffffff" : "#000000";
   let height = 0;
   for (let place = from; place <= to; place++) {
     if (!isShown(place)) continue;
-    const style = getComputedStyle(spans[place]), size = parseFloat(style.fontSize), gain = gainAt(place);
-    for (const box of Array.from(spans[place].getClientRects()).slice(0, 1)) {
+    const node = spanAt(place), style = getComputedStyle(node), size = parseFloat(style.fontSize), gain = gainAt(place);
+    for (const box of Array.from(node.getClientRects()).slice(0, 1)) {
       const x = pad + box.left - frame.left, y = head + box.top - top;
       shapes.push({ kind: "box", x, y, width: box.width, height: box.height, fill: `rgb(${colourOf(gain, limit, dark)})` });
-      shapes.push({ kind: "text", x: x + size * 0.14, y: y + box.height * 0.74, text: spans[place].textContent, size, bold: style.fontWeight >= 600, fill: word });
+      shapes.push({ kind: "text", x: x + size * 0.14, y: y + box.height * 0.74, text: node.textContent, size, bold: style.fontWeight >= 600, fill: word });
       if (gain >= limit * data.underlined) shapes.push({ kind: "box", x: x + 1, y: y + box.height * 0.9, width: box.width - 2, height: 1.5, fill: word });
       height = Math.max(height, y + box.height);
     }

@@ -48,7 +48,7 @@ function thinned(places) {
 
 /** Where the window and the chosen word are, on the strip and on the curve. */
 function drawPlace() {
-  if (!spans.length) return;
+  if (!blocks.length) return;
   const [from, to] = view.table ? [tablePage * TABLE_ROWS, tablePage * TABLE_ROWS] : placesInWindow();
   $("window").style.left = 100 * stripShare(from) + "%";
   $("window").style.width = Math.max(0, 100 * (stripShare(to) - stripShare(from))) + "%";
@@ -67,7 +67,7 @@ function goTo(place) {
   const at = Math.max(0, Math.min(article().words - 1, Math.round(place)));
   if (view.table) { tablePage = Math.floor(at / TABLE_ROWS); showTable(); drawPlace(); return; }
   const near = nextShown(at, 1) >= 0 ? nextShown(at, 1) : nextShown(at, -1);
-  if (near >= 0) spans[near].scrollIntoView({ block: "center" });
+  if (near >= 0) spanAt(near).scrollIntoView({ block: "center" });
   drawPlace();
 }
 

@@ -1,7 +1,8 @@
 // ---- the text: blocks of words, coloured where they are seen
 
-let spans = []; // by place; null where the word is hidden markup
-let blocks = []; // { node, places }: a paragraph or a heading
+let blocks = []; // { node, places, … }: a paragraph or a heading
+let blockAt = new Int32Array(0); // by place: the number of its block; -1 = hidden markup
+let spans = []; // by place: the word's element, made when its block comes near the window
 let stamp = 0; // grows with every change of colours; a block remembers which it has
 
 const JOINED = new Map([["@-@", "-"], ["@,@", ","], ["@.@", "."]]);
@@ -36,20 +37,22 @@ function isMarkup(place, line, level) {
 
 function layText() {
   const nodes = [];
-  spans = new Array(article().words).fill(null);
+  spans = new Array(article().words);
+  blockAt = new Int32Array(article().words).fill(-1);
   blocks = [];
   watcher.disconnect();
   for (const line of linesOf(article())) {
     const level = headingLevel(line);
-    const hidden = line.filter((place) => isMarkup(place, line, level));
-    const seen = view.markup ? line : line.filter((place) => !hidden.includes(place));
+    const seen = view.markup ? line : line.filter((place) => !isMarkup(place, line, level));
     if (!seen.length) continue;
     const node = level
       ? make("div", { class: `heading level${level}`, role: "heading", "aria-level": Math.min(level + 1, 6), dir: "auto" })
       : make("p", { dir: "auto" });
-    fillBlock(node, seen, new Set(hidden));
-    blocks.push({ node, places: seen, stamp: -1 });
-    node.block = blocks[blocks.length - 1];
+    const block = { node, places: seen, line, level, stamp: -1, near: false };
+    for (const place of seen) blockAt[place] = blocks.length;
+    node.textContent = plainText(seen);
+    node.block = block;
+    blocks.push(block);
     nodes.push(node);
   }
   $("text").replaceChildren(...nodes);
@@ -59,19 +62,47 @@ function layText() {
   $("hidden-note").textContent = view.markup ? "" : "Not shown, though every loss counts: line ends, and the = of headings. Settings show them.";
 }
 
-/** Put the words of a line into its block; `@-@` joins its neighbours unless markup is shown. */
-function fillBlock(node, places, markup) {
+/** What joins its neighbours in place of `@-@`, unless markup is shown. */
+const jointOf = (word) => (view.markup ? undefined : JOINED.get(word));
+
+/** Words with the spaces between them: [text, joint or not, space before it or not]. */
+function* spacedWords(places) {
   let glued = true;
   for (const place of places) {
-    const word = spelled(wordAt(place));
-    const joint = !view.markup && JOINED.get(word);
-    const span = make("span", { class: "w" + (markup.has(place) ? " sign" : "") + (wordAt(place) === data.eos ? " end" : "") }, joint || word);
+    const word = spelled(wordAt(place)), joint = jointOf(word);
+    yield [place, joint ?? word, !glued && joint === undefined];
+    glued = joint !== undefined;
+  }
+}
+
+function plainText(places) {
+  let text = "";
+  for (const [, word, spaced] of spacedWords(places)) text += spaced ? " " + word : word;
+  return text;
+}
+
+/** Give every word of a block an element of its own. */
+function fillBlock(block) {
+  const nodes = [];
+  for (const [place, word, spaced] of spacedWords(block.places)) {
+    const span = document.createElement("span");
+    span.className = "w";
+    if (view.markup && isMarkup(place, block.line, block.level)) span.classList.add("sign");
+    if (wordAt(place) === data.eos) span.classList.add("end");
+    span.textContent = word;
     span.place = place;
     spans[place] = span;
-    if (!glued && !joint) node.append(" ");
-    node.append(span);
-    glued = Boolean(joint);
+    if (spaced) nodes.push(" ");
+    nodes.push(span);
   }
+  block.node.replaceChildren(...nodes);
+  for (const place of block.places) markPlace(place);
+}
+
+/** The element of a word on show. */
+function spanAt(place) {
+  if (!spans[place]) fillBlock(blocks[blockAt[place]]);
+  return spans[place];
 }
 
 const watcher = new IntersectionObserver((entries) => {
@@ -84,7 +115,7 @@ const watcher = new IntersectionObserver((entries) => {
 function paintBlock(block) {
   if (block.stamp === stamp) return;
   block.stamp = stamp;
-  for (const place of block.places) colourWord(spans[place], gainAt(place));
+  for (const place of block.places) colourWord(spanAt(place), gainAt(place));
 }
 
 /** Colour what is near the screen now; the rest follows when it comes near. */
@@ -98,22 +129,22 @@ function paintAll() {
 }
 
 // ---- places on the screen
-const isShown = (place) => place >= 0 && place < spans.length && spans[place] !== null;
+const isShown = (place) => place >= 0 && place < blockAt.length && blockAt[place] >= 0;
 
 /** The nearest place with a word on show, from `place` on in the direction of `step`; -1 = none. */
 function nextShown(place, step) {
   let at = place;
-  while (at >= 0 && at < spans.length && !isShown(at)) at += step;
+  while (at >= 0 && at < blockAt.length && !isShown(at)) at += step;
   return isShown(at) ? at : -1;
 }
 
 /** The place on the next or previous line of the screen that is nearest to where `place` is. */
 function onNextLine(place, step) {
-  const box = spans[place].getBoundingClientRect();
+  const box = spanAt(place).getBoundingClientRect();
   const centre = (box.left + box.right) / 2;
   let best = -1, nearest = Infinity, line = null;
   for (let at = nextShown(place + step, step); at >= 0; at = nextShown(at + step, step)) {
-    const here = spans[at].getBoundingClientRect();
+    const here = spanAt(at).getBoundingClientRect();
     if (Math.abs(here.top - box.top) < box.height / 2) continue;
     if (line !== null && Math.abs(here.top - line) > box.height / 2) break;
     line = line ?? here.top;
@@ -127,7 +158,7 @@ function onNextLine(place, step) {
 function placesInWindow() {
   const top = $("top").getBoundingClientRect().bottom, bottom = window.innerHeight;
   const first = firstBlock((box) => box.bottom > top), after = firstBlock((box) => box.top >= bottom);
-  if (first >= blocks.length) return [spans.length - 1, spans.length - 1];
+  if (first >= blocks.length) return [blockAt.length - 1, blockAt.length - 1];
   const from = firstPlace(blocks[first], (box) => box.bottom > top);
   const last = blocks[Math.max(first, after - 1)];
   const to = firstPlace(last, (box) => box.top >= bottom);
@@ -147,18 +178,19 @@ function firstPlace(block, test) {
   let low = 0, high = block.places.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (test(spans[block.places[middle]].getBoundingClientRect())) high = middle; else low = middle + 1;
+    if (test(spanAt(block.places[middle]).getBoundingClientRect())) high = middle; else low = middle + 1;
   }
   return block.places[low];
 }
 
 // ---- search
 let hits = []; // places of the first words of what was found
+let isHit = new Set();
 
 /** Words of the query must follow each other; the last may be the beginning of a word. */
 function findHits() {
   const wanted = view.query.toLowerCase().split(/\s+/).filter(Boolean);
-  for (const place of hits) if (isShown(place)) spans[place].classList.remove("hit");
+  const before = hits;
   hits = [];
   if ($("search").value !== view.query) $("search").value = view.query;
   if (wanted.length) {
@@ -166,8 +198,9 @@ function findHits() {
     const { start, words: length } = article();
     const found = rowsWith(wanted, lower, start, start + length);
     hits = found.map((row) => row - start).filter(isShown);
-    for (const place of hits) spans[place].classList.add("hit");
   }
+  isHit = new Set(hits);
+  for (const place of [...before, ...hits]) markPlace(place);
   drawMarks();
   showHits();
 }

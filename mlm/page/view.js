@@ -32,8 +32,10 @@ function addressOf() {
 }
 
 function keepAddress() {
+  const address = addressOf();
+  if (address === location.hash) return;
   try {
-    history.replaceState(null, "", addressOf());
+    history.replaceState(null, "", address);
   } catch { /* a frame without an address of its own (a notebook) */ }
 }
 
@@ -71,6 +73,7 @@ function show(changes, all = false) {
   if (changed("article")) countOccurrences();
   if (changed("theme")) setTheme();
   if (changed("article", "markup")) layText();
+  if (changed("protocol", "rule", "against")) choosePair();
   if (changed("protocol", "rule", "against", "unit", "range")) setLimit();
   if (changed("article", "markup", "protocol", "rule", "against", "unit", "range")) paint();
   if (changed("article", "query", "markup")) findHits();

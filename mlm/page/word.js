@@ -6,9 +6,9 @@ const chosenPlace = () => (view.over >= 0 ? view.over : view.pinned);
 function pin(place) {
   if (!isShown(place)) return;
   show({ pinned: place, over: -1 });
-  const box = spans[place].getBoundingClientRect(), top = $("top").getBoundingClientRect().bottom;
+  const box = spanAt(place).getBoundingClientRect(), top = $("top").getBoundingClientRect().bottom;
   const low = window.innerHeight - (isPhone() ? $("panel").offsetHeight : 0);
-  if (box.top < top + 10 || box.bottom > low - 10) spans[place].scrollIntoView({ block: "center" });
+  if (box.top < top + 10 || box.bottom > low - 10) spanAt(place).scrollIntoView({ block: "center" });
   $("aloud").textContent = toldAloud(place);
 }
 
@@ -18,28 +18,27 @@ function unpin() {
 
 const isPhone = () => window.matchMedia("(max-width: 52rem)").matches;
 
-let marked = [];
-/** Mark the chosen word and its other occurrences in the text. */
-function markWord(place) {
-  for (const node of marked) node.classList.remove("on", "same", "over");
-  marked = [];
-  const add = (at, name) => {
-    if (!isShown(at)) return;
-    spans[at].classList.add(name);
-    marked.push(spans[at]);
-  };
-  if (view.pinned >= 0) {
-    for (const other of occurrences.get(wordAt(view.pinned)) || []) if (other !== view.pinned) add(other, "same");
-    add(view.pinned, "on");
-  }
-  if (view.over >= 0 && place === view.over) add(view.over, "over");
+/** Mark a word's element, if it has one: chosen, another occurrence of that, found by the search. */
+function markPlace(place) {
+  const node = spans[place];
+  if (!node) return;
+  const on = place === view.pinned;
+  node.classList.toggle("on", on);
+  node.classList.toggle("same", !on && view.pinned >= 0 && wordAt(place) === wordAt(view.pinned));
+  node.classList.toggle("hit", isHit.has(place));
+}
+
+let markedWord = -1; // the word whose occurrences are marked
+function markWord() {
+  const word = view.pinned >= 0 ? wordAt(view.pinned) : -1;
+  for (const each of new Set([markedWord, word])) for (const place of occurrences.get(each) || []) markPlace(place);
+  markedWord = word;
 }
 
 function showWord() {
   const place = chosenPlace();
-  markWord(place);
+  if (view.over < 0) { markWord(); drawPlace(); }
   drawMarks();
-  drawPlace();
   showHits();
   const parts = place < 0 ? articleSummary() : wordSummary(place);
   $("word").replaceChildren(...parts);
