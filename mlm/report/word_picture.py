@@ -216,6 +216,4 @@ def _draw_legend(page: Axes, top: float, limit: float) -> None:
         page.text(
             left + width * (share + 1) / 2, top + 16, label, ha="center", fontsize=7.5, va="center"
         )
-    page.text(
-        left + width + 40, top + 16, "nats gained", ha="left", fontsize=7.5, va="center"
-    )
+    page.text(left + width + 40, top + 16, "nats gained", ha="left", fontsize=7.5, va="center")

@@ -245,9 +245,7 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
         "words_3_100",
         "training",
     ]
-    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".csv")} | {
-        "words.html"
-    }
+    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".csv")}
     for path in paths:
         assert path.stat().st_size > 100
         if path.suffix == ".svg":
@@ -255,7 +253,6 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
     assert (run / "figures/figure2_test.png") in draw_all(run, "test", 1)
-    assert (run / "words_test.html").exists()
     assert not [path for path in run.rglob(".*") if path.is_file()]  # nothing half-written
 
 
@@ -270,7 +267,7 @@ def test_drawing_twice_gives_the_same_bytes(run: Path, tmp_path: Path):
 
 def test_a_run_of_one_word_is_drawn(tmp_path: Path):
     make_run(tmp_path, lengths=(1,), rules=("static", "rms"), protocols=("article",))
-    assert (tmp_path / "words.html") in draw_all(tmp_path)
+    assert (tmp_path / "figures/words_start.png") in draw_all(tmp_path)
 
 
 def test_a_protocol_that_was_not_measured_is_refused(tmp_path: Path):
