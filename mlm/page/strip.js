@@ -46,13 +46,27 @@ function thinned(places) {
   return step <= 1 ? places : places.filter((_, i) => i % step === 0);
 }
 
+let sought = -1; // the place that a slider went to, as long as the window shows it
+
+/** The chosen word, the place that was sought, or else the first one in the window. */
+function placeNow(from, to) {
+  if (view.pinned >= 0) return view.pinned;
+  const shown = sought < 0 ? -1 : nearestShown(sought);
+  return shown >= from && shown <= to ? sought : from;
+}
+
+function nearestShown(place) {
+  const after = nextShown(place, 1);
+  return after >= 0 ? after : nextShown(place, -1);
+}
+
 /** Where the window and the chosen word are, on the strip and on the curve. */
 function drawPlace() {
   if (!blocks.length) return;
   const [from, to] = view.table ? [tablePage * TABLE_ROWS, tablePage * TABLE_ROWS] : placesInWindow();
   $("window").style.left = 100 * stripShare(from) + "%";
   $("window").style.width = Math.max(0, 100 * (stripShare(to) - stripShare(from))) + "%";
-  const here = view.pinned >= 0 ? view.pinned : from;
+  const here = view.table ? from : placeNow(from, to);
   for (const id of ["strip", "curve"]) {
     $(id).setAttribute("aria-valuenow", here + 1);
     $(id).setAttribute("aria-valuetext", `word ${count(here + 1)} of ${count(article().words)}, ${spelled(wordAt(here))}`);
@@ -66,7 +80,8 @@ function drawPlace() {
 function goTo(place) {
   const at = Math.max(0, Math.min(article().words - 1, Math.round(place)));
   if (view.table) { tablePage = Math.floor(at / TABLE_ROWS); showTable(); drawPlace(); return; }
-  const near = nextShown(at, 1) >= 0 ? nextShown(at, 1) : nextShown(at, -1);
+  const near = nearestShown(at);
+  sought = at;
   if (near >= 0) spanAt(near).scrollIntoView({ block: "center" });
   drawPlace();
 }
@@ -75,16 +90,12 @@ const SLIDER_STEPS = { ArrowRight: 0.01, ArrowUp: 0.01, ArrowLeft: -0.01, ArrowD
 
 /** The strip and the curve are sliders: `share` maps a pointer's place to 0 … 1. */
 function makeSlider(node, share) {
-  let here = 0;
   const move = (place) => {
-    here = Math.max(0, Math.min(article().words - 1, Math.round(place)));
     show({ pinned: -1, over: -1 });
-    goTo(here);
-    node.setAttribute("aria-valuenow", here + 1);
+    goTo(place);
   };
   node.addEventListener("keydown", (event) => {
-    const last = article().words - 1, now = Number(node.getAttribute("aria-valuenow")) - 1;
-    const from = Math.abs(now - here) <= 1 ? here : now;
+    const last = article().words - 1, from = Number(node.getAttribute("aria-valuenow")) - 1;
     let to = null;
     if (event.key in SLIDER_STEPS) to = from + Math.sign(SLIDER_STEPS[event.key]) * Math.max(1, Math.round(Math.abs(SLIDER_STEPS[event.key]) * last));
     if (event.key === "Home") to = 0;
