@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mlm.base.errors import UserError
@@ -69,13 +70,11 @@ class TopK:
                 f"{path} cannot be read ({str(error).splitlines()[0]}); delete it, or run "
                 "evaluate.py with --top-k again"
             ) from error
-        table = table.filter(pa.compute.equal(table["split"], split))
+        table = table.filter(pc.field("split") == split)
         if not table.num_rows:
             return None
         rule, protocol = table["rule"][0].as_py(), table["protocol"][0].as_py()
-        same = pa.compute.and_(
-            pa.compute.equal(table["rule"], rule), pa.compute.equal(table["protocol"], protocol)
-        )
+        same = (pc.field("rule") == rule) & (pc.field("protocol") == protocol)
         table = table.filter(same).sort_by([("article", "ascending"), ("position", "ascending")])
         return cls(rule, protocol, table)
 
@@ -121,7 +120,7 @@ def write_top_k(path: Path, split: str, rows: pa.Table) -> None:
         try:
             with open(path, "rb") as file:
                 old = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
-            kept = [old.filter(pa.compute.not_equal(old["split"], split))]
+            kept = [old.filter(pc.field("split") != split)]
         except (pa.ArrowException, OSError, ValueError):
             kept = []
     whole = pa.concat_tables([*kept, rows.cast(SCHEMA)])

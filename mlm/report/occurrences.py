@@ -60,7 +60,7 @@ class Recurrence(NamedTuple):
         row_N = np.argsort(key_N, kind="stable")  # by article and word, then in reading order
         sorted_N = key_N[row_N]
         starts = np.flatnonzero(np.diff(sorted_N, prepend=sorted_N[0] - 1))
-        sizes = np.diff([*starts, len(row_N)])
+        sizes = np.diff(starts, append=len(row_N))
         start_N = np.repeat(starts, sizes)
         number_N, distance_N = np.empty_like(row_N), np.empty_like(row_N)
         first_N, count_N = np.empty_like(row_N), np.empty_like(row_N)
