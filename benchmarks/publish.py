@@ -22,7 +22,7 @@ import tyro
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import atomic_path
 
-PICTURES = ("figures/figure2*", "figures/gain_by_position*")
+PICTURES = ("figures/figure2*", "figures/gain_by_*")
 RUN = (
     "config.json",
     "metrics.jsonl",

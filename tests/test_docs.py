@@ -76,7 +76,7 @@ def test_paths_are_there(page: Path) -> None:
     assert [span for span in spans if not (ROOT / span).exists()] == []
 
 
-@pytest.mark.parametrize("page", ["write_an_extension", "write_a_rule"])
+@pytest.mark.parametrize("page", ["write_an_extension", "write_a_rule", "page"])
 def test_code_of_a_page_does_what_the_page_says(page: str) -> None:
     """Its blocks run in order, the assertions among them."""
     text = (DOCS / f"{page}.md").read_text(encoding="utf-8")

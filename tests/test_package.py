@@ -26,7 +26,7 @@ from mlm.cli import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 #: Extras that nothing else needs and that no test installs.
-ADAPTERS = {"harness", "spacy", "test-adapters"}
+ADAPTERS = {"harness", "spacy", "test-adapters", "browser"}
 LITTLE = {
     "lm__epochs": 0.3,
     "lm__validations": 1,

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from mlm.base.errors import UserError
 from mlm.settings.checks import check_options
 
 
 @dataclass(frozen=True)
 class Options:
     """Draw a run's pictures from its folder: `figures/` (PNG, SVG and the numbers as CSV) and
-    `words.html`, a page that shows every word coloured by its loss difference."""
+    `words.html`, a page that shows every word coloured by what a rule gains on it."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder, such as runs/pydocs."""
@@ -28,21 +32,57 @@ class Options:
     """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
     passage: tuple[int, int] | None = None
     """An article's index and a word's position: draw the text from there, for papers."""
+    page_words: int = 300_000
+    """How many words the page holds at most."""
+    terminal: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Draw nothing, but show the passage here, every word in its colour."""
 
 
 def main() -> None:
-    """Parse the command line, draw, and print one path a line."""
+    """Parse the command line; draw and print one path a line, or show a passage."""
     options = tyro.cli(Options)
     check_options(options)
-    from mlm.report.plots import draw_all
+    if options.terminal:
+        print(_passage(options))
+        return
+    from mlm.page.folder import draw_run
 
-    paths = draw_all(
+    paths = draw_run(
         options.run,
         options.split,
         options.articles,
         first=options.first,
         protocol=options.protocol,
         passage=options.passage,
+        page_words=options.page_words,
     )
     for path in paths:
         print(path)
+
+
+def _passage(options: Options) -> str:
+    """The passage asked for, or the beginning of the first article that is shown."""
+    from mlm.page.page import opening_pairs
+    from mlm.page.terminal import passage_in_colours
+    from mlm.report.losses import LossTable
+
+    table = LossTable.load(options.run / "losses.parquet", options.split)
+    present = table.compared_protocols()
+    protocol = options.protocol or present[0]
+    if protocol not in present:
+        raise UserError(
+            f"--protocol {protocol}: it was not measured on split {table.split!r}; present: "
+            f"{', '.join(present)}"
+        )
+    if not 0 <= options.first < len(table.articles):
+        raise UserError(f"--first {options.first}: there are {len(table.articles)} articles")
+    article, start = options.passage or (table.articles[options.first], 0)
+    return passage_in_colours(
+        table,
+        article,
+        start,
+        pair=opening_pairs(table, protocol)[0],
+        protocol=protocol,
+        width=min(100, shutil.get_terminal_size().columns),
+        colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
+    )

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
 from mlm.base.names import EOS, STATIC
+from mlm.page.page import WORD_LIMIT, write_page
 from mlm.report.losses import LossTable, column_name
-from mlm.report.page import WORD_LIMIT, write_page
 
 Write = Callable[[pa.Table], None]
 """Takes further rows, losses in bits."""
@@ -182,16 +182,19 @@ def page_file(path: Path, rule: str, protocol: str, titles: dict[int, str]) -> I
     `titles` names documents; it may be filled while rows come in.
     """
     held: list[pa.Table] = []
+    words = 0
     names = ["doc_id", "word_id", "word", "surprisal_static_plain", "surprisal_plain"]
 
     def write(table: pa.Table) -> None:
+        nonlocal words
+        words += table.num_rows
         left = WORD_LIMIT - sum(part.num_rows for part in held)
         if left > 0:
             held.append(table.select(names).slice(0, left))
 
     yield write
     whole = pa.concat_tables(held)
-    words = [word if word.strip() else EOS for word in whole["word"].to_pylist()]
+    shown = [word if word.strip() else EOS for word in whole["word"].to_pylist()]
     losses = {
         column_name(r, protocol): whole[column].to_numpy() * math.log(2)
         for r, column in ((STATIC, "surprisal_static_plain"), (rule, "surprisal_plain"))
@@ -201,9 +204,10 @@ def page_file(path: Path, rule: str, protocol: str, titles: dict[int, str]) -> I
             split="scored",
             article_N=whole["doc_id"].to_numpy(),
             position_N=whole["word_id"].to_numpy(),
-            word_N=np.array(words, dtype=object),
+            word_N=np.array(shown, dtype=object),
             titles=titles,
             losses=losses,
         ),
         path,
+        all_words=words,
     )

@@ -1,4 +1,4 @@
-"""Tables, statistics, pictures and the page of a run, made from its files alone."""
+"""Tables, statistics and pictures of a run, made from its files alone."""
 
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,12 @@ if TYPE_CHECKING:
         write_evaluation,
     )
     from mlm.report.losses import LossTable, column_name, splits, write_losses
-    from mlm.report.page import WordLossPage, write_page
     from mlm.report.plots import draw_all
     from mlm.report.tables import Row, evaluation_markdown, format_totals
 
 __all__ = [
     "LossTable",
     "Row",
-    "WordLossPage",
     "bootstrap_interval",
     "column_name",
     "draw_all",
@@ -34,7 +32,6 @@ __all__ = [
     "splits",
     "write_evaluation",
     "write_losses",
-    "write_page",
 ]
 
 __getattr__, __dir__ = lazily(
@@ -43,7 +40,6 @@ __getattr__, __dir__ = lazily(
         "evaluation": "bootstrap_interval evaluate_rows merge_evaluation "
         "position_gains read_evaluation write_evaluation",
         "losses": "LossTable column_name splits write_losses",
-        "page": "WordLossPage write_page",
         "plots": "draw_all",
         "tables": "Row evaluation_markdown format_totals",
     },

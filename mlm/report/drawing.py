@@ -27,6 +27,7 @@ RULE_STYLES = {
     "rms": ("#009E73", (0, (4, 1.5))),
     "two_levels": ("#0072B2", "-"),
     "three_levels": ("#D55E00", "-"),
+    "four_levels": ("#882255", "-"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The evaluation of a run as rows: totals, by position in the article, by article, rule by rule.
+"""The evaluation of a run as rows: totals, by position, recurrence and article, rule by rule.
 
 All statistics are paired per article: a gain is the static model's loss minus the rule's on the
 same words, and intervals come from resampling articles. Letters: N words, A articles.
@@ -22,6 +22,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, EOS, LEARNED, PROTOCOLS, STATIC, rule_order
 from mlm.report.losses import LossTable
+from mlm.report.occurrences import Interval, Recurrence, recurrence_rows
 from mlm.report.tables import Row, evaluation_markdown, format_totals
 
 #: Pairs (rule, against) whose gains are compared, where both were measured.
@@ -47,7 +48,7 @@ estimate; those that hold the same articles as it must not fall on either side b
 POSITION_RESAMPLES = 1999  # there are many bins, and their bands are read by eye
 
 
-_KIND_ORDER = ("total", "comparison", "position", "article")
+_KIND_ORDER = ("total", "comparison", "novelty", "occurrence", "distance", "position", "article")
 
 
 def bootstrap_interval(
@@ -160,6 +161,11 @@ def _gain_interval(
     return bootstrap_interval(mean_gain, gain_A, words_A, resamples=resamples, seed=seed)
 
 
+def interval_of(rule: str, resamples: int = POSITION_RESAMPLES, seed: int = 0) -> Interval:
+    """What gives the paired interval of a rule's nats gained per word, in a bin of words."""
+    return lambda gain_A, words_A: _gain_interval(rule, gain_A, words_A, resamples, seed)
+
+
 def evaluate_rows(
     table: LossTable,
     *,
@@ -187,6 +193,7 @@ def evaluate_rows(
         raise ValueError(f"{len(sizes_A)} byte counts for {len(table.start_A)} articles")
     counts_A = list(zip(sizes_A, unknown_A or [0] * len(sizes_A), strict=True))
     rows: list[Row] = []
+    seen = Recurrence.of(table)
     for protocol in PROTOCOLS:
         rules = table.rules(protocol)
         if rules and STATIC not in rules:
@@ -206,7 +213,8 @@ def evaluate_rows(
             }
             own = _rule_rows(table, rule, protocol, common, counts_A, resamples, seed)
             own[0]["resets"] = (resets or {}).get(key, 0)
-            rows += own
+            interval = interval_of(rule, min(resamples, POSITION_RESAMPLES), seed)
+            rows += own + recurrence_rows(table, seen, rule, protocol, interval)
         for rule, against in comparisons:
             if rule in rules and against in rules:
                 rows.append(_comparison(table, protocol, rule, against, resamples, seed))
@@ -360,6 +368,9 @@ _TEXTS = ("split", "protocol", "rule")
 _KEYS = {
     "total": ("words", "articles", "nll"),
     "comparison": (),
+    "novelty": ("words", "articles", "nll", "from"),
+    "occurrence": ("words", "articles", "nll", "from", "first_loss_from"),
+    "distance": ("words", "articles", "nll", "from"),
     "position": ("words", "articles", "nll", "from", "to"),
     "article": ("words", "nll", "article"),
 }
@@ -453,6 +464,7 @@ def _in_order(rows: Sequence[Row]) -> list[Row]:
             str(row.get("split")),
             str(row.get("protocol")),
             rule_order(str(row.get("rule"))),
+            row.get("first_loss_from", 0),
             row.get("from", row.get("article", 0)) or 0,
         )
 

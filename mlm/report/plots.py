@@ -14,13 +14,27 @@ from mlm.base.errors import UserError, command_of
 from mlm.base.files import parse_json
 from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
-from mlm.report.evaluation import PositionBin, position_gains
+from mlm.report.evaluation import PositionBin, interval_of, position_gains
 from mlm.report.figure2 import figure2, panels_of
 from mlm.report.losses import LossTable, default_split, splits
-from mlm.report.page import write_page
+from mlm.report.occurrences import (
+    FIRST_LOSSES,
+    OCCURRENCES,
+    SHARED_OCCURRENCES,
+    Recurrence,
+    first_loss_label,
+    recurrence_rows,
+)
 from mlm.report.word_picture import check_words, word_picture
 
-__all__ = ["draw_all", "figure2", "gain_by_position", "training_curves", "word_picture"]
+__all__ = [
+    "draw_all",
+    "figure2",
+    "gain_by_occurrence",
+    "gain_by_position",
+    "training_curves",
+    "word_picture",
+]
 
 
 def draw_all(
@@ -35,8 +49,8 @@ def draw_all(
     """Draw every picture of a run from its folder; return the paths written.
 
     Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
-    words_middle (of the longest of them), gain_by_position and, if the run has `metrics.jsonl`,
-    training; and `words.html` beside it. `passage` (article, position) draws those words too.
+    words_middle (of the longest of them), gain_by_occurrence, gain_by_position and, if the run has
+    `metrics.jsonl`, training. `passage` (article, position) draws those words too.
     `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured.
     `split` None takes `valid`, else the first in the file; another split's files get its name as a
     suffix. Raises `UserError` if the folder lacks what a picture needs.
@@ -55,12 +69,11 @@ def draw_all(
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
     paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)
+    paths += gain_by_occurrence(table, folder, suffix=suffix)
     paths += gain_by_position(table, folder, suffix=suffix)
     among = table.articles[first : first + articles]
     paths += word_pictures(table, folder, among, protocol=protocol, passage=passage, suffix=suffix)
-    paths += training_curves(run_dir)
-    paths.append(write_page(table, run_dir / f"words{suffix}.html"))
-    return paths
+    return paths + training_curves(run_dir)
 
 
 def word_pictures(
@@ -123,6 +136,89 @@ def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> lis
         panels[0].set_ylabel("nats per word gained over static")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
         return save_figure(figure, folder / f"gain_by_position{suffix}", rows)
+
+
+def gain_by_occurrence(table: LossTable, folder: Path, *, suffix: str = "") -> list[Path]:
+    """Draw the loss of words at their 1st, 2nd, ... occurrence in the article under every rule.
+
+    Only words that their article has at least four times; a column of panels for each bin of the
+    static loss at the first occurrence, a row for each protocol. A band is the 95 % bootstrap
+    interval over articles of the rule's gain over static, paired, seen from the static loss.
+    Returns the paths written; none if no word occurs four times.
+    """
+    seen, protocols = Recurrence.of(table), table.compared_protocols()
+    rows = [
+        row
+        for protocol in protocols
+        for rule in table.rules(protocol)
+        for row in recurrence_rows(table, seen, rule, protocol, interval_of(rule))
+        if row["kind"] == "occurrence"
+    ]
+    groups = [g for g in FIRST_LOSSES if any(row["first_loss_from"] == g[0] for row in rows)]
+    if not groups:
+        return []
+    with project_style():
+        figure = new_figure(2.0 + 1.9 * len(groups), 0.9 + 2.5 * len(protocols))
+        grid = figure.subplots(
+            len(protocols), len(groups), sharex=True, sharey="col", squeeze=False
+        )
+        for panels, protocol in zip(grid, protocols, strict=True):
+            for panel, group in zip(panels, groups, strict=True):
+                here = [
+                    r for r in rows if (r["first_loss_from"], r["protocol"]) == (group[0], protocol)
+                ]
+                _draw_occurrences(panel, here, table.rules(protocol))
+                panel.set_title(f"first: {first_loss_label(*group)}", fontsize=9)
+            panels[0].set_ylabel(f"loss, nats per word\n(protocol “{protocol}”)")
+        for panel in grid[0]:
+            panel.set_ylim(bottom=0)  # of its column, when everything is drawn
+        figure.supxlabel(
+            "occurrence of the word in its article (words that it has at least "
+            f"{SHARED_OCCURRENCES} times; first: static loss of the first occurrence)",
+            fontsize=8,
+        )
+        figure.legend(
+            *grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8
+        )
+        return save_figure(figure, folder / f"gain_by_occurrence{suffix}", _occurrence_csv(rows))
+
+
+def _draw_occurrences(panel: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str]) -> None:
+    """One line per rule; `rows` are those of one protocol and one bin of first losses."""
+    static = {row["from"]: row["nll"] / row["words"] for row in rows if row["rule"] == STATIC}
+    starts = [start for start, _ in OCCURRENCES]
+    for rule in rules:
+        mine = sorted((row for row in rows if row["rule"] == rule), key=lambda row: row["from"])
+        places = [starts.index(row["from"]) for row in mine]
+        style = rule_style(rule, rules)
+        losses = [row["nll"] / row["words"] for row in mine]
+        panel.plot(places, losses, marker="o", markersize=3, label=rule_label(rule), **style)
+        if rule == STATIC:
+            continue
+        bounds = [row["interval"] or [row["nats_per_word_gained"]] * 2 for row in mine]
+        low = [static[row["from"]] - high for row, (_, high) in zip(mine, bounds, strict=True)]
+        high = [static[row["from"]] - low for row, (low, _) in zip(mine, bounds, strict=True)]
+        panel.fill_between(places, low, high, color=style["color"], alpha=0.14, linewidth=0)
+    panel.set_xticks(range(len(starts)), [_bin_tick(*ends) for ends in OCCURRENCES], fontsize=8)
+
+
+def _bin_tick(start: int, stop: int | None) -> str:
+    if stop is None:
+        return f"{start}+"
+    return f"{start}" if stop == start + 1 else f"{start}–{stop - 1}"
+
+
+def _occurrence_csv(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is drawn: the bins, and the losses and gains in them."""
+    names = ("protocol", "rule", "first_loss_from", "first_loss_to", "from", "to")
+    return [
+        {name: "" if row[name] is None else row[name] for name in names}
+        | {"articles": row["articles"], "words": row["words"]}
+        | {"loss": row["nll"] / row["words"], "nats_per_word_gained": row["nats_per_word_gained"]}
+        | {"low": row["interval"][0] if row["interval"] else ""}
+        | {"high": row["interval"][1] if row["interval"] else ""}
+        for row in rows
+    ]
 
 
 def _bin_centres(bins: Sequence[PositionBin]) -> list[float]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mlm.base.names import STATIC, rule_label, rule_order, rule_texts
+from mlm.report.occurrences import SHARED_OCCURRENCES, bin_label, first_loss_label
 
 Row = dict[str, Any]
 
@@ -84,7 +85,7 @@ def _about_unknown(total: Row) -> list[str]:
 def _share(row: Row) -> str:
     """The share of a rule's gain that comes from the article that gains most."""
     share = row.get("largest_share")
-    return "" if row["rule"] == STATIC else _number(share, ".0%").replace("%", " %")
+    return "" if row["rule"] == STATIC else _percent(share)
 
 
 def _any_reset(totals: Sequence[Row]) -> bool:
@@ -161,6 +162,9 @@ def evaluation_markdown(rows: Sequence[Row]) -> str:
             *_totals_table(totals),
             *_settings(totals),
             *_comparison_table(_of(rows, "comparison", **here)),
+            *_novelty_table(_of(rows, "novelty", **here)),
+            *_occurrence_table(_of(rows, "occurrence", **here)),
+            *_distance_table(_of(rows, "distance", **here)),
             *_position_table(_of(rows, "position", **here)),
             *_article_table(_of(rows, "article", **here)),
         ]
@@ -242,6 +246,88 @@ def _comparison_table(comparisons: Sequence[Row]) -> list[str]:
 
 def _by_rule(rows: Sequence[Row]) -> list[str]:
     return sorted({row["rule"] for row in rows} - {STATIC}, key=rule_order)
+
+
+def _binned_table(
+    rows: Sequence[Row], names: Mapping[tuple[Any, ...], Sequence[str]], header: Sequence[str]
+) -> list[str]:
+    """A table of bins: what names each (`names`, by its bounds), words, static loss, gains."""
+    rules = _by_rule(rows)
+    cells = {(_bounds(row), row["rule"]): row for row in rows}
+    body = []
+    for bounds, cells_left in names.items():
+        static = cells.get((bounds, STATIC))
+        words = next(row["words"] for row in rows if _bounds(row) == bounds)
+        gains = [
+            _with_interval(cell["nats_per_word_gained"], cell["interval"])
+            if (cell := cells.get((bounds, rule)))
+            else "–"
+            for rule in rules
+        ]
+        loss = _number(static["nll"] / static["words"] if static else None)
+        body.append([*cells_left, f"{words:,}", loss, *gains])
+    labels = map(escape_markdown, map(rule_label, rules))
+    return _table([*header, "words", "static loss", *labels], body, left=len(header))
+
+
+def _bounds(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("first_loss_from", "first_loss_to", "from", "to"))
+
+
+def _novelty_table(rows: Sequence[Row]) -> list[str]:
+    """Words new to their article and words seen before, with their shares of the gain."""
+    rules = _by_rule(rows)
+    if not rules:
+        return []
+    body = []
+    for start in sorted({row["from"] for row in rows}):
+        here = {row["rule"]: row for row in rows if row["from"] == start}
+        share = _percent(next(iter(here.values())).get("share_of_words"))
+        gains = [
+            f"{_with_interval(row['nats_per_word_gained'], row['interval'])}, "
+            f"{_percent(row.get('share_of_gain'))}"
+            if (row := here.get(rule))
+            else "–"
+            for rule in rules
+        ]
+        body.append(["new" if start == 1 else "seen before", share, *gains])
+    header = ["the word is", "share of words", *map(escape_markdown, map(rule_label, rules))]
+    about = "New: the word's first occurrence in its article. Percentages: shares of the gain."
+    title = "### Nats gained per word, new words and words seen before"
+    return [title, "", about, "", *_table(header, body)]
+
+
+def _percent(share: float | None) -> str:
+    return _number(share, ".0%").replace("%", " %")
+
+
+def _occurrence_table(rows: Sequence[Row]) -> list[str]:
+    """What words of a static first loss gain at their first, second, ... occurrence."""
+    if not _by_rule(rows):
+        return []
+    names = {
+        _bounds(row): (
+            first_loss_label(row["first_loss_from"], row.get("first_loss_to")),
+            bin_label(row["from"], row.get("to")),
+        )
+        for row in rows
+    }
+    about = (
+        f"Words that their article has at least {SHARED_OCCURRENCES} times, grouped by the static "
+        f"loss of the first of these occurrences: occurrences 1 to {SHARED_OCCURRENCES} are of the "
+        "same words. The static loss is in nats per word."
+    )
+    table = _binned_table(rows, names, ["first static loss", "occurrence"])
+    return ["### Nats gained per word, by occurrence in the article", "", about, "", *table]
+
+
+def _distance_table(rows: Sequence[Row]) -> list[str]:
+    """What words gain by how long ago the article had them."""
+    if not _by_rule(rows):
+        return []
+    names = {_bounds(row): (bin_label(row["from"], row.get("to")),) for row in rows}
+    table = _binned_table(rows, names, ["words since"])
+    return ["### Nats gained per word, by words since the last occurrence", "", *table]
 
 
 def _position_table(positions: Sequence[Row]) -> list[str]:

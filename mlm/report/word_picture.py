@@ -1,4 +1,4 @@
-"""Running text with every word coloured by its loss difference, as a picture for papers.
+"""Running text with every word coloured by what a rule gains on it, as a picture for papers.
 
 The right half of Figure 2 of Wolf et al. 2018 (arXiv 1803.10631). Letters: N words.
 """
@@ -24,12 +24,20 @@ from mlm.report.losses import LossTable
 BETTER, NEUTRAL, WORSE = (0x43, 0x93, 0xC3), (0xFF, 0xFF, 0xFF), (0xD6, 0x60, 0x4D)
 
 
-#: The colour of a difference d is (|d| / range) ** COLOUR_POWER of the way from white: the many
+#: The colour of a gain g is (|g| / range) ** COLOUR_POWER of the way from white: the many
 #: small differences stay visible beside the few large ones.
 COLOUR_POWER = 0.6
 
 
-CLIP_PERCENTILE = 99.0
+CLIP_PERCENTILE = 95.0
+
+
+ROUND_ENDS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+"""Where colours may end, times a power of ten."""
+
+
+UNDERLINED = 0.125
+"""A word is underlined if its gain is at least this share of the range: the sign without colour."""
 
 
 LINE_END = "↵"
@@ -38,17 +46,24 @@ LINE_END = "↵"
 _SIZE, _LINE, _WIDTH = 10.0, 17.0, 504.0  # points: font, line height, text width (7 inches)
 
 
-def colour_range(difference_N: np.ndarray) -> float:
-    """Return the |difference| (nats) at which colours saturate: its 99th percentile, > 0."""
-    size = float(np.percentile(np.abs(difference_N), CLIP_PERCENTILE)) if len(difference_N) else 0
-    return max(size, 0.01)
+def colour_range(gain_N: np.ndarray) -> float:
+    """Return the |gain| (nats) at which colours saturate: its 95th percentile, rounded up."""
+    size = float(np.percentile(np.abs(gain_N), CLIP_PERCENTILE)) if len(gain_N) else 0
+    return round_end(size)
 
 
-def word_colour(difference: float, limit: float) -> tuple[float, float, float]:
-    """Return the RGB (0 to 1) of a loss difference in nats: blue below zero (better), white at
-    zero, red above; saturated at `limit`."""
-    share = min(abs(difference) / limit, 1.0) ** COLOUR_POWER
-    end = BETTER if difference < 0 else WORSE
+def round_end(size: float) -> float:
+    """Return the smallest round number (`ROUND_ENDS`) that is not below `size`; at least 0.01."""
+    power = 10.0 ** np.floor(np.log10(max(size, 0.01)) + 1e-9)
+    ends = [end * power for end in (*ROUND_ENDS, 10.0)]
+    return float(next((end for end in ends if end >= size * (1 - 1e-9)), ends[-1]))
+
+
+def word_colour(gain: float, limit: float) -> tuple[float, float, float]:
+    """Return the RGB (0 to 1) of a gain in nats: blue above zero (better), white at zero, red
+    below; saturated at `limit`."""
+    share = min(abs(gain) / limit, 1.0) ** COLOUR_POWER
+    end = BETTER if gain > 0 else WORSE
     red, green, blue = ((n + share * (e - n)) / 255 for n, e in zip(NEUTRAL, end, strict=True))
     return red, green, blue
 
@@ -136,7 +151,7 @@ def word_picture(
     name: str = "words",
 ) -> list[Path]:
     """Draw `words` words of an article from position `start`, each coloured by the loss of
-    `pair[0]` minus that of `pair[1]` (nats); return the paths of name.png, .svg and .csv.
+    `pair[1]` minus that of `pair[0]` (nats gained); return the paths of name.png, .svg and .csv.
 
     The colour range is that of the whole split, so that pictures compare. `UserError` if the
     article has no such words or a rule was not measured.
@@ -144,8 +159,8 @@ def word_picture(
     rows = check_words(table, article, start)
     here = slice(rows.start + start, min(rows.start + start + words, rows.stop))
     rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
-    limit = colour_range(rule_N - against_N)
-    difference = (rule_N - against_N)[here]
+    limit = colour_range(against_N - rule_N)
+    gain = (against_N - rule_N)[here]
     drawn = [str(word) for word in table.word_N[here]]
     with project_style():
         placed = _place_words(drawn)
@@ -162,13 +177,13 @@ def word_picture(
             f"protocol “{protocol}”"
         )
         page.text(0, -14, title, fontsize=9, va="center", fontweight="bold", parse_math=False)
-        for word, value in zip(placed, difference, strict=True):
+        for word, value in zip(placed, gain, strict=True):
             _draw_word(page, word, word_colour(float(value), limit))
         _draw_legend(page, height + 14, limit)
         csv_rows = [
             {"article": article, "position": start + i, "word": word}
             | {pair[0]: float(rule_N[here][i]), pair[1]: float(against_N[here][i])}
-            | {"difference": float(difference[i])}
+            | {"gain": float(gain[i])}
             for i, word in enumerate(drawn)
         ]
         return save_figure(figure, folder / name, csv_rows)
@@ -192,7 +207,7 @@ def _draw_word(page: Axes, word: _Placed, colour: tuple[float, float, float]) ->
 
 
 def _draw_legend(page: Axes, top: float, limit: float) -> None:
-    """A bar from better to worse, with the differences in nats."""
+    """A bar from worse to better, with the gains in nats."""
     left, width, steps = 60.0, 240.0, 120
     for step in range(steps):
         value = limit * (2 * (step + 0.5) / steps - 1)
@@ -204,13 +219,11 @@ def _draw_legend(page: Axes, top: float, limit: float) -> None:
         )
     page.add_patch(Rectangle((left, top), width, 9, fill=False, edgecolor="#8a8a8a", linewidth=0.5))
     text = {"fontsize": 8, "va": "center"}
-    page.text(left - 6, top + 4.5, "better", ha="right", **text)
-    page.text(left + width + 6, top + 4.5, "worse", ha="left", **text)
+    page.text(left - 6, top + 4.5, "worse", ha="right", **text)
+    page.text(left + width + 6, top + 4.5, "better", ha="left", **text)
     for share in (-1, -0.5, 0, 0.5, 1):
         label = f"{share * limit:+.2g}".replace("-", "−") if share else "0"
         page.text(
             left + width * (share + 1) / 2, top + 16, label, ha="center", fontsize=7.5, va="center"
         )
-    page.text(
-        left + width + 40, top + 16, "loss difference, nats", ha="left", fontsize=7.5, va="center"
-    )
+    page.text(left + width + 40, top + 16, "nats gained", ha="left", fontsize=7.5, va="center")

@@ -113,6 +113,7 @@ OPTIONS = {
     "articles": Range(1, 10**6),
     "first": Range(0, 10**9),
     "passage": Range(0, 10**9),
+    "page_words": Range(1, 10**9),
 }
 """What the numbers may be that are options of a command, and no settings."""
 

@@ -385,9 +385,9 @@ def show(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def draw(folder: Path, split: str | None = None) -> None:
     """Draw the pictures of a folder with results; print their paths."""
-    from mlm.report.plots import draw_all  # matplotlib, only where something is drawn
+    from mlm.page.folder import draw_run  # matplotlib, only where something is drawn
 
-    ranks().on_first(lambda: print("pictures:", *draw_all(folder, split), sep="\n  ", flush=True))
+    ranks().on_first(lambda: print("pictures:", *draw_run(folder, split), sep="\n  ", flush=True))
 
 
 def evaluate_run(

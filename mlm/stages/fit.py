@@ -24,7 +24,7 @@ from mlm.stages.machine import (
     pace,
     resident_bytes,
 )
-from mlm.stages.needs import MODES, STAGES, Lengths, Part, RunSizes, Work
+from mlm.stages.needs import MODES, STAGES, Effort, Lengths, Phase, RunSizes
 from mlm.text.corpora import open_corpus
 from mlm.text.streams import Text
 from mlm.text.tokens import TokenFile, encode_split
@@ -135,10 +135,10 @@ class Stage(NamedTuple):
     """What a stage takes."""
 
     name: str
-    largest: Part
+    largest: Phase
     """The part with the highest peak."""
     bytes: float
-    work: Work
+    work: Effort
 
 
 def predicted(sizes: RunSizes, device: torch.device, resident: float) -> list[Stage]:
@@ -148,7 +148,7 @@ def predicted(sizes: RunSizes, device: torch.device, resident: float) -> list[St
         if name in STAGES:
             parts = STAGES[name](sizes)
             largest = max(parts, key=lambda part: part.bytes)
-            work = Work()
+            work = Effort()
             for part in parts:
                 work = work.plus(part.work)
             more = resident + LIBRARIES[name] if device.type == "cpu" else 0.0
@@ -156,7 +156,7 @@ def predicted(sizes: RunSizes, device: torch.device, resident: float) -> list[St
     return found
 
 
-def seconds(work: Work, device: torch.device, threads: int) -> float:
+def seconds(work: Effort, device: torch.device, threads: int) -> float:
     """About how long some work takes here."""
     speed = pace(device, threads)
     products = work.products / (EFFICIENCY * speed.products)

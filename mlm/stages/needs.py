@@ -51,7 +51,7 @@ class Lengths(NamedTuple):
         return self.tokens / max(1, self.words)
 
 
-class Work(NamedTuple):
+class Effort(NamedTuple):
     """What takes time."""
 
     products: float = 0.0
@@ -61,21 +61,21 @@ class Work(NamedTuple):
     segments: float = 0.0
     """Steps of the loop over segments."""
 
-    def times(self, factor: float) -> Work:
+    def times(self, factor: float) -> Effort:
         """As much of it."""
-        return Work(*(factor * x for x in self))
+        return Effort(*(factor * x for x in self))
 
-    def plus(self, other: Work) -> Work:
+    def plus(self, other: Effort) -> Effort:
         """Both."""
-        return Work(*(a + b for a, b in zip(self, other, strict=True)))
+        return Effort(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-class Part(NamedTuple):
+class Phase(NamedTuple):
     """A part of a stage; of a stage's parts only one is in memory at once."""
 
     name: str
     bytes: float
-    work: Work = Work()
+    work: Effort = Effort()
     lanes: str | None = None
     """The setting whose lanes it is proportional to."""
 
@@ -257,21 +257,21 @@ class RunSizes:
             found += share * width * (hi - lo)
         return found
 
-    def static_work(self, tokens: float, lanes: int, steps: int, passes: float) -> Work:
+    def static_work(self, tokens: float, lanes: int, steps: int, passes: float) -> Effort:
         """Reading under shared weights."""
-        return Work(passes * self.products * tokens, 0.0, tokens / (lanes * steps))
+        return Effort(passes * self.products * tokens, 0.0, tokens / (lanes * steps))
 
-    def adapting_work(self, tokens: float, lanes: int, copies: float) -> Work:
+    def adapting_work(self, tokens: float, lanes: int, copies: float) -> Effort:
         """Reading under the lanes' own weights, of which so many copies are moved per update."""
         steps = self.config.adapt.update_every
         moved = FLOAT * copies * self.own * tokens / steps
-        return Work(3 * self.products * tokens, moved, tokens / (lanes * steps))
+        return Effort(3 * self.products * tokens, moved, tokens / (lanes * steps))
 
 
 # -- the stages -----------------------------------------------------------------------------------
 
 
-def stage_1(sizes: RunSizes) -> list[Part]:
+def stage_1(sizes: RunSizes) -> list[Phase]:
     """The language model: weights, their gradients, Adam's moments, and one segment."""
     config, lm = sizes.config, sizes.config.lm
     lanes = min(lm.lanes, sizes.train.articles)
@@ -288,10 +288,10 @@ def stage_1(sizes: RunSizes) -> list[Part]:
         total += FLOAT * lanes * 5.0 * sizes.own + sizes.reading_bytes(lanes)
         work = work.plus(sizes.adapting_work(tokens, lanes, 6.0))
     work = work.plus(sizes.static_work(lm.validations * sizes.valid.tokens, lanes, lm.segment, 1.0))
-    return [Part("stage 1", total, work, "lm.lanes" if config.lm.lanes > 1 else None)]
+    return [Phase("stage 1", total, work, "lm.lanes" if config.lm.lanes > 1 else None)]
 
 
-def stage_2(sizes: RunSizes) -> list[Part]:
+def stage_2(sizes: RunSizes) -> list[Phase]:
     """The adaptation base, a tuned starting point, and every rule."""
     config, base = sizes.config, FLOAT * sizes.base_numbers
     evaluation, text = config.evaluation, sizes.held_out
@@ -300,7 +300,7 @@ def stage_2(sizes: RunSizes) -> list[Part]:
     numbers = 2 * sizes.own + sizes.largest
     fisher = FLOAT * (lanes * numbers + sizes.own) + sizes.reading_bytes(lanes)
     found = [
-        Part(
+        Phase(
             "stage 2 (Fisher)",
             base + fisher,
             sizes.adapting_work(min(text.tokens, words), lanes, 4.0),
@@ -312,18 +312,18 @@ def stage_2(sizes: RunSizes) -> list[Part]:
         if need != Need():
             reading = sizes.reading_bytes(lanes) if need.tokens else 0.0
             work = sizes.adapting_work(need.tokens, lanes, 6.0)
-            found.append(Part(_called(extension), base + need.bytes + reading, work))
+            found.append(Phase(_called(extension), base + need.bytes + reading, work))
     if config.meta.start in HAND_MADE and config.lm.through != "learned":
         rule = HAND_MADE_RULES[config.meta.start]
         tuned = sizes.adapting_bytes(rule, evaluation.lanes, sizes.tune, sizes.tune.longest)
         work = sizes.adapting_work(evaluation.budget * sizes.tune.tokens, evaluation.lanes, 6.0)
-        found.append(Part("stage 2 (tuning)", base + tuned, work, "evaluation.lanes"))
+        found.append(Phase("stage 2 (tuning)", base + tuned, work, "evaluation.lanes"))
     for rule in sizes.learned:
         found += _of_rule(sizes, rule, base)
     return found
 
 
-def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Part]:
+def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Phase]:
     """Training of a rule, its judgements, and what extensions learn with it."""
     meta, evaluation = sizes.config.meta, sizes.config.evaluation
     label = rule.name.replace("_", " ")
@@ -332,7 +332,7 @@ def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Part]:
     tokens = evaluation.budget * len(evaluation.protocols) * sizes.tune.tokens
     found = [
         meta_part(sizes, rule),
-        Part(
+        Phase(
             f"stage 2 (judging {label})",
             base + reader + judged,
             sizes.adapting_work(tokens, evaluation.lanes, 6.0),
@@ -346,7 +346,7 @@ def _of_rule(sizes: RunSizes, rule: LinearGates, base: float) -> list[Part]:
             held = sizes.lane_bytes(meta.lanes, sizes.held_out, sizes.held_out.longest)
             total = base + reader + need.bytes + held + sizes.reading_bytes(meta.lanes)
             work = sizes.adapting_work(need.tokens, meta.lanes, 6.0)
-            found.append(Part(_called(extension), total, work))
+            found.append(Phase(_called(extension), total, work))
     return found
 
 
@@ -355,7 +355,7 @@ def _called(extension: Extension) -> str:
     return f"stage 2 ({extension.name.replace('_', ' ')})"
 
 
-def meta_part(sizes: RunSizes, rule: LinearGates) -> Part:
+def meta_part(sizes: RunSizes, rule: LinearGates) -> Phase:
     """Training of one rule by the meta-gradient that the settings name ("auto" = reverse)."""
     config, meta = sizes.config, sizes.config.meta
     mode = "reverse" if meta.gradient == "auto" else meta.gradient
@@ -372,7 +372,7 @@ def meta_part(sizes: RunSizes, rule: LinearGates) -> Part:
     work = sizes.adapting_work(times.get(mode, 1.0) * tokens, meta.lanes, moved)
     label = rule.name.replace("_", " ")
     name = f"stage 2 (meta-training {label}, {mode}, {meta.lanes} lanes)"
-    return Part(name, total, work, "meta.lanes")
+    return Phase(name, total, work, "meta.lanes")
 
 
 def meta_copies(sizes: RunSizes, rule: LinearGates, mode: str) -> float:
@@ -400,7 +400,7 @@ def tangent_copies(sizes: RunSizes, rule: LinearGates) -> float:
     return float(sum(p.numel() for p in rule.initial(sizes.base).values()))
 
 
-def scoring(sizes: RunSizes) -> list[Part]:
+def scoring(sizes: RunSizes) -> list[Phase]:
     """Every rule in every protocol on the split, and the words with their losses."""
     config, base = sizes.config, FLOAT * sizes.base_numbers
     chosen, text = config.evaluation, sizes.scored
@@ -408,7 +408,7 @@ def scoring(sizes: RunSizes) -> list[Part]:
     caches = any(name.endswith(CACHE) for name in chosen.rules)
     columns = len(chosen.protocols) * (1 + len(chosen.rules))
     words = text.words * (150.0 + 24 * columns) + text.tokens * 32.0
-    total, work = words, Work()
+    total, work = words, Effort()
     for rule in _rules(sizes, names):
         lanes = min(chosen.lanes, text.articles)
         need = sizes.adapting_bytes(rule, lanes, text, text.longest)
@@ -425,7 +425,7 @@ def scoring(sizes: RunSizes) -> list[Part]:
     if caches:
         total += _cache_bytes(sizes)
     work = work.plus(sizes.static_work(text.tokens, chosen.lanes, config.adapt.update_every, 1.0))
-    return [Part("evaluation", base + total, work, "evaluation.lanes")]
+    return [Phase("evaluation", base + total, work, "evaluation.lanes")]
 
 
 def _cache_bytes(sizes: RunSizes) -> float:
@@ -445,7 +445,7 @@ def _rules(sizes: RunSizes, names: set[str]) -> list[UpdateRule]:
     return found + [rule_to_train(meta, name, start) for name in learned]
 
 
-STAGES: dict[str, Callable[[RunSizes], list[Part]]] = {
+STAGES: dict[str, Callable[[RunSizes], list[Phase]]] = {
     "lm": stage_1,
     "meta": stage_2,
     "evaluate": scoring,

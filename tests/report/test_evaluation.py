@@ -417,7 +417,8 @@ def test_merging_replaces_rows_of_the_same_rule_only():
     assert not [r for r in merged if r["kind"] == "comparison" and r["protocol"] == "article"
                 and "rms" in (r["rule"], r["against"])]  # fmt: skip
     kinds = [row["kind"] for row in merged]
-    assert kinds == sorted(kinds, key=["total", "comparison", "position", "article"].index)
+    order = ["total", "comparison", "novelty", "occurrence", "distance", "position", "article"]
+    assert kinds == sorted(kinds, key=order.index)
 
 
 def test_merging_drops_the_rows_of_another_model():

@@ -19,7 +19,14 @@ from mlm.base.errors import UserError
 from mlm.report import figure2 as figure2_module
 from mlm.report.figure2 import figure2, letter, moving_average, panels_of, smooth, window_points
 from mlm.report.losses import LossTable
-from mlm.report.plots import draw_all, gain_by_position, read_metrics, training_curves, word_picture
+from mlm.report.plots import (
+    draw_all,
+    gain_by_occurrence,
+    gain_by_position,
+    read_metrics,
+    training_curves,
+    word_picture,
+)
 from mlm.report.word_picture import colour_range, ink_on, word_colour
 
 REPOSITORY = Path(__file__).parents[2]
@@ -143,6 +150,29 @@ def test_gain_by_position_draws_every_rule_and_protocol(run: Path, tmp_path: Pat
     assert float(first["low"]) < same["nats_per_word_gained"] < float(first["high"])
 
 
+def test_gain_by_occurrence_draws_the_losses_of_the_words_that_come_back(run: Path, tmp_path: Path):
+    rows = read_csv(gain_by_occurrence(LossTable.load(run / "losses.parquet"), tmp_path)[2])
+    assert {(r["protocol"], r["rule"]) for r in rows} >= {("article", "static"), ("stream", "rms")}
+    key = ("article", "rms", "5", "10", "2")
+    names = ("protocol", "rule", "first_loss_from", "first_loss_to", "from")
+    drawn = next(row for row in rows if tuple(row[name] for name in names) == key)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    same = next(
+        row
+        for row in evaluation
+        if (row["kind"], row["split"]) == ("occurrence", "valid")
+        and tuple(str(row[name]) for name in names) == key
+    )
+    assert float(drawn["loss"]) == pytest.approx(same["nll"] / same["words"], rel=1e-4)
+    assert float(drawn["low"]) < same["nats_per_word_gained"] < float(drawn["high"])
+
+
+def test_words_that_never_come_back_make_no_picture_of_occurrences(tmp_path: Path):
+    table = made_up_losses([["a", "b", "a", "<eos>"]])
+    assert gain_by_occurrence(table, tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_training_curves_tolerate_what_is_missing(tmp_path: Path):
     assert training_curves(tmp_path) == []
     lines = [
@@ -174,7 +204,7 @@ def test_the_word_picture_is_safe_for_any_word(tmp_path: Path):
     rows = read_csv(paths[2])
     assert [row["word"] for row in rows] == words
     for row, loss, static in zip(rows, table.losses["rms"], table.losses["static"], strict=True):
-        assert float(row["difference"]) == pytest.approx(loss - static, rel=1e-4, abs=1e-5)
+        assert float(row["gain"]) == pytest.approx(static - loss, rel=1e-4, abs=1e-5)
 
 
 def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: Path):
@@ -187,8 +217,8 @@ def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: 
 
 def test_colours_are_white_at_zero_symmetric_and_clipped():
     assert word_colour(0, 2) == (1, 1, 1)
-    assert word_colour(-9, 2) == pytest.approx([0x43 / 255, 0x93 / 255, 0xC3 / 255])
-    assert word_colour(9, 2) == pytest.approx([0xD6 / 255, 0x60 / 255, 0x4D / 255])
+    assert word_colour(9, 2) == pytest.approx([0x43 / 255, 0x93 / 255, 0xC3 / 255])
+    assert word_colour(-9, 2) == pytest.approx([0xD6 / 255, 0x60 / 255, 0x4D / 255])
     assert word_colour(1, 2) == pytest.approx([1 - 0.5**0.6 * (1 - c) for c in word_colour(2, 2)])
     assert colour_range(np.r_[np.zeros(1000), 100.0]) < 1  # one outlier does not set the range
     assert colour_range(np.zeros(3)) > 0
@@ -208,15 +238,14 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
     names = {path.relative_to(run).as_posix() for path in paths}
     stems = [
         "figure2",
+        "gain_by_occurrence",
         "gain_by_position",
         "words_start",
         "words_middle",
         "words_3_100",
         "training",
     ]
-    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".csv")} | {
-        "words.html"
-    }
+    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".csv")}
     for path in paths:
         assert path.stat().st_size > 100
         if path.suffix == ".svg":
@@ -224,7 +253,6 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
         if path.suffix == ".png":
             assert path.read_bytes().startswith(b"\x89PNG")
     assert (run / "figures/figure2_test.png") in draw_all(run, "test", 1)
-    assert (run / "words_test.html").exists()
     assert not [path for path in run.rglob(".*") if path.is_file()]  # nothing half-written
 
 
@@ -239,7 +267,7 @@ def test_drawing_twice_gives_the_same_bytes(run: Path, tmp_path: Path):
 
 def test_a_run_of_one_word_is_drawn(tmp_path: Path):
     make_run(tmp_path, lengths=(1,), rules=("static", "rms"), protocols=("article",))
-    assert (tmp_path / "words.html") in draw_all(tmp_path)
+    assert (tmp_path / "figures/words_start.png") in draw_all(tmp_path)
 
 
 def test_a_protocol_that_was_not_measured_is_refused(tmp_path: Path):

@@ -36,7 +36,14 @@ from mlm.training.language_model import LMTrainer
 from mlm.training.meta import MetaTrainer
 
 RULES = EvaluationConfig().rules
-PICTURES = ("figure2", "gain_by_position", "words_start", "words_middle", "training")
+PICTURES = (
+    "figure2",
+    "gain_by_occurrence",
+    "gain_by_position",
+    "words_start",
+    "words_middle",
+    "training",
+)
 TOTAL_KEYS = {
     "rule",
     "protocol",

@@ -15,9 +15,10 @@ import pytest
 from fake_run import made_up_losses, made_up_words
 
 from mlm.base.errors import UserError
+from mlm.page import page as page_module
+from mlm.page.page import WordLossPage, about, opening_pairs, write_page
 from mlm.report.losses import LossTable
-from mlm.report.page import WordLossPage, write_page
-from mlm.report.word_picture import ink_on, word_colour
+from mlm.report.word_picture import round_end, word_colour
 
 HOSTILE = [
     "</script>",
@@ -80,17 +81,17 @@ def test_words_and_losses_come_back_from_the_page():
     words = [data["vocabulary"][i] for i in unpack(data["words"], "<u4")]
     assert words == list(table.word_N)
     assert data["vocabulary"][data["eos"]] == "<eos>"
-    assert [(a["start"], a["words"], a["of"]) for a in data["articles"]] == [
-        (0, 300, 300),
-        (300, 120, 120),
+    assert [(a["letter"], a["start"], a["words"], a["of"]) for a in data["articles"]] == [
+        ("A", 0, 300, 300),
+        ("B", 300, 120, 120),
     ]
     assert [p["name"] for p in data["protocols"]] == ["article", "stream"]
     for protocol in data["protocols"]:
-        assert protocol["pair"] == ["two_levels", "static"]
+        assert protocol["pairs"] == [["three_levels", "static"], ["three_levels", "rms"]]
         for rule in protocol["rules"]:
             shown = unpack(rule["losses"], "<u2") / data["scale"]
             np.testing.assert_allclose(
-                shown, table.loss(rule["name"], protocol["name"]), atol=0.0051
+                shown, table.loss(rule["name"], protocol["name"]), atol=0.00051
             )
 
 
@@ -127,7 +128,8 @@ def test_the_page_is_cut_at_its_word_limit():
     table = table_of(*(made_up_words(100, rng) for _ in range(4)))
     data = data_of(WordLossPage(table, words=250).html())
     assert [(a["words"], a["of"]) for a in data["articles"]] == [(100, 100), (100, 100), (50, 100)]
-    assert data["all_articles"] == 4
+    assert (data["all_articles"], data["all_words"]) == (4, 400)
+    assert data_of(WordLossPage(table, words=250, all_words=900).html())["all_words"] == 900
     assert len(unpack(data["words"], "<u4")) == 250
     with pytest.raises(UserError, match="at least 1"):
         WordLossPage(table, words=0).html()
@@ -138,17 +140,45 @@ def test_one_word_one_rule_one_protocol_make_a_page(tmp_path: Path):
     page = write_page(table, tmp_path / "words.html").read_text(encoding="utf-8")
     data = data_of(page)
     assert data["eos"] == -1
-    assert [p["pair"] for p in data["protocols"]] == [["mine", "static"]]
+    assert [p["pairs"] for p in data["protocols"]] == [[["mine", "static"]]]
     assert [path.name for path in tmp_path.iterdir()] == ["words.html"]
 
 
-def test_losses_beyond_the_packed_range_are_clipped():
+def test_large_losses_are_kept_in_coarser_steps_and_those_beyond_are_clipped():
     table = table_of(["a", "b"])
+    table.losses["rms"][:] = [300, 2]
+    data = data_of(WordLossPage(table).html())
+    rules = {r["name"]: r for r in data["protocols"][0]["rules"]}
+    kept = unpack(rules["rms"]["losses"], "<u2") / data["scale"]
+    np.testing.assert_allclose(kept, [300, 2], atol=0.5 / data["scale"])
     table.losses["rms"][:] = 1e6
     table.losses["sgd"][:] = -1e-3
     rules = {r["name"]: r for r in data_of(WordLossPage(table).html())["protocols"][0]["rules"]}
     assert list(unpack(rules["rms"]["losses"], "<u2")) == [65535, 65535]
     assert list(unpack(rules["sgd"]["losses"], "<u2")) == [0, 0]
+
+
+def test_the_page_opens_on_the_best_learned_rule_against_static_and_its_best_rival():
+    table = table_of(["a", "b", "c"], rules=("static", "sgd", "rms", "two_levels", "four_levels"))
+    loss = {"static": 9, "sgd": 8, "rms": 5, "two_levels": 4, "four_levels": 6}
+    for rule, nats in loss.items():
+        table.losses[rule][:] = nats
+    assert opening_pairs(table, "article") == [("two_levels", "static"), ("two_levels", "rms")]
+    table.losses["static+cache"] = np.full(3, 3.0)  # a cache is no learned rule, but a rival
+    table.losses["mine"] = np.full(3, 2.0)
+    assert opening_pairs(table, "article") == [("mine", "static"), ("mine", "static+cache")]
+    hand_made = table_of(["a"], rules=("static", "sgd", "rms"))
+    hand_made.losses["rms"][:] = 0
+    assert opening_pairs(hand_made, "article") == [("rms", "static")]
+
+
+def test_every_rule_of_the_page_is_explained():
+    assert "Krause" in about("rms")
+    assert "Grave" in about("static+cache")
+    assert "Krause" in about("rms+cache")
+    assert "Grave" in about("rms+cache")
+    assert about("mine") == ""
+    assert about("mine+cache").startswith("with")
 
 
 def test_static_alone_makes_no_page():
@@ -181,19 +211,47 @@ def test_the_page_colours_words_as_the_pictures_do():
     script = Parts(page).scripts[1]
     functions = "".join(
         re.findall(rf"^function {name}\(.*?^}}\n", script, re.M | re.S)[0]
-        for name in ("colour", "ink")
+        for name in ("share", "colourOf", "roundEnd")
     )
-    values = [-9, -2, -1.3, -0.2, -0.001, 0, 0.01, 0.7, 1.999, 2, 50]
+    gains = [-9, -2, -1.3, -0.2, -0.001, 0, 0.01, 0.7, 1.999, 2, 50]
+    sizes = [0, 0.003, 0.01, 0.017, 0.4, 1, 1.01, 3.3, 7, 9, 99, 100.5]
     program = (
         f"new Function({json.dumps(script)});"  # the whole script parses
-        f"const data = {json.dumps(data_of(page))}, dark = {{matches: false}}, limit = 2;"
-        f"{functions}"
-        f"console.log(JSON.stringify({values}.map((v) => [colour(v), ink(colour(v))])))"
+        f"const data = {json.dumps(data_of(page))};{functions}"
+        f"console.log(JSON.stringify([{gains}.map((v) => colourOf(v, 2, false)),"
+        f"{sizes}.map(roundEnd)]))"
     )
     result = subprocess.run(
         [node(), "-e", program], capture_output=True, text=True, timeout=60, check=True
     )
-    for value, (rgb, ink) in zip(values, json.loads(result.stdout), strict=True):
-        expected = word_colour(value, 2)
-        assert rgb == pytest.approx([255 * c for c in expected], abs=0.501)
-        assert ink == {"#000000": "#000", "#ffffff": "#fff"}[ink_on(expected)]
+    colours, ends = json.loads(result.stdout)
+    for gain, rgb in zip(gains, colours, strict=True):
+        assert rgb == pytest.approx([255 * c for c in word_colour(gain, 2)], abs=0.501)
+    assert ends == pytest.approx([round_end(size) for size in sizes])
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_words_are_readable_on_every_colour_of_the_scale(dark: bool):
+    """WCAG 2.1, 1.4.3: a contrast of 4.5 between the ink and each colour from paper to end."""
+    style = (Path(page_module.__file__).parent / "page.css").read_text(encoding="utf-8")
+    block = re.findall(r":root(?:\[data-dark\])? \{(.*?)\}", style, re.S)[int(dark)]
+    values = dict(re.findall(r"--([\w-]+): ([^;]+);", block))
+
+    def rgb(text: str) -> np.ndarray:
+        if text.startswith("#"):
+            return np.array([int(text[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        return np.array([int(part) for part in re.findall(r"\d+", text)]) / 255
+
+    def light(colour: np.ndarray) -> float:
+        linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722]) + 0.05
+
+    for end in ("better", "worse"):
+        for share in np.linspace(0, 1, 21):
+            colour = (1 - share) * rgb(values["paper"]) + share * rgb(values[end])
+            pair = sorted([light(colour), light(rgb(values["word"]))])
+            assert pair[1] / pair[0] >= 4.5, (end, share)
+    for name in ("ink", "faint"):
+        for paper in ("paper", "panel", "press"):
+            pair = sorted([light(rgb(values[name])), light(rgb(values[paper]))])
+            assert pair[1] / pair[0] >= 4.5, (name, paper)

@@ -1,0 +1,58 @@
+"""Everything that a folder with results shows: the pictures, and the page beside them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import Command
+from fake_run import make_run
+
+from mlm.cli.show import Options
+from mlm.page import folder as folder_module
+from mlm.page.folder import draw_run
+from mlm.page.page import WORD_LIMIT
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose pictures take no time."""
+    monkeypatch.setattr(folder_module, "draw_all", lambda *_, **__: [])
+    rules, protocols = ("static", "rms"), ("article",)
+    return make_run(
+        tmp_path / "run",
+        lengths=(60, 50),
+        splits=("valid", "test"),
+        rules=rules,
+        protocols=protocols,
+        resamples=9,
+    )
+
+
+def test_the_page_of_each_split_has_a_name_of_its_own(run: Path):
+    assert draw_run(run) == [run / "words.html"]
+    assert draw_run(run, "test") == [run / "words_test.html"]
+
+
+def test_the_page_holds_as_many_words_as_asked_for(run: Path):
+    (page,) = draw_run(run, page_words=70)
+    text = page.read_text(encoding="utf-8")
+    assert '"all_words": 110' in text
+    assert '"of": 50' in text
+    assert '"words": 10}' in text
+    assert Options(run).page_words == WORD_LIMIT
+    assert WORD_LIMIT >= 245_569  # WikiText-103's test split
+
+
+def test_the_command_shows_a_passage_in_the_terminal(
+    run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    shown = command("visualize", run, "--terminal", "--passage", 1, 3)
+    assert shown.code == 0, shown.err
+    assert "Title 1, from word 4: RMS dynamic evaluation against static" in shown.out
+    assert "\x1b[" not in shown.out  # not a terminal
+    assert not (run / "words.html").exists()
+    error = command("visualize", run, "--terminal", "--passage", 1, 50).error
+    assert "article 1 has 50 words" in error
+    assert "--page-words" in command("visualize", run, "--page-words", 0).error
