@@ -18,8 +18,8 @@ import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import EOS, rule_label, rule_texts
-from mlm.report.figure2 import panels_of
+from mlm.base.names import EOS, STATIC, rule_label, rule_texts
+from mlm.report.figure2 import winner
 from mlm.report.losses import LossTable, column_name
 from mlm.report.word_picture import BETTER, CLIP_PERCENTILE, COLOUR_POWER, WORSE
 
@@ -91,7 +91,7 @@ class WordLossPage:
             "protocols": [
                 {
                     "name": protocol,
-                    "pair": panels_of(table.rules(protocol))[0],
+                    "pair": (winner(table, protocol), STATIC),
                     "rules": [
                         {"name": rule, "label": rule_label(rule), "losses": losses}
                         for rule, losses in self._losses(protocol, shown)

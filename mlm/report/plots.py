@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its folder alone: PNG and SVG beside a CSV of what is drawn."""
+"""The pictures of a run, drawn from its folder alone, each beside a CSV of what is drawn."""
 
 from __future__ import annotations
 
@@ -8,19 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mlm.base.errors import UserError
 from mlm.base.files import parse_json
 from mlm.base.names import STATIC, rule_label, rule_order
-from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
+from mlm.report.drawing import (
+    PAPER,
+    Look,
+    new_figure,
+    project_style,
+    rule_style,
+    save_figure,
+)
 from mlm.report.evaluation import PositionBin, position_gains
-from mlm.report.figure2 import figure2, panels_of
+from mlm.report.figure2 import figure2, winner
 from mlm.report.losses import LossTable, default_split, splits
 from mlm.report.page import write_page
 from mlm.report.word_picture import word_picture
 
 __all__ = ["draw_all", "figure2", "gain_by_position", "training_curves", "word_picture"]
+
+PICTURES = ("figure2", "gain_by_position", "words", "training", "page")
+"""What `draw_all` draws, in order."""
 
 
 def draw_all(
@@ -31,13 +42,17 @@ def draw_all(
     first: int = 0,
     protocol: str | None = None,
     passage: tuple[int, int] | None = None,
+    pair: tuple[str | None, str | None] = (None, None),
+    only: Sequence[str] = (),
+    look: Look = PAPER,
 ) -> list[Path]:
     """Draw every picture of a run from its folder; return the paths written.
 
     Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
     words_middle (of the longest of them), gain_by_position and, if the run has `metrics.jsonl`,
     training; and `words.html` beside it. `passage` (article, position) draws those words too.
-    `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured.
+    `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured;
+    `pair` None compares the best learned rule with static. `only` names the pictures to draw.
     `split` None takes `valid`, else the first in the file; another split's files get its name as a
     suffix. Raises `UserError` if the folder lacks what a picture needs.
     """
@@ -45,17 +60,47 @@ def draw_all(
         raise UserError(f"cannot draw {articles} articles; ask for at least 1 (--articles)")
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} not found; name the folder given to train.py --out")
+    odd = [name for name in only if name not in PICTURES]
+    if odd:
+        raise UserError(f"no picture {odd[0]!r}; choose from {', '.join(PICTURES)} (--only)")
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
+    _check_pair(table, pair)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
-    paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)
-    paths += gain_by_position(table, folder, suffix=suffix)
     among = table.articles[first : first + articles]
-    paths += word_pictures(table, folder, among, protocol=protocol, passage=passage, suffix=suffix)
-    paths += training_curves(run_dir)
-    paths.append(write_page(table, run_dir / f"words{suffix}.html"))
-    return paths
+    words = {"protocol": protocol, "passage": passage, "pair": pair}
+    draw = {
+        "figure2": lambda: figure2(
+            table,
+            folder,
+            articles=articles,
+            first=first,
+            protocol=protocol,
+            pair=pair,
+            suffix=suffix,
+            look=look,
+        ),
+        "gain_by_position": lambda: gain_by_position(table, folder, suffix=suffix, look=look),
+        "words": lambda: word_pictures(table, folder, among, suffix=suffix, look=look, **words),
+        "training": lambda: training_curves(run_dir, look),
+        "page": lambda: [write_page(table, run_dir / f"words{suffix}.html")],
+    }
+    return [path for name in PICTURES if name in (only or PICTURES) for path in draw[name]()]
+
+
+def _check_pair(table: LossTable, pair: tuple[str | None, str | None]) -> None:
+    """Raise `UserError` unless these rules were measured in every protocol that is compared."""
+    for flag, rule in zip(("--rule", "--against"), pair, strict=True):
+        for protocol in table.compared_protocols():
+            known = table.rules(protocol)
+            if rule is not None and rule not in known:
+                raise UserError(
+                    f"{flag} {rule} was not measured in protocol {protocol}; choose from "
+                    f"{', '.join(known)}"
+                )
+    if pair[0] is not None and pair[0] == (pair[1] or STATIC):
+        raise UserError(f"--rule {pair[0]} is compared with itself; choose another --against")
 
 
 def word_pictures(
@@ -66,12 +111,14 @@ def word_pictures(
     protocol: str | None = None,
     passage: tuple[int, int] | None = None,
     words: int = 160,
+    pair: tuple[str | None, str | None] = (None, None),
     suffix: str = "",
+    look: Look = PAPER,
 ) -> list[Path]:
     """Draw the start and the middle of the longest article in `among` (before and after the
     weights have learned from it) and a `passage` (article, position); return the paths."""
     protocol = protocol or table.compared_protocols()[0]
-    pair = panels_of(table.rules(protocol))[0]
+    compared = pair[0] or winner(table, protocol), pair[1] or STATIC
     article = max(among, key=lambda index: table.rows(index).stop - table.rows(index).start)
     length = table.rows(article).stop - table.rows(article).start
     wanted = [("words_start", article, 0), ("words_middle", article, length // 2)]
@@ -86,21 +133,23 @@ def word_pictures(
             article=index,
             start=start,
             words=words,
-            pair=pair,
+            pair=compared,
             protocol=protocol,
             name=f"{name}{suffix}",
+            look=look,
         )
     ]
 
 
-def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> list[Path]:
+def gain_by_position(
+    table: LossTable, folder: Path, *, suffix: str = "", look: Look = PAPER
+) -> list[Path]:
     """Draw the nats per word each rule gains over static, by position in the article, with 95 %
     bootstrap bands over articles, one panel per protocol; return the paths written."""
     protocols = table.compared_protocols()
     rows: list[dict[str, Any]] = []
     with project_style():
-        figure = new_figure(2.6 + 4.0 * len(protocols), 3.6)
-        panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+        figure, panels = _side_by_side(len(protocols), 2.2, look, sharey=True)
         for panel, protocol in zip(panels, protocols, strict=True):
             rules = [rule for rule in table.rules(protocol) if rule != STATIC]
             for rule in rules:
@@ -114,10 +163,21 @@ def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> lis
                     for b in bins
                 ]
             _position_axis(panel, position_gains(table, STATIC, protocol))
-            panel.set_title(f"protocol “{protocol}”")
-        panels[0].set_ylabel("nats per word gained over static")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-        return save_figure(figure, folder / f"gain_by_position{suffix}", rows)
+            panel.set_title(f"Protocol “{protocol}”")
+            if look.narrow or protocol == protocols[0]:
+                panel.set_ylabel("gain over static, nats per word")
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(min(low, -0.12 * high), high)  # room for the numbers of articles
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=1 if look.narrow else 3)
+        return save_figure(figure, folder / f"gain_by_position{suffix}", rows, look.formats)
+
+
+def _side_by_side(number: int, height: float, look: Look, **more: Any) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, each so many inches high; below each other in a narrow one."""
+    rows, columns = (number, 1) if look.narrow else (1, number)
+    figure = new_figure(look.width, height * rows + 0.8)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **more).flat)
 
 
 def _bin_centres(bins: Sequence[PositionBin]) -> list[float]:
@@ -129,7 +189,7 @@ def _draw_bins(panel: Axes, bins: Sequence[PositionBin], rule: str, rules: Seque
     centres = _bin_centres(bins)
     style = rule_style(rule, rules)
     panel.plot(
-        centres, [b.gain for b in bins], marker="o", markersize=3.5, label=rule_label(rule), **style
+        centres, [b.gain for b in bins], marker="o", markersize=3, label=rule_label(rule), **style
     )
     known = [b.interval is not None for b in bins]
     low = [b.interval[0] if b.interval else b.gain for b in bins]
@@ -147,8 +207,8 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
     panel.xaxis.set_major_locator(FixedLocator(edges))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    panel.tick_params(axis="x", labelsize=8)
-    panel.set_xlabel("word of the article (grey: articles that long)")
+    panel.tick_params(axis="x", labelsize=7)
+    panel.set_xlabel("position, words (grey: articles as long)")
     for b, centre in zip(bins, _bin_centres(bins), strict=True):
         panel.annotate(
             f"{b.articles}",
@@ -158,7 +218,7 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=7,
-            color="#8a8a8a",
+            color="#555555",
         )
 
 
@@ -192,7 +252,7 @@ def _series(
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def training_curves(run_dir: Path) -> list[Path]:
+def training_curves(run_dir: Path, look: Look = PAPER) -> list[Path]:
     """Draw the losses of stage 1 and the gains of stage 2 from `metrics.jsonl`; return the paths
     (none if there is nothing to draw)."""
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -212,23 +272,23 @@ def training_curves(run_dir: Path) -> list[Path]:
     stages = sorted({curve[0] for curve in curves})
     labels = (
         (
-            "stage 1: the language model",
-            counted[0] + " read" * (counted[0] == "tokens"),
-            "loss (nats)",
+            "Stage 1: the language model",
+            "tokens read" if counted[0] == "tokens" else "updates",
+            "loss, nats per token",
         ),
-        ("stage 2: the update rule", "step", "nats per word gained"),
+        ("Stage 2: the update rule", "meta-updates", "gain, nats per word"),
     )
     table: list[dict[str, Any]] = []
     with project_style():
-        figure = new_figure(1.0 + 4.2 * len(stages), 3.2)
-        panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
+        figure, axes = _side_by_side(len(stages), 2.0, look)
+        panels = dict(zip(stages, axes, strict=True))
         for stage, rule, name, (x, y) in curves:
             style = (
-                rule_style(rule) if rule else {"color": "#999999" if "train" in name else "#0072B2"}
+                rule_style(rule) if rule else {"color": "#8a8a8a" if "train" in name else "#0B5CAD"}
             )
             label = rule_label(rule) if rule else name.replace("_", " ")
             marker = "" if len(x) > 60 else "."
-            panels[stage].plot(x, y, marker=marker, linewidth=1.4, label=label, **style)
+            panels[stage].plot(x, y, marker=marker, label=label, **style)
             table += [
                 {"stage": "lm" if stage == 0 else "meta", "rule": rule, "curve": name}
                 | {"x": x_i, "y": y_i}
@@ -238,8 +298,8 @@ def training_curves(run_dir: Path) -> list[Path]:
             title, x_label, y_label = labels[stage]
             panel.set(title=title, xlabel=x_label, ylabel=y_label)
             panel.xaxis.set_major_formatter(FuncFormatter(_thousands))
-            panel.legend(fontsize=8)
-        return save_figure(figure, run_dir / "figures" / "training", table)
+            panel.legend()
+        return save_figure(figure, run_dir / "figures" / "training", table, look.formats)
 
 
 def _thousands(value: float, _: object = None) -> str:
