@@ -17,8 +17,8 @@ from mlm.settings.checks import check_options
 
 @dataclass(frozen=True)
 class Options:
-    """Draw a run's pictures from its folder: `figures/` (PNG, SVG and the numbers as CSV) and
-    `words.html`, a page that shows every word coloured by what a rule gains on it."""
+    """Draw a run's pictures from its folder: `figures/` (PNG, SVG, PDF and the numbers as CSV)
+    and `words.html`, a page that shows every word coloured by what a rule gains on it."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder, such as runs/pydocs."""
@@ -32,6 +32,17 @@ class Options:
     """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
     passage: tuple[int, int] | None = None
     """An article's index and a word's position: draw the text from there, for papers."""
+    rule: str | None = None
+    """The rule to show in figure 2 and in pictures of words; by default the best learned one."""
+    against: str | None = None
+    """The rule to compare it with; by default static."""
+    only: tuple[str, ...] = ()
+    """The pictures to draw: figure2, gain_by_occurrence, gain_by_position, words, training,
+    page; by default all."""
+    width: Literal["column", "text"] = "text"
+    """For a column of a paper (3.3 inches) or its whole text (6.9 inches), in 8 points."""
+    format: tuple[Literal["png", "svg", "pdf"], ...] = ("png", "svg", "pdf")
+    """The files of every picture, beside its numbers as CSV."""
     page_words: int = 300_000
     """How many words the page holds at most."""
     terminal: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -46,6 +57,7 @@ def main() -> None:
         print(_passage(options))
         return
     from mlm.page.folder import draw_run
+    from mlm.report.drawing import WIDTHS, Look
 
     paths = draw_run(
         options.run,
@@ -54,6 +66,9 @@ def main() -> None:
         first=options.first,
         protocol=options.protocol,
         passage=options.passage,
+        pair=(options.rule, options.against),
+        only=options.only,
+        look=Look(WIDTHS[options.width], options.format),
         page_words=options.page_words,
     )
     for path in paths:

@@ -1,4 +1,4 @@
-"""What all pictures share: style, colours, and writing PNG, SVG and CSV.
+"""What all pictures share: style, colours, and writing PNG, SVG, PDF and CSV.
 
 matplotlib without pyplot: no window, no global state, the same bytes on every run.
 """
@@ -11,6 +11,7 @@ import io
 import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,73 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from mlm.base.files import atomic_path, write_text
+from mlm.base.names import CACHE
 
-#: Okabe and Ito's palette, safe for colour-blind readers; line styles repeat the distinction.
-RULE_STYLES = {
+WIDTHS = {"column": 3.3, "text": 6.9}
+"""Inches: one column of a paper with two, and its text."""
+FORMATS = ("png", "svg", "pdf")
+DENSE, DASHED, DOTTED = (0, (3, 1)), (0, (5, 1.5)), (0, (1, 1.2))
+DASH_DOT, LONG = (0, (5, 1.2, 1, 1.2)), (0, (8, 1.5))
+
+RULE_STYLES: dict[str, tuple[str, Any]] = {
     "static": ("#000000", "-"),
-    "sgd": ("#E69F00", (0, (1, 1.2))),
-    "rms": ("#009E73", (0, (4, 1.5))),
-    "two_levels": ("#0072B2", "-"),
-    "three_levels": ("#D55E00", "-"),
+    "sgd": ("#7A4A00", DOTTED),
+    "momentum": ("#7A4A00", DASH_DOT),
+    "rms": ("#117733", DASHED),
+    "adam": ("#117733", DOTTED),
+    "tensor_steps": ("#555555", DASHED),
+    "weight_steps": ("#555555", DASH_DOT),
+    "two_levels": ("#0B5CAD", "-"),
+    "three_levels": ("#B8400A", "-"),
+    "unit_steps": ("#B8400A", DENSE),
     "four_levels": ("#882255", "-"),
+    "surprise": ("#332288", DASHED),
+    "adaptive": ("#332288", DOTTED),
+    "mlp": ("#00706B", "-"),
+    "lstm": ("#00706B", DASHED),
 }
-
-
-_OTHER_COLOURS = ("#CC79A7", "#56B4E9", "#999999", "#F0E442")
+"""Colour and line of every rule in every picture. Colours stand out from white by 4.5 to 1 and
+more, and differ for colour-blind readers (after Paul Tol's); lines repeat the distinction."""
+_OTHER_STYLES = (("#332288", LONG), ("#7A4A00", LONG), ("#00706B", LONG), ("#555555", LONG))
 
 
 _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "mlm",
+    "svg.fonttype": "none",
+    "pdf.fonttype": 42,
     "font.family": "DejaVu Sans",
-    "font.size": 9,
+    "font.size": 8,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.titlesize": 10,
+    "axes.titlesize": 8,
+    "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.4,
+    "legend.fontsize": 8,
     "legend.frameon": False,
     "figure.dpi": 100,
-    "savefig.dpi": 200,
+    "savefig.dpi": 300,
 }
+
+
+@dataclass(frozen=True)
+class Look:
+    """How pictures are drawn and written."""
+
+    width: float = WIDTHS["text"]
+    """Inches."""
+    formats: tuple[str, ...] = FORMATS
+
+    @property
+    def narrow(self) -> bool:
+        """Whether panels stand below each other rather than side by side."""
+        return self.width < 5
+
+
+PAPER = Look()
 
 
 @contextlib.contextmanager
@@ -59,12 +100,14 @@ def project_style() -> Iterator[None]:
 
 
 def rule_style(rule: str, others: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the line colour and style of a rule; unknown rules take turns in `others`."""
-    if rule in RULE_STYLES:
-        colour, line = RULE_STYLES[rule]
-        return {"color": colour, "linestyle": line}
+    """Return the line colour and style of a rule; unknown rules take turns in `others`.
+
+    With a neural cache on top, a rule has its own colour and a dotted line.
+    """
+    base = rule.removesuffix(CACHE)
     place = list(others).index(rule) if rule in others else 0
-    return {"color": _OTHER_COLOURS[place % len(_OTHER_COLOURS)], "linestyle": (0, (6, 1, 1, 1))}
+    colour, line = RULE_STYLES.get(base, _OTHER_STYLES[place % len(_OTHER_STYLES)])
+    return {"color": colour, "linestyle": line if rule == base else DOTTED}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -74,19 +117,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, stem: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
-    """Write `stem`.png, .svg and the drawn numbers as .csv, each atomically; return the paths."""
-    paths = [stem.with_name(stem.name + ending) for ending in (".png", ".svg", ".csv")]
-    with atomic_path(paths[0]) as temporary:
-        figure.savefig(temporary, format="png", metadata={"Software": None})
-    with atomic_path(paths[1]) as temporary:
-        figure.savefig(temporary, format="svg", metadata={"Date": None})
+def save_figure(
+    figure: Figure, stem: Path, rows: Sequence[dict[str, Any]], formats: Sequence[str] = FORMATS
+) -> list[Path]:
+    """Write `stem` in each of `formats`, and the drawn numbers as .csv, each atomically; return
+    the paths. The same picture gives the same bytes."""
+    undated = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    paths = [stem.with_name(f"{stem.name}.{ending}") for ending in (*formats, "csv")]
+    for path, ending in zip(paths, formats, strict=False):
+        with atomic_path(path) as temporary:
+            figure.savefig(temporary, format=ending, metadata=undated[ending])
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-    write_text(paths[2], text.getvalue())
+    write_text(paths[-1], text.getvalue())
     return paths
 
 

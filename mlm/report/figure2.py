@@ -6,6 +6,7 @@ Letters: N words, P points of the curve (windows of 200 words).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,20 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mlm.base.errors import UserError
-from mlm.base.names import STATIC, rule_label, rule_order
-from mlm.report.drawing import new_figure, project_style, rule_style, save_figure, short_title
+from mlm.base.names import LEARNED, STATIC, rule_label, rule_order
+from mlm.report.drawing import (
+    PAPER,
+    Look,
+    new_figure,
+    project_style,
+    rule_style,
+    save_figure,
+    short_title,
+)
 from mlm.report.evaluation import half_gains
 from mlm.report.losses import LossTable
 
@@ -27,7 +37,10 @@ WINDOW = 200  # words per point
 SMOOTHED = 8  # points per moving average: 1,600 words
 
 
-_INK, _FAINT = "#222222", "#8a8a8a"
+NATS, PERPLEXITY = "nats", "perplexity"
+
+
+_INK, _GREY, _FAINT = "#222222", "#555555", "#8a8a8a"
 
 
 def letter(place: int) -> str:
@@ -54,26 +67,36 @@ def moving_average(points_P: np.ndarray, width: int = SMOOTHED) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Points:
-    """The windows of Figure 2: their place, and each rule's perplexity on them."""
+    """The windows of Figure 2: their place, and each rule's loss on them."""
 
     place_P: np.ndarray  # 0, 1, ... for article A, B, ...
     from_P: np.ndarray  # word positions within the article, `to` exclusive
     to_P: np.ndarray
     centre_P: np.ndarray  # words from the start of article A
-    perplexity_P: dict[str, np.ndarray]
+    loss_P: dict[str, np.ndarray]  # nats per word
+
+    def perplexity(self, rule: str) -> np.ndarray:
+        """Each window's perplexity under a rule, (P,)."""
+        return np.exp(np.minimum(self.loss_P[rule], 700.0))
+
+    def gain(self, unit: str, rule: str, against: str) -> np.ndarray:
+        """What `rule` gains over `against` on each window, (P,)."""
+        if unit == PERPLEXITY:
+            return self.perplexity(against) - self.perplexity(rule)
+        return self.loss_P[against] - self.loss_P[rule]
 
 
 def window_points(
     table: LossTable, protocol: str, rules: Sequence[str], articles: Sequence[int]
 ) -> Points:
-    """Return each rule's perplexity per window of 200 words.
+    """Return each rule's loss per window of 200 words.
 
     Windows start anew at each article, so that none mixes two; a last window of fewer than 100
     words joins the one before it.
     """
     losses = {rule: table.loss(rule, protocol) for rule in rules}
     spans: list[tuple[int, int, int, float]] = []
-    perplexities: dict[str, list[float]] = {rule: [] for rule in rules}
+    means: dict[str, list[float]] = {rule: [] for rule in rules}
     offset = 0
     for place, article in enumerate(articles):
         rows = table.rows(article)
@@ -83,31 +106,52 @@ def window_points(
         for start, stop in itertools.pairwise(edges):
             spans.append((place, start, stop, offset + (start + stop) / 2))
             for rule, loss_N in losses.items():
-                mean = float(loss_N[rows.start + start : rows.start + stop].mean())
-                perplexities[rule].append(float(np.exp(min(mean, 700.0))))
+                means[rule].append(float(loss_N[rows.start + start : rows.start + stop].mean()))
         offset += words
-    return Points(
-        *(np.array(column) for column in zip(*spans, strict=True)),
-        perplexity_P={rule: np.array(values) for rule, values in perplexities.items()},
-    )
+    columns = (np.array(column) for column in zip(*spans, strict=True))
+    return Points(*columns, loss_P={rule: np.array(values) for rule, values in means.items()})
 
 
-def smooth(gain_P: np.ndarray, place_P: np.ndarray, *, over_borders: bool) -> np.ndarray:
-    """Return the moving average of `gain_P`, over article borders or within each article."""
-    if over_borders:
-        return moving_average(gain_P)
+def smooth(gain_P: np.ndarray, place_P: np.ndarray) -> np.ndarray:
+    """Return the moving average of `gain_P` within each article."""
     parts = [moving_average(gain_P[place_P == place]) for place in np.unique(place_P)]
     return np.concatenate(parts)
 
 
-def panels_of(rules: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the (rule, against) pairs to draw: the paper's two, as far as they were measured."""
-    adapted = [rule for rule in rules if rule != STATIC]
-    if "two_levels" in adapted:
-        finer = [("three_levels", "two_levels")] if "three_levels" in adapted else []
-        return [("two_levels", STATIC), *finer]
-    best = next((rule for rule in ("three_levels", "rms", "sgd") if rule in adapted), adapted[0])
-    return [(best, STATIC)]
+def winner(table: LossTable, protocol: str) -> str:
+    """The learned rule that loses least on the split, else the best of the others."""
+    adapted = [rule for rule in table.rules(protocol) if rule != STATIC]
+    learned = [rule for rule in adapted if rule in LEARNED]
+    return min(learned or adapted, key=lambda rule: float(table.loss(rule, protocol).sum()))
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel: curves of some rules' gain over another rule."""
+
+    unit: str
+    rules: tuple[str, ...]
+    against: str
+
+    @property
+    def title(self) -> str:
+        """What the panel shows."""
+        if len(self.rules) > 1:
+            return f"Gain over {rule_label(self.against)}"
+        found = f"{rule_label(self.rules[0])} over {rule_label(self.against)}"
+        return found[:1].upper() + found[1:]
+
+
+def panels_of(rules: Sequence[str], best: str, against: str = STATIC) -> list[Panel]:
+    """The panels to draw: the gain over `against` of the best rule, of RMS dynamic evaluation and
+    of 2 levels, in nats and in perplexity; then what the paper's second panel shows, 3 levels over
+    2 levels. All as far as they were measured."""
+    shown = dict.fromkeys((best, "rms", "two_levels"))
+    shown = tuple(rule for rule in shown if rule in rules and rule != against)
+    panels = [Panel(NATS, shown, against), Panel(PERPLEXITY, shown, against)]
+    if against == STATIC and {"two_levels", "three_levels"} <= set(rules):
+        panels.append(Panel(PERPLEXITY, ("three_levels",), "two_levels"))
+    return panels
 
 
 def figure2(
@@ -117,14 +161,16 @@ def figure2(
     articles: int = 8,
     first: int = 0,
     protocol: str | None = None,
+    pair: tuple[str | None, str | None] = (None, None),
     suffix: str = "",
+    look: Look = PAPER,
 ) -> list[Path]:
-    """Draw the gain in perplexity over `articles` successive articles; return the paths written.
+    """Draw the gain over `articles` successive articles; return the paths written.
 
-    Top: 2 levels vs static; below, on its own scale: 3 levels vs 2 levels. One dot per 200 words;
-    the line is a centred moving average of 8 dots (1,600 words). In protocol `stream` it runs over
-    article borders as in the paper; in `article`, where the weights start anew, it stops at each
-    border. `protocol` None takes `stream` where measured. Writes figure2{suffix}.png, .svg, .csv.
+    Panels are those of `panels_of`, under an upper one's words. One dot of the first rule per 200
+    words, a triangle at the edge for one outside the axes; lines are centred moving averages of 8
+    dots (1,600 words) within each article. `protocol` None takes `stream` where measured; `pair`
+    None takes the best learned rule against static. Writes figure2{suffix} and its numbers.
     """
     present = table.compared_protocols()
     protocol = protocol or present[-1]
@@ -139,60 +185,80 @@ def figure2(
             f"no article to draw: {articles} articles from number {first} of the "
             f"{len(table.articles)} in split {table.split!r}; choose others"
         )
-    pairs = panels_of(table.rules(protocol))
-    rules = sorted({STATIC, *(rule for pair in pairs for rule in pair)}, key=rule_order)
+    rule, against = pair[0] or winner(table, protocol), pair[1] or STATIC
+    panels = panels_of(table.rules(protocol), rule, against)
+    rules = sorted({against, *(r for p in panels for r in (*p.rules, p.against))}, key=rule_order)
     points = window_points(table, protocol, rules, chosen)
-    curves: dict[str, np.ndarray] = {}
+    columns = 1 if look.narrow else 2
+    key = 0.14 * (math.ceil(len(chosen) / columns) + 4 - columns)
     with project_style():
-        key_height = 0.17 * ((len(chosen) + 1) // 2) + 0.25
-        heights = [2.5, 1.7][: len(pairs)]
-        figure = new_figure(9.5, sum(heights) + key_height + 0.7)
-        grid = figure.add_gridspec(len(pairs) + 1, 1, height_ratios=[*heights, key_height])
-        panels: list[Axes] = []
-        for row, (rule, against) in enumerate(pairs):
-            panel = figure.add_subplot(grid[row], sharex=panels[0] if panels else None)
-            panels.append(panel)
-            gain_P = points.perplexity_P[against] - points.perplexity_P[rule]
-            smooth_P = smooth(gain_P, points.place_P, over_borders=protocol != "article")
-            curves[f"gain_{rule}_vs_{against}"] = gain_P
-            curves[f"smoothed_{rule}_vs_{against}"] = smooth_P
-            _draw_gain(panel, points, gain_P, smooth_P, protocol, rule)
-            title = f"{rule_label(rule)} vs {rule_label(against)}"
-            panel.set_title(title[:1].upper() + title[1:], pad=16 if row == 0 else 6)
-            panel.set_ylabel("gain in perplexity")
-        _draw_borders(panels, table, chosen)
-        panels[-1].set_xlabel(
-            f"words read, {table.split} split, protocol “{protocol}” · dots: {WINDOW} words, "
-            f"line: centred average of {SMOOTHED} dots"
+        figure, axes, below = _stacked(
+            look.width, [1.25 if len(p.rules) > 1 else 0.9 for p in panels], key
         )
-        _draw_key(figure.add_subplot(grid[-1]), table, protocol, pairs[0], chosen)
-        rows = _csv_rows(table, points, chosen, curves)
-        return save_figure(figure, folder / f"figure2{suffix}", rows)
+        for one, panel in zip(axes, panels, strict=True):
+            _draw_panel(one, points, panel)
+            if one is axes[0] or panel.against != against:
+                one.set_title(panel.title, pad=14 if one is axes[0] else 4)
+        _draw_borders(axes, table, chosen)
+        axes[-1].set_xlabel(f"words read ({table.split} split, protocol “{protocol}”)")
+        where = {"loc": "upper right", "ncols": columns + 1, "columnspacing": 1.2}
+        figure.legend(*axes[0].get_legend_handles_labels(), **where, borderaxespad=0.2)
+        _draw_key(below, table, protocol, (rule, against), chosen, columns)
+        rows = _csv_rows(table, points, chosen, panels)
+        return save_figure(figure, folder / f"figure2{suffix}", rows, look.formats)
 
 
-def _draw_gain(
-    panel: Axes,
-    points: Points,
-    gain_P: np.ndarray,
-    smooth_P: np.ndarray,
-    protocol: str,
-    rule: str,
-) -> None:
-    colour = rule_style(rule)["color"]
-    panel.axhline(0, color=_INK, linewidth=0.8)
-    panel.plot(points.centre_P, gain_P, ".", color=colour, markersize=3.5, alpha=0.35, mew=0)
-    parts = [points.place_P >= 0]
-    if protocol == "article":
-        parts = [points.place_P == place for place in np.unique(points.place_P)]
-    for part in parts:
-        panel.plot(points.centre_P[part], smooth_P[part], "-", color=colour, linewidth=1.8)
-        if part.sum() == 1:  # a lone point has no line
-            panel.plot(points.centre_P[part], smooth_P[part], "o", color=colour, markersize=3.5)
-    # The line sets the scale, dots may leave it: exp() gives single windows a long tail.
-    low = min(0.0, float(smooth_P.min()), float(np.percentile(gain_P, 5)))
-    high = max(0.0, float(smooth_P.max()), float(np.percentile(gain_P, 95)))
+def _stacked(width: float, heights: Sequence[float], key: float) -> tuple[Figure, list[Axes], Axes]:
+    """A figure of panels that share their words, below each other, and a key below them; inches.
+
+    Placed by hand: a layout that is fitted to its letters would change with the titles.
+    """
+    left, right, above, label = 0.52, 0.08, 0.3, 0.45
+    total = 0.25 + sum(heights) + above * len(heights) + label + key
+    figure = new_figure(width, total)
+    figure.set_layout_engine("none")
+    share = (width - left - right) / width
+    axes: list[Axes] = []
+    top = total - 0.25
+    for height in heights:
+        top -= above + height
+        place = (left / width, top / total, share, height / total)
+        axes.append(figure.add_axes(place, sharex=axes[0] if axes else None))
+    below = figure.add_axes((0.08 / width, 0.04 / total, 1 - 0.16 / width, key / total))
+    return figure, axes, below
+
+
+def _draw_panel(axes: Axes, points: Points, panel: Panel) -> None:
+    """Dots of the first rule and a line of every rule; the lines and most dots set the scale."""
+    axes.axhline(0, color=_INK, linewidth=0.6)
+    axes.set_ylabel("gain, nats per word" if panel.unit == NATS else "gain, perplexity")
+    gains = {rule: points.gain(panel.unit, rule, panel.against) for rule in panel.rules}
+    lines = {rule: smooth(gain_P, points.place_P) for rule, gain_P in gains.items()}
+    dots_P = gains[panel.rules[0]]
+    low = min(0.0, *(line.min() for line in lines.values()), np.percentile(dots_P, 2))
+    high = max(0.0, *(line.max() for line in lines.values()), np.percentile(dots_P, 98))
     margin = 0.08 * (high - low) or 1.0
-    panel.set_ylim(low - margin, high + margin)
+    low, high = low - margin, high + margin
+    axes.set_ylim(low, high)
+    dots: dict[str, Any] = {"linestyle": "", "alpha": 0.4, "markeredgewidth": 0}
+    dots["color"] = rule_style(panel.rules[0])["color"]
+    axes.plot(points.centre_P, dots_P, ".", markersize=3, **dots)
+    for outside, edge, sign in ((dots_P > high, high, "^"), (dots_P < low, low, "v")):
+        at = points.centre_P[outside]
+        axes.plot(at, np.full(len(at), edge), sign, markersize=3.5, clip_on=False, **dots)
+    for rule in reversed(panel.rules):
+        style, label = rule_style(rule), rule_label(rule)
+        for place in np.unique(points.place_P):
+            part = points.place_P == place
+            alone = "o" if part.sum() == 1 else ""  # a lone point has no line
+            axes.plot(
+                points.centre_P[part],
+                lines[rule][part],
+                marker=alone,
+                markersize=3,
+                label=None if place else label,
+                **style,
+            )
 
 
 def _draw_borders(panels: Sequence[Axes], table: LossTable, chosen: Sequence[int]) -> None:
@@ -201,7 +267,9 @@ def _draw_borders(panels: Sequence[Axes], table: LossTable, chosen: Sequence[int
     borders = np.cumsum([0, *lengths])
     for panel in panels:
         panel.set_xlim(0, borders[-1])
-        panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        panel.xaxis.set_major_locator(
+            MaxNLocator(6 if panel.figure.get_figwidth() > 5 else 4, integer=True)
+        )
         panel.xaxis.set_major_formatter("{x:,.0f}")
         for border in borders[1:-1]:
             panel.axvline(border, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -226,17 +294,24 @@ def _draw_key(
     protocol: str,
     pair: tuple[str, str],
     chosen: Sequence[int],
+    columns: int,
 ) -> None:
-    """Letters, titles, lengths and the gain in the first and second half of each article."""
+    """How to read it; letters, titles, lengths and the gain in both halves of each article."""
     panel.axis("off")
     rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
-    per_column = (len(chosen) + 1) // 2
-    text = {"va": "center", "fontsize": 7.5, "parse_math": False}
-    panel.set_xlim(0, 2)
-    panel.set_ylim(per_column, -1)
-    for column in range(min(2, len(chosen))):
-        panel.text(column + 0.62, -0.8, "words", ha="right", color=_FAINT, **text)
-        panel.text(column + 0.93, -0.8, "gain, 1st → 2nd half", ha="right", color=_FAINT, **text)
+    per_column = math.ceil(len(chosen) / columns)
+    text = {"va": "center", "fontsize": 7, "parse_math": False}
+    panel.set_xlim(0, columns)
+    panel.set_ylim(per_column - 0.5, -2 - 3 / (columns + 1))
+    notes = [
+        f"Dots: {WINDOW} words (▲▼ beyond). Lines: mean of {SMOOTHED} dots in an article.",
+        "Below: perplexity gained in an article's halves.",
+    ]
+    for place, note in enumerate([" ".join(notes)] if columns > 1 else notes):
+        panel.text(0, place - 1 - len(notes[columns - 1 :]), note, color=_GREY, **text)
+    for column in range(min(columns, len(chosen))):
+        panel.text(column + 0.6, -0.8, "words", ha="right", color=_GREY, **text)
+        panel.text(column + 0.97, -0.8, "1st → 2nd half", ha="right", color=_GREY, **text)
     for place, article in enumerate(chosen):
         column, row = divmod(place, per_column)
         rows = table.rows(article)
@@ -246,28 +321,32 @@ def _draw_key(
         panel.text(
             column + (0.035 if len(chosen) <= 26 else 0.05),
             row,
-            short_title(table.title(article), 36),
+            short_title(table.title(article), 25),
             **text,
         )
-        panel.text(column + 0.62, row, f"{rows.stop - rows.start:,}", ha="right", **text)
-        panel.text(column + 0.93, row, halves.replace("-", "−"), ha="right", **text)
+        panel.text(column + 0.6, row, f"{rows.stop - rows.start:,}", ha="right", **text)
+        panel.text(column + 0.97, row, halves.replace("-", "−"), ha="right", **text)
 
 
 def _csv_rows(
-    table: LossTable, points: Points, chosen: Sequence[int], curves: dict[str, np.ndarray]
+    table: LossTable, points: Points, chosen: Sequence[int], panels: Sequence[Panel]
 ) -> list[dict[str, Any]]:
-    rows = []
-    for point, place in enumerate(points.place_P.astype(int)):
-        rows.append(
-            {
-                "letter": letter(place),
-                "article": chosen[place],
-                "title": table.title(chosen[place]),
-                "from": int(points.from_P[point]),
-                "to": int(points.to_P[point]),
-                "words_read": float(points.centre_P[point]),
-            }
-            | {f"perplexity_{r}": float(v[point]) for r, v in points.perplexity_P.items()}
-            | {name: float(curve[point]) for name, curve in curves.items()}
-        )
-    return rows
+    columns = {f"perplexity_{rule}": points.perplexity(rule) for rule in points.loss_P}
+    columns |= {f"nats_{rule}": loss_P for rule, loss_P in points.loss_P.items()}
+    for panel in panels:
+        for rule in panel.rules:
+            gain_P = points.gain(panel.unit, rule, panel.against)
+            name = f"{panel.unit}_{rule}_vs_{panel.against}"
+            columns |= {f"gain_{name}": gain_P, f"smoothed_{name}": smooth(gain_P, points.place_P)}
+    return [
+        {
+            "letter": letter(place),
+            "article": chosen[place],
+            "title": table.title(chosen[place]),
+            "from": int(points.from_P[point]),
+            "to": int(points.to_P[point]),
+            "words_read": float(points.centre_P[point]),
+        }
+        | {name: float(values[point]) for name, values in columns.items()}
+        for point, place in enumerate(points.place_P.astype(int))
+    ]

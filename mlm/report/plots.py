@@ -1,4 +1,4 @@
-"""The pictures of a run, drawn from its folder alone: PNG and SVG beside a CSV of what is drawn."""
+"""The pictures of a run, drawn from its folder alone, each beside a CSV of what is drawn."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mlm.base.errors import UserError, command_of
 from mlm.base.files import parse_json
 from mlm.base.names import STATIC, rule_label, rule_order
-from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
+from mlm.report.drawing import (
+    PAPER,
+    Look,
+    new_figure,
+    project_style,
+    rule_style,
+    save_figure,
+)
 from mlm.report.evaluation import PositionBin, interval_of, position_gains
-from mlm.report.figure2 import figure2, panels_of
+from mlm.report.figure2 import figure2, winner
 from mlm.report.losses import LossTable, default_split, splits
 from mlm.report.occurrences import (
     FIRST_LOSSES,
@@ -36,6 +44,11 @@ __all__ = [
     "word_picture",
 ]
 
+PICTURES = ("figure2", "gain_by_occurrence", "gain_by_position", "words", "training")
+"""What `draw_all` draws, in order."""
+PAGE = "page"
+"""What `only` may name besides: the page beside the pictures (`mlm.page`)."""
+
 
 def draw_all(
     run_dir: Path,
@@ -45,13 +58,17 @@ def draw_all(
     first: int = 0,
     protocol: str | None = None,
     passage: tuple[int, int] | None = None,
+    pair: tuple[str | None, str | None] = (None, None),
+    only: Sequence[str] = (),
+    look: Look = PAPER,
 ) -> list[Path]:
     """Draw every picture of a run from its folder; return the paths written.
 
     Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
     words_middle (of the longest of them), gain_by_occurrence, gain_by_position and, if the run has
     `metrics.jsonl`, training. `passage` (article, position) draws those words too.
-    `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured.
+    `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured;
+    `pair` None compares the best learned rule with static. `only` names the pictures to draw.
     `split` None takes `valid`, else the first in the file; another split's files get its name as a
     suffix. Raises `UserError` if the folder lacks what a picture needs.
     """
@@ -62,18 +79,51 @@ def draw_all(
             f"run folder {run_dir} not found; name the folder given to "
             f"`{command_of('train')} --out`"
         )
+    odd = [name for name in only if name not in (*PICTURES, PAGE)]
+    if odd:
+        raise UserError(
+            f"no picture {odd[0]!r}; choose from {', '.join((*PICTURES, PAGE))} (--only)"
+        )
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
+    _check_pair(table, pair)
     if passage is not None:  # before anything is drawn
         check_words(table, *passage)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
-    paths = figure2(table, folder, articles=articles, first=first, protocol=protocol, suffix=suffix)
-    paths += gain_by_occurrence(table, folder, suffix=suffix)
-    paths += gain_by_position(table, folder, suffix=suffix)
     among = table.articles[first : first + articles]
-    paths += word_pictures(table, folder, among, protocol=protocol, passage=passage, suffix=suffix)
-    return paths + training_curves(run_dir)
+    words = {"protocol": protocol, "passage": passage, "pair": pair}
+    draw = {
+        "figure2": lambda: figure2(
+            table,
+            folder,
+            articles=articles,
+            first=first,
+            protocol=protocol,
+            pair=pair,
+            suffix=suffix,
+            look=look,
+        ),
+        "gain_by_occurrence": lambda: gain_by_occurrence(table, folder, suffix=suffix, look=look),
+        "gain_by_position": lambda: gain_by_position(table, folder, suffix=suffix, look=look),
+        "words": lambda: word_pictures(table, folder, among, suffix=suffix, look=look, **words),
+        "training": lambda: training_curves(run_dir, look),
+    }
+    return [path for name in PICTURES if name in (only or PICTURES) for path in draw[name]()]
+
+
+def _check_pair(table: LossTable, pair: tuple[str | None, str | None]) -> None:
+    """Raise `UserError` unless these rules were measured in every protocol that is compared."""
+    for flag, rule in zip(("--rule", "--against"), pair, strict=True):
+        for protocol in table.compared_protocols():
+            known = table.rules(protocol)
+            if rule is not None and rule not in known:
+                raise UserError(
+                    f"{flag} {rule} was not measured in protocol {protocol}; choose from "
+                    f"{', '.join(known)}"
+                )
+    if pair[0] is not None and pair[0] == (pair[1] or STATIC):
+        raise UserError(f"--rule {pair[0]} is compared with itself; choose another --against")
 
 
 def word_pictures(
@@ -84,12 +134,14 @@ def word_pictures(
     protocol: str | None = None,
     passage: tuple[int, int] | None = None,
     words: int = 160,
+    pair: tuple[str | None, str | None] = (None, None),
     suffix: str = "",
+    look: Look = PAPER,
 ) -> list[Path]:
     """Draw the start and the middle of the longest article in `among` (before and after the
     weights have learned from it) and a `passage` (article, position); return the paths."""
     protocol = protocol or table.compared_protocols()[0]
-    pair = panels_of(table.rules(protocol))[0]
+    compared = pair[0] or winner(table, protocol), pair[1] or STATIC
     article = max(among, key=lambda index: table.rows(index).stop - table.rows(index).start)
     length = table.rows(article).stop - table.rows(article).start
     wanted = [("words_start", article, 0), ("words_middle", article, length // 2)]
@@ -104,21 +156,23 @@ def word_pictures(
             article=index,
             start=start,
             words=words,
-            pair=pair,
+            pair=compared,
             protocol=protocol,
             name=f"{name}{suffix}",
+            look=look,
         )
     ]
 
 
-def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> list[Path]:
+def gain_by_position(
+    table: LossTable, folder: Path, *, suffix: str = "", look: Look = PAPER
+) -> list[Path]:
     """Draw the nats per word each rule gains over static, by position in the article, with 95 %
     bootstrap bands over articles, one panel per protocol; return the paths written."""
     protocols = table.compared_protocols()
     rows: list[dict[str, Any]] = []
     with project_style():
-        figure = new_figure(2.6 + 4.0 * len(protocols), 3.6)
-        panels = figure.subplots(1, len(protocols), sharey=True, squeeze=False)[0]
+        figure, panels = _side_by_side(len(protocols), 2.2, look, sharey=True)
         for panel, protocol in zip(panels, protocols, strict=True):
             rules = [rule for rule in table.rules(protocol) if rule != STATIC]
             for rule in rules:
@@ -132,13 +186,26 @@ def gain_by_position(table: LossTable, folder: Path, *, suffix: str = "") -> lis
                     for b in bins
                 ]
             _position_axis(panel, position_gains(table, STATIC, protocol))
-            panel.set_title(f"protocol “{protocol}”")
-        panels[0].set_ylabel("nats per word gained over static")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-        return save_figure(figure, folder / f"gain_by_position{suffix}", rows)
+            panel.set_title(f"Protocol “{protocol}”")
+            if look.narrow or protocol == protocols[0]:
+                panel.set_ylabel("gain over static, nats per word")
+        low, high = panels[0].get_ylim()
+        panels[0].set_ylim(min(low, -0.12 * high), high)  # room for the numbers of articles
+        handles = panels[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=1 if look.narrow else 3)
+        return save_figure(figure, folder / f"gain_by_position{suffix}", rows, look.formats)
 
 
-def gain_by_occurrence(table: LossTable, folder: Path, *, suffix: str = "") -> list[Path]:
+def _side_by_side(number: int, height: float, look: Look, **more: Any) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, each so many inches high; below each other in a narrow one."""
+    rows, columns = (number, 1) if look.narrow else (1, number)
+    figure = new_figure(look.width, height * rows + 0.8)
+    return figure, list(figure.subplots(rows, columns, squeeze=False, **more).flat)
+
+
+def gain_by_occurrence(
+    table: LossTable, folder: Path, *, suffix: str = "", look: Look = PAPER
+) -> list[Path]:
     """Draw the loss of words at their 1st, 2nd, ... occurrence in the article under every rule.
 
     Only words that their article has at least four times; a column of panels for each bin of the
@@ -158,7 +225,7 @@ def gain_by_occurrence(table: LossTable, folder: Path, *, suffix: str = "") -> l
     if not groups:
         return []
     with project_style():
-        figure = new_figure(2.0 + 1.9 * len(groups), 0.9 + 2.5 * len(protocols))
+        figure = new_figure(look.width, 0.9 + 1.7 * len(protocols))
         grid = figure.subplots(
             len(protocols), len(groups), sharex=True, sharey="col", squeeze=False
         )
@@ -168,19 +235,19 @@ def gain_by_occurrence(table: LossTable, folder: Path, *, suffix: str = "") -> l
                     r for r in rows if (r["first_loss_from"], r["protocol"]) == (group[0], protocol)
                 ]
                 _draw_occurrences(panel, here, table.rules(protocol))
-                panel.set_title(f"first: {first_loss_label(*group)}", fontsize=9)
+                panel.set_title(f"first: {first_loss_label(*group)}")
             panels[0].set_ylabel(f"loss, nats per word\n(protocol “{protocol}”)")
         for panel in grid[0]:
             panel.set_ylim(bottom=0)  # of its column, when everything is drawn
         figure.supxlabel(
-            "occurrence of the word in its article (words that it has at least "
-            f"{SHARED_OCCURRENCES} times; first: static loss of the first occurrence)",
+            f"occurrence of a word that its article has {SHARED_OCCURRENCES} times or more"
+            + ("" if look.narrow else "; first: its static loss when it comes first"),
             fontsize=8,
         )
-        figure.legend(
-            *grid[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8
-        )
-        return save_figure(figure, folder / f"gain_by_occurrence{suffix}", _occurrence_csv(rows))
+        handles = grid[0][0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower left", ncols=1 if look.narrow else 3)
+        stem = folder / f"gain_by_occurrence{suffix}"
+        return save_figure(figure, stem, _occurrence_csv(rows), look.formats)
 
 
 def _draw_occurrences(panel: Axes, rows: Sequence[dict[str, Any]], rules: Sequence[str]) -> None:
@@ -199,7 +266,7 @@ def _draw_occurrences(panel: Axes, rows: Sequence[dict[str, Any]], rules: Sequen
         low = [static[row["from"]] - high for row, (_, high) in zip(mine, bounds, strict=True)]
         high = [static[row["from"]] - low for row, (low, _) in zip(mine, bounds, strict=True)]
         panel.fill_between(places, low, high, color=style["color"], alpha=0.14, linewidth=0)
-    panel.set_xticks(range(len(starts)), [_bin_tick(*ends) for ends in OCCURRENCES], fontsize=8)
+    panel.set_xticks(range(len(starts)), [_bin_tick(*ends) for ends in OCCURRENCES], fontsize=7)
 
 
 def _bin_tick(start: int, stop: int | None) -> str:
@@ -230,7 +297,7 @@ def _draw_bins(panel: Axes, bins: Sequence[PositionBin], rule: str, rules: Seque
     centres = _bin_centres(bins)
     style = rule_style(rule, rules)
     panel.plot(
-        centres, [b.gain for b in bins], marker="o", markersize=3.5, label=rule_label(rule), **style
+        centres, [b.gain for b in bins], marker="o", markersize=3, label=rule_label(rule), **style
     )
     known = [b.interval is not None for b in bins]
     low = [b.interval[0] if b.interval else b.gain for b in bins]
@@ -248,8 +315,8 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
     panel.xaxis.set_major_locator(FixedLocator(edges))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    panel.tick_params(axis="x", labelsize=8)
-    panel.set_xlabel("word of the article (grey: articles that long)")
+    panel.tick_params(axis="x", labelsize=7)
+    panel.set_xlabel("position, words (grey: articles as long)")
     for b, centre in zip(bins, _bin_centres(bins), strict=True):
         panel.annotate(
             f"{b.articles}",
@@ -259,7 +326,7 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
             textcoords="offset points",
             ha="center",
             fontsize=7,
-            color="#8a8a8a",
+            color="#555555",
         )
 
 
@@ -293,7 +360,7 @@ def _series(
     return [p[0] for p in points], [p[1] for p in points]
 
 
-def training_curves(run_dir: Path) -> list[Path]:
+def training_curves(run_dir: Path, look: Look = PAPER) -> list[Path]:
     """Draw the losses of stage 1 and the gains of stage 2 from `metrics.jsonl`; return the paths
     (none if there is nothing to draw)."""
     rows = read_metrics(run_dir / "metrics.jsonl")
@@ -313,23 +380,23 @@ def training_curves(run_dir: Path) -> list[Path]:
     stages = sorted({curve[0] for curve in curves})
     labels = (
         (
-            "stage 1: the language model",
-            counted[0] + " read" * (counted[0] == "tokens"),
-            "loss (nats)",
+            "Stage 1: the language model",
+            "tokens read" if counted[0] == "tokens" else "updates",
+            "loss, nats per token",
         ),
-        ("stage 2: the update rule", "step", "nats per word gained"),
+        ("Stage 2: the update rule", "meta-updates", "gain, nats per word"),
     )
     table: list[dict[str, Any]] = []
     with project_style():
-        figure = new_figure(1.0 + 4.2 * len(stages), 3.2)
-        panels = dict(zip(stages, figure.subplots(1, len(stages), squeeze=False)[0], strict=True))
+        figure, axes = _side_by_side(len(stages), 2.0, look)
+        panels = dict(zip(stages, axes, strict=True))
         for stage, rule, name, (x, y) in curves:
             style = (
-                rule_style(rule) if rule else {"color": "#999999" if "train" in name else "#0072B2"}
+                rule_style(rule) if rule else {"color": "#8a8a8a" if "train" in name else "#0B5CAD"}
             )
             label = rule_label(rule) if rule else name.replace("_", " ")
             marker = "" if len(x) > 60 else "."
-            panels[stage].plot(x, y, marker=marker, linewidth=1.4, label=label, **style)
+            panels[stage].plot(x, y, marker=marker, label=label, **style)
             table += [
                 {"stage": "lm" if stage == 0 else "meta", "rule": rule, "curve": name}
                 | {"x": x_i, "y": y_i}
@@ -339,8 +406,8 @@ def training_curves(run_dir: Path) -> list[Path]:
             title, x_label, y_label = labels[stage]
             panel.set(title=title, xlabel=x_label, ylabel=y_label)
             panel.xaxis.set_major_formatter(FuncFormatter(_thousands))
-            panel.legend(fontsize=8)
-        return save_figure(figure, run_dir / "figures" / "training", table)
+            panel.legend()
+        return save_figure(figure, run_dir / "figures" / "training", table, look.formats)
 
 
 def _thousands(value: float, _: object = None) -> str:

@@ -18,7 +18,14 @@ from matplotlib.patches import Rectangle
 
 from mlm.base.errors import UserError
 from mlm.base.names import EOS, rule_label
-from mlm.report.drawing import new_figure, project_style, save_figure, short_title
+from mlm.report.drawing import (
+    PAPER,
+    Look,
+    new_figure,
+    project_style,
+    save_figure,
+    short_title,
+)
 from mlm.report.losses import LossTable
 
 BETTER, NEUTRAL, WORSE = (0x43, 0x93, 0xC3), (0xFF, 0xFF, 0xFF), (0xD6, 0x60, 0x4D)
@@ -43,7 +50,7 @@ UNDERLINED = 0.125
 LINE_END = "↵"
 
 
-_SIZE, _LINE, _WIDTH = 10.0, 17.0, 504.0  # points: font, line height, text width (7 inches)
+_SIZE, _LINE = 8.0, 14.0  # points: font and line height
 
 
 def colour_range(gain_N: np.ndarray) -> float:
@@ -100,8 +107,8 @@ def _heading_mask(words: Sequence[str]) -> list[bool]:
     return mask[: len(words)]
 
 
-def _place_words(words: Sequence[str]) -> list[_Placed]:
-    """Break words into lines of the text's width; a line end ends its line."""
+def _place_words(words: Sequence[str], width_pt: float) -> list[_Placed]:
+    """Break words into lines of so many points; a line end ends its line."""
     renderer = RendererAgg(1, 1, 72)
     fonts = {
         heading: FontProperties(size=_SIZE, weight="bold" if heading else "normal")
@@ -116,7 +123,7 @@ def _place_words(words: Sequence[str]) -> list[_Placed]:
         text = LINE_END if word == EOS else short_title(word, 60)
         width, _, _ = renderer.get_text_width_height_descent(text, fonts[heading], False)
         width += 3.0
-        if left + width > _WIDTH and left > 0:
+        if left + width > width_pt and left > 0:
             left, line = 0.0, line + 1
         placed.append(_Placed(text, left, line, width, heading))
         left += width + 1.5
@@ -149,9 +156,11 @@ def word_picture(
     pair: tuple[str, str],
     protocol: str = "article",
     name: str = "words",
+    look: Look = PAPER,
 ) -> list[Path]:
     """Draw `words` words of an article from position `start`, each coloured by the loss of
-    `pair[1]` minus that of `pair[0]` (nats gained); return the paths of name.png, .svg and .csv.
+    `pair[1]` minus that of `pair[0]` (nats gained); return the paths of `name` and its
+    numbers.
 
     The colour range is that of the whole split, so that pictures compare. `UserError` if the
     article has no such words or a rule was not measured.
@@ -163,30 +172,30 @@ def word_picture(
     gain = (against_N - rule_N)[here]
     drawn = [str(word) for word in table.word_N[here]]
     with project_style():
-        placed = _place_words(drawn)
+        width = 72 * look.width - 16
+        placed = _place_words(drawn, width)
         height = (placed[-1].line + 1) * _LINE
-        figure = new_figure((_WIDTH + 24) / 72, (height + 78) / 72)
+        figure = new_figure(look.width, (height + 72) / 72)
         figure.set_layout_engine("none")
         page = figure.add_axes((0, 0, 1, 1))
         page.axis("off")
-        page.set_xlim(-12, _WIDTH + 12)
-        page.set_ylim(height + 48, -30)
-        title = (
-            f"{short_title(table.title(article), 40)}, words {start:,} to "
-            f"{start + len(drawn) - 1:,} · {rule_label(pair[0])} vs {rule_label(pair[1])}, "
-            f"protocol “{protocol}”"
-        )
-        page.text(0, -14, title, fontsize=9, va="center", fontweight="bold", parse_math=False)
+        page.set_xlim(-8, width + 8)
+        page.set_ylim(height + 40, -32)
+        here_is = f"{short_title(table.title(article), 30)}, words {start:,}–{start + len(drawn):,}"
+        compared = f"{rule_label(pair[0])} vs {rule_label(pair[1])}, “{protocol}”"
+        style = {"va": "center", "parse_math": False}
+        page.text(0, -22, here_is, fontweight="bold", **style)
+        page.text(0, -10, compared, color="#555555", **style)
         for word, value in zip(placed, gain, strict=True):
             _draw_word(page, word, word_colour(float(value), limit))
-        _draw_legend(page, height + 14, limit)
+        _draw_legend(page, height + 8, limit, width)
         csv_rows = [
             {"article": article, "position": start + i, "word": word}
             | {pair[0]: float(rule_N[here][i]), pair[1]: float(against_N[here][i])}
             | {"gain": float(gain[i])}
             for i, word in enumerate(drawn)
         ]
-        return save_figure(figure, folder / name, csv_rows)
+        return save_figure(figure, folder / name, csv_rows, look.formats)
 
 
 def _draw_word(page: Axes, word: _Placed, colour: tuple[float, float, float]) -> None:
@@ -206,24 +215,20 @@ def _draw_word(page: Axes, word: _Placed, colour: tuple[float, float, float]) ->
     )
 
 
-def _draw_legend(page: Axes, top: float, limit: float) -> None:
+def _draw_legend(page: Axes, top: float, limit: float, width: float) -> None:
     """A bar from worse to better, with the gains in nats."""
-    left, width, steps = 60.0, 240.0, 120
+    left, length, steps = 34.0, min(200.0, width - 70), 120
     for step in range(steps):
         value = limit * (2 * (step + 0.5) / steps - 1)
-        x = left + width * step / steps
-        page.add_patch(
-            Rectangle(
-                (x, top), width / steps + 0.2, 9, color=word_colour(value, limit), linewidth=0
-            )
-        )
-    page.add_patch(Rectangle((left, top), width, 9, fill=False, edgecolor="#8a8a8a", linewidth=0.5))
-    text = {"fontsize": 8, "va": "center"}
-    page.text(left - 6, top + 4.5, "worse", ha="right", **text)
-    page.text(left + width + 6, top + 4.5, "better", ha="left", **text)
+        x, colour = left + length * step / steps, word_colour(value, limit)
+        page.add_patch(Rectangle((x, top), length / steps + 0.2, 8, color=colour, linewidth=0))
+    page.add_patch(
+        Rectangle((left, top), length, 8, fill=False, edgecolor="#8a8a8a", linewidth=0.5)
+    )
+    text: dict[str, Any] = {"fontsize": 7, "va": "center"}
+    page.text(left - 5, top + 4, "worse", ha="right", **text)
+    page.text(left + length + 5, top + 4, "better", ha="left", **text)
     for share in (-1, -0.5, 0, 0.5, 1):
         label = f"{share * limit:+.2g}".replace("-", "−") if share else "0"
-        page.text(
-            left + width * (share + 1) / 2, top + 16, label, ha="center", fontsize=7.5, va="center"
-        )
-    page.text(left + width + 40, top + 16, "nats gained", ha="left", fontsize=7.5, va="center")
+        page.text(left + length * (share + 1) / 2, top + 14, label, ha="center", **text)
+    page.text(left, top + 25, "gain, nats", ha="left", **text)

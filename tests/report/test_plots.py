@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -16,8 +17,19 @@ import pytest
 from fake_run import made_up_losses, made_up_words, make_run
 
 from mlm.base.errors import UserError
+from mlm.base.names import RULES
 from mlm.report import figure2 as figure2_module
-from mlm.report.figure2 import figure2, letter, moving_average, panels_of, smooth, window_points
+from mlm.report.drawing import RULE_STYLES, WIDTHS, Look, rule_style
+from mlm.report.figure2 import (
+    Panel,
+    figure2,
+    letter,
+    moving_average,
+    panels_of,
+    smooth,
+    window_points,
+    winner,
+)
 from mlm.report.losses import LossTable
 from mlm.report.plots import (
     draw_all,
@@ -57,13 +69,6 @@ def test_the_moving_average_is_centred_and_keeps_straight_lines():
     np.testing.assert_allclose(moving_average(np.arange(5.0), 3), [0.5, 1, 2, 3, 3.5])
 
 
-def test_the_average_stops_at_borders_where_the_weights_start_anew():
-    gain, place = np.r_[np.zeros(5), np.ones(5)], np.repeat([0, 1], 5)
-    np.testing.assert_array_equal(smooth(gain, place, over_borders=False), gain)
-    over = smooth(gain, place, over_borders=True)
-    assert 0 < over[4] < over[5] < 1
-
-
 def test_windows_hold_200_words_of_one_article():
     rng = np.random.default_rng(0)
     table = made_up_losses([made_up_words(n, rng) for n in (450, 1, 530)])
@@ -79,40 +84,101 @@ def test_windows_hold_200_words_of_one_article():
         (2, 400, 530),
     ]
     assert points.centre_P[-1] == 451 + 465
-    expected = math.exp(table.loss("rms", "stream")[451 + 200 : 451 + 400].mean())
-    assert points.perplexity_P["rms"][4] == pytest.approx(expected)
+    expected = table.loss("rms", "stream")[451 + 200 : 451 + 400].mean()
+    assert points.loss_P["rms"][4] == pytest.approx(expected)
+    assert points.perplexity("rms")[4] == pytest.approx(math.exp(expected))
 
 
-def test_figure2_draws_both_panels_over_the_stream(run: Path, tmp_path: Path):
+def test_figure2_draws_all_panels_over_the_stream(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
     paths = figure2(table, tmp_path)
-    assert [p.name for p in paths] == ["figure2.png", "figure2.svg", "figure2.csv"]
-    rows = read_csv(paths[2])
+    assert [p.suffix for p in paths] == [".png", ".svg", ".pdf", ".csv"]
+    rows = read_csv(paths[-1])
     assert sorted({row["letter"] for row in rows}) == list("ABCDEFGH")
     point = next(row for row in rows if row["letter"] == "A" and row["from"] == "200")
     gain = float(point["perplexity_static"]) - float(point["perplexity_two_levels"])
-    assert float(point["gain_two_levels_vs_static"]) == pytest.approx(gain, rel=1e-3)
+    assert float(point["gain_perplexity_two_levels_vs_static"]) == pytest.approx(gain, rel=1e-3)
+    nats = float(point["nats_static"]) - float(point["nats_rms"])
+    assert float(point["gain_nats_rms_vs_static"]) == pytest.approx(nats, abs=1e-4)
     finer = float(point["perplexity_two_levels"]) - float(point["perplexity_three_levels"])
-    assert float(point["gain_three_levels_vs_two_levels"]) == pytest.approx(finer, abs=1e-3)
+    assert float(point["gain_perplexity_three_levels_vs_two_levels"]) == pytest.approx(
+        finer, abs=1e-3
+    )
     stream = table.loss("two_levels", "stream")[200:400].mean()
     assert float(point["perplexity_two_levels"]) == pytest.approx(math.exp(stream), rel=1e-4)
 
 
 def test_figure2_starts_and_ends_where_asked(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
-    rows = read_csv(figure2(table, tmp_path, articles=2, first=3, protocol="article")[2])
+    rows = read_csv(figure2(table, tmp_path, articles=2, first=3, protocol="article")[-1])
     assert {(row["letter"], row["article"]) for row in rows} == {("A", "3"), ("B", "4")}
     figure2(table, tmp_path, articles=99)
     with pytest.raises(UserError, match=r"no article to draw: 8 articles from number 10"):
         figure2(table, tmp_path, first=10)
 
 
-def test_figure2_falls_back_to_the_rules_there_are():
-    assert panels_of(["static", "sgd", "rms"]) == [("rms", "static")]
-    assert panels_of(["static", "mine"]) == [("mine", "static")]
-    assert panels_of(["static", "rms", "two_levels"]) == [("two_levels", "static")]
-    assert panels_of(["static", "two_levels", "three_levels"])[1] == ("three_levels", "two_levels")
+def test_figure2_shows_the_winner_its_rival_and_the_curves_of_the_paper():
+    rules = ["static", "sgd", "rms", "two_levels", "three_levels", "four_levels"]
+    nats, perplexity, paper = panels_of(rules, "four_levels")
+    assert nats == Panel("nats", ("four_levels", "rms", "two_levels"), "static")
+    assert perplexity == Panel("perplexity", nats.rules, "static")
+    assert paper == Panel("perplexity", ("three_levels",), "two_levels")
+    assert paper.title == "3 levels over 2 levels"
+    assert panels_of(["static", "mine"], "mine") == [
+        Panel("nats", ("mine",), "static"),
+        Panel("perplexity", ("mine",), "static"),
+    ]
+    assert panels_of(rules, "four_levels", "rms")[0].rules == ("four_levels", "two_levels")
+    assert len(panels_of(rules, "four_levels", "rms")) == 2
     assert figure2_module.WINDOW * figure2_module.SMOOTHED == 1600
+
+
+def test_the_winner_is_the_learned_rule_with_the_lowest_loss():
+    rng = np.random.default_rng(0)
+    rules = ("static", "rms", "two_levels", "three_levels")
+    table = made_up_losses([made_up_words(60, rng)], rules=rules, protocols=("article",))
+    table.losses["two_levels"][:] = table.losses["three_levels"] - 0.1
+    table.losses["rms"][:] = table.losses["two_levels"] - 0.1
+    assert winner(table, "article") == "two_levels"
+    few = made_up_losses([["a", "b"]], rules=("static", "rms"), protocols=("article",))
+    assert winner(few, "article") == "rms"
+
+
+def test_lines_do_not_average_across_articles():
+    gain, place = np.r_[np.zeros(5), np.ones(5)], np.repeat([0, 1], 5)
+    np.testing.assert_array_equal(smooth(gain, place), gain)
+    assert 0 < moving_average(gain)[4] < 1
+
+
+def _contrast_with_white(colour: str) -> float:
+    channels = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 1.05 / (sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True)) + 0.05)
+
+
+def test_every_rule_has_one_dark_style_of_its_own():
+    assert set(RULE_STYLES) == set(RULES)
+    assert len({str(style) for style in RULE_STYLES.values()}) == len(RULES)
+    assert all(_contrast_with_white(colour) >= 4.5 for colour, _ in RULE_STYLES.values())
+    for rule in RULES:
+        assert rule_style(f"{rule}+cache")["color"] == rule_style(rule)["color"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_pictures_fit_a_paper(run: Path, tmp_path: Path, width: str):
+    """Their width in inches, letters of 7 and 8 points, text as text."""
+    look = Look(WIDTHS[width], ("svg", "pdf"))
+    table = LossTable.load(run / "losses.parquet")
+    drawn = [*figure2(table, tmp_path, look=look), *gain_by_position(table, tmp_path, look=look)]
+    drawn += word_picture(table, tmp_path, article=0, pair=("rms", "static"), look=look)
+    for path in drawn:
+        if path.suffix == ".svg":
+            root = ElementTree.parse(path).getroot()
+            assert float(root.attrib["width"].removesuffix("pt")) == pytest.approx(72 * look.width)
+            sizes = set(re.findall(r"font: (?:bold )?([\d.]+)px", path.read_text()))
+            assert sizes <= {"7", "8"}, path.name
+        if path.suffix == ".pdf":
+            assert b"/Type3" not in path.read_bytes()
 
 
 def test_letters_go_on_after_z():
@@ -131,7 +197,7 @@ def test_letters_go_on_after_z():
 
 
 def test_gain_by_position_draws_every_rule_and_protocol(run: Path, tmp_path: Path):
-    rows = read_csv(gain_by_position(LossTable.load(run / "losses.parquet"), tmp_path)[2])
+    rows = read_csv(gain_by_position(LossTable.load(run / "losses.parquet"), tmp_path)[-1])
     curves = {(row["protocol"], row["rule"]) for row in rows}
     assert len(curves) == 8
     assert ("article", "static") not in curves
@@ -186,7 +252,7 @@ def test_training_curves_tolerate_what_is_missing(tmp_path: Path):
     ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 5
-    rows = read_csv(training_curves(tmp_path)[2])
+    rows = read_csv(training_curves(tmp_path)[-1])
     assert [(r["stage"], r["curve"], r["x"], r["y"]) for r in rows] == [
         ("lm", "train_loss", "1", "5"),
         ("lm", "valid_loss", "2", "4"),
@@ -201,7 +267,7 @@ def test_the_word_picture_is_safe_for_any_word(tmp_path: Path):
     table = made_up_losses([words], titles=["$a_$ </svg> 🙂"])
     paths = word_picture(table, tmp_path, article=0, pair=("rms", "static"))
     ElementTree.parse(paths[1])
-    rows = read_csv(paths[2])
+    rows = read_csv(paths[-1])
     assert [row["word"] for row in rows] == words
     for row, loss, static in zip(rows, table.losses["rms"], table.losses["static"], strict=True):
         assert float(row["gain"]) == pytest.approx(static - loss, rel=1e-4, abs=1e-5)
@@ -212,7 +278,7 @@ def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: 
     with pytest.raises(UserError, match=r"article 1 of split 'valid' has 350 words"):
         word_picture(table, tmp_path, article=1, start=350, pair=("rms", "static"))
     paths = word_picture(table, tmp_path, article=1, start=340, pair=("rms", "static"))
-    assert len(read_csv(paths[2])) == 10  # up to the article's end
+    assert len(read_csv(paths[-1])) == 10  # up to the article's end
 
 
 def test_colours_are_white_at_zero_symmetric_and_clipped():
@@ -245,7 +311,7 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
         "words_3_100",
         "training",
     ]
-    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".csv")}
+    assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".pdf", ".csv")}
     for path in paths:
         assert path.stat().st_size > 100
         if path.suffix == ".svg":
