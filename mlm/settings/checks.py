@@ -38,12 +38,12 @@ class Range(NamedTuple):
 
 MANY_WORDS = Range(0, 10**11)
 SOME_WORDS = Range(1, 10**11)
-UNITS = Range(1, 1 << 16)
+_UNITS = Range(1, 1 << 16)
 LANES = Range(1, 1 << 16)
 RATE = Range(0, 1000, open_low=True)
 STRENGTH = Range(0, 10**9)
 NORM = Range(0, 10**9, open_low=True)
-SHARE = Range(0, 1)
+_SHARE = Range(0, 1)
 DROPPED = Range(0, 1, open_high=True)
 
 RANGES = {
@@ -54,8 +54,8 @@ RANGES = {
     "text.vocabulary_size": Range(0, 10**7),
     "text.train_words": MANY_WORDS,
     "text.held_out": Range(0, 1, open_low=True, open_high=True),
-    "model.embedding": UNITS,
-    "model.hidden": UNITS,
+    "model.embedding": _UNITS,
+    "model.hidden": _UNITS,
     "model.layers": Range(1, 256),
     "model.adaptive_above": Range(0, 10**9),
     "model.cutoffs": Range(1, 10**9),
@@ -78,16 +78,16 @@ RANGES = {
     "lm.validation_words": MANY_WORDS,
     "lm.through_rate": RATE,
     "lm.through_decay": RATE._replace(open_low=False),
-    "adapt.rank": UNITS,
+    "adapt.rank": _UNITS,
     "adapt.update_every": Range(5, 100),
     "adapt.fisher_words": SOME_WORDS,
-    "adapt.fisher_prior": SHARE,
+    "adapt.fisher_prior": _SHARE,
     "adapt.guard": STRENGTH,
     "meta.hidden": Range(1, MOST_UNITS),
     "meta.weight_rate": RATE,
     "meta.ewc": STRENGTH,
     "meta.lanes": LANES,
-    "meta.stream_share": SHARE,
+    "meta.stream_share": _SHARE,
     "meta.unroll": Range(2, 10**6),
     "meta.pes_pairs": Range(1, 10**4),
     "meta.pes_sigma": RATE,

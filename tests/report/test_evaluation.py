@@ -106,7 +106,7 @@ def test_columns_of_the_same_model_are_kept_and_of_another_dropped(tmp_path: Pat
 
 def test_a_damaged_file_is_named_on_reading_and_replaced_on_writing(tmp_path: Path):
     path = tmp_path / "losses.parquet"
-    with pytest.raises(UserError, match=r"not found; run evaluate"):
+    with pytest.raises(UserError, match=r"not found; run `"):
         LossTable.load(path)
     write_losses(path, small_table())
     path.write_bytes(path.read_bytes()[:5000])

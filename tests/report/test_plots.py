@@ -217,7 +217,7 @@ def test_gain_by_position_draws_every_rule_and_protocol(run: Path, tmp_path: Pat
 
 
 def test_gain_by_occurrence_draws_the_losses_of_the_words_that_come_back(run: Path, tmp_path: Path):
-    rows = read_csv(gain_by_occurrence(LossTable.load(run / "losses.parquet"), tmp_path)[2])
+    rows = read_csv(gain_by_occurrence(LossTable.load(run / "losses.parquet"), tmp_path)[-1])
     assert {(r["protocol"], r["rule"]) for r in rows} >= {("article", "static"), ("stream", "rms")}
     key = ("article", "rms", "5", "10", "2")
     names = ("protocol", "rule", "first_loss_from", "first_loss_to", "from")
@@ -378,7 +378,7 @@ def test_the_command_prints_the_paths(tmp_path: Path):
     ("arguments", "expected"),
     [
         (["{run}/nowhere"], "not found; name the folder"),
-        (["{run}/figures"], "losses.parquet not found; run `mlm evaluate`"),
+        (["{run}/figures"], "losses.parquet not found; run `python evaluate.py`"),
         (["{run}/broken"], "cannot be read"),
         (["{run}", "--articles", "0"], "--articles"),
         (["{run}", "--split", "train"], "no split 'train', only test, valid"),
