@@ -234,7 +234,7 @@ class RunFolder:
 def _check_text(text: Any) -> None:
     """Raise ValueError unless these are hashes of a vocabulary and of splits, or none at all."""
     fine = isinstance(text, dict) and all(isinstance(mark, str) for mark in text.values())
-    if not fine or (text and not {"vocabulary", "train"} <= text.keys()):
+    if not fine or (text and not {"vocabulary", "train", "valid"} <= text.keys()):
         raise ValueError("text holds no hashes of vocabulary and splits")
 
 
