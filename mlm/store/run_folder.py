@@ -241,9 +241,10 @@ def _check_text(text: Any) -> None:
 def _check_history(history: Any) -> None:
     """Raise ValueError unless these are commands, each with its stages and its seed."""
     for entry in history if isinstance(history, list) else [None]:
-        fine = isinstance(entry, dict) and isinstance(entry.get("stages", []), list)
-        if not fine or not isinstance(entry.get("seed"), int | None):
+        if not isinstance(entry, dict) or not isinstance(entry.get("stages", []), list):
             raise ValueError("history holds no commands")
+        if not isinstance(entry.get("seed"), int | None):
+            raise ValueError("history holds no seed")
 
 
 def _absolute(config: Config) -> dict[str, Any]:
