@@ -44,7 +44,7 @@ def search(world: fuzz.Fuzz, kind: str, cases: int, start: int) -> None:
         deadline=None,
         database=None,
         phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck.__members__.values()],
     )
     @given(KINDS[kind])
     def check(case: Any) -> None:

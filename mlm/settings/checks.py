@@ -36,15 +36,15 @@ class Range(NamedTuple):
         return f"at least {self.low:g} and at most {self.high:,.15g}"
 
 
-MANY_WORDS = Range(0, 10**11)
-SOME_WORDS = Range(1, 10**11)
+_MANY_WORDS = Range(0, 10**11)
+_SOME_WORDS = Range(1, 10**11)
 _UNITS = Range(1, 1 << 16)
-LANES = Range(1, 1 << 16)
-RATE = Range(0, 1000, open_low=True)
-STRENGTH = Range(0, 10**9)
-NORM = Range(0, 10**9, open_low=True)
+_LANES = Range(1, 1 << 16)
+_RATE = Range(0, 1000, open_low=True)
+_STRENGTH = Range(0, 10**9)
+_NORM = Range(0, 10**9, open_low=True)
 _SHARE = Range(0, 1)
-DROPPED = Range(0, 1, open_high=True)
+_DROPPED = Range(0, 1, open_high=True)
 
 RANGES = {
     "threads": Range(0, 1024),
@@ -52,7 +52,7 @@ RANGES = {
     "checkpoint_minutes": Range(0, 10**6, open_low=True),
     "memory_gb": Range(0, 10**6),
     "text.vocabulary_size": Range(0, 10**7),
-    "text.train_words": MANY_WORDS,
+    "text.train_words": _MANY_WORDS,
     "text.held_out": Range(0, 1, open_low=True, open_high=True),
     "model.embedding": _UNITS,
     "model.hidden": _UNITS,
@@ -61,44 +61,44 @@ RANGES = {
     "model.cutoffs": Range(1, 10**9),
     "model.context": Range(1, 1 << 20),
     "lm.epochs": Range(0, 10**6, open_low=True),
-    "lm.lanes": LANES,
+    "lm.lanes": _LANES,
     "lm.segment": Range(1, 1 << 16),
-    "lm.learning_rate": RATE,
-    "lm.weight_decay": RATE._replace(open_low=False),
-    "lm.clip": NORM,
-    "lm.dropout_embedding": DROPPED,
-    "lm.dropout_input": DROPPED,
-    "lm.dropout_hidden": DROPPED,
-    "lm.dropout_output": DROPPED,
-    "lm.weight_drop": DROPPED,
-    "lm.byte_noise": DROPPED,
-    "lm.ar": STRENGTH,
-    "lm.tar": STRENGTH,
+    "lm.learning_rate": _RATE,
+    "lm.weight_decay": _RATE._replace(open_low=False),
+    "lm.clip": _NORM,
+    "lm.dropout_embedding": _DROPPED,
+    "lm.dropout_input": _DROPPED,
+    "lm.dropout_hidden": _DROPPED,
+    "lm.dropout_output": _DROPPED,
+    "lm.weight_drop": _DROPPED,
+    "lm.byte_noise": _DROPPED,
+    "lm.ar": _STRENGTH,
+    "lm.tar": _STRENGTH,
     "lm.validations": Range(1, 10**6),
-    "lm.validation_words": MANY_WORDS,
-    "lm.through_rate": RATE,
-    "lm.through_decay": RATE._replace(open_low=False),
+    "lm.validation_words": _MANY_WORDS,
+    "lm.through_rate": _RATE,
+    "lm.through_decay": _RATE._replace(open_low=False),
     "adapt.rank": _UNITS,
     "adapt.update_every": Range(5, 100),
-    "adapt.fisher_words": SOME_WORDS,
+    "adapt.fisher_words": _SOME_WORDS,
     "adapt.fisher_prior": _SHARE,
-    "adapt.guard": STRENGTH,
+    "adapt.guard": _STRENGTH,
     "meta.hidden": Range(1, MOST_UNITS),
-    "meta.weight_rate": RATE,
-    "meta.ewc": STRENGTH,
-    "meta.lanes": LANES,
+    "meta.weight_rate": _RATE,
+    "meta.ewc": _STRENGTH,
+    "meta.lanes": _LANES,
     "meta.stream_share": _SHARE,
     "meta.unroll": Range(2, 10**6),
     "meta.pes_pairs": Range(1, 10**4),
-    "meta.pes_sigma": RATE,
+    "meta.pes_sigma": _RATE,
     "meta.steps": Range(0, 10**7),
-    "meta.learning_rate": RATE,
-    "meta.clip": NORM,
+    "meta.learning_rate": _RATE,
+    "meta.clip": _NORM,
     "evaluation.cache_words": Range(1, 10**7),
-    "evaluation.lanes": LANES,
+    "evaluation.lanes": _LANES,
     "evaluation.max_articles": Range(0, 10**9),
     "evaluation.budget": Range(1, 10**4),
-    "evaluation.tune_words": SOME_WORDS,
+    "evaluation.tune_words": _SOME_WORDS,
     "evaluation.resamples": Range(1, 10**6),
     UNGROUPED: Range(0, 10**9),
 }
@@ -108,8 +108,8 @@ ask for more in its `problems`."""
 OPTIONS = {
     "threads": RANGES["threads"],
     "seed": RANGES["seed"],
-    "lanes": LANES,
-    "audit_words": SOME_WORDS,
+    "lanes": _LANES,
+    "audit_words": _SOME_WORDS,
     "articles": Range(1, 10**6),
     "first": Range(0, 10**9),
     "passage": Range(0, 10**9),
@@ -203,7 +203,7 @@ def _stage_1(c: Config) -> list[str]:
             "drop: use 0"
         )
     if lm.through != "none":
-        dropped = [path for path, allowed in RANGES.items() if allowed is DROPPED]
+        dropped = [path for path, allowed in RANGES.items() if allowed is _DROPPED]
         if any(leaves(c)[path] for path in (*dropped, "lm.ar", "lm.tar")):
             found.append(
                 f"--lm.through {lm.through} trains without dropout, AR and TAR; set "

@@ -241,16 +241,17 @@ class RunFolder:
 def _check_text(text: Any) -> None:
     """Raise ValueError unless these are hashes of a vocabulary and of splits, or none at all."""
     fine = isinstance(text, dict) and all(isinstance(mark, str) for mark in text.values())
-    if not fine or (text and not {"vocabulary", "train"} <= text.keys()):
+    if not fine or (text and not {"vocabulary", "train", "valid"} <= text.keys()):
         raise ValueError("text holds no hashes of vocabulary and splits")
 
 
 def _check_history(history: Any) -> None:
     """Raise ValueError unless these are commands, each with its stages and its seed."""
     for entry in history if isinstance(history, list) else [None]:
-        fine = isinstance(entry, dict) and isinstance(entry.get("stages", []), list)
-        if not fine or not isinstance(entry.get("seed"), int | None):
+        if not isinstance(entry, dict) or not isinstance(entry.get("stages", []), list):
             raise ValueError("history holds no commands")
+        if not isinstance(entry.get("seed"), int | None):
+            raise ValueError("history holds no seed")
 
 
 def _absolute(config: Config) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class TokenFile:
             raise DamagedFile(f"{self.path}: {error}") from None
         if magic != _MAGIC or version != _FORMAT:
             raise DamagedFile(f"{self.path}: no token file of format {_FORMAT}")
-        if crc != zlib.crc32(header):  # covers the size: the header is the file's end
+        if size != actual or crc != zlib.crc32(header):  # the header is the end of the file
             raise DamagedFile(f"{self.path}: {actual} of {size} bytes, cut short or overwritten")
         return json.loads(header)
 

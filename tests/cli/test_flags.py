@@ -81,7 +81,7 @@ def test_earlier_names_still_work(command: Command, seen: list[Config], tmp_path
     assert found.evaluation.rules == ("static", "rms")
     assert found.evaluation.split == "test"
     gone = command("train", "--adapt.threads", 2).error
-    assert "--threads counts for every stage" in gone
+    assert "use --threads, which counts for every stage" in gone
 
 
 @pytest.mark.parametrize("name", PRESETS)

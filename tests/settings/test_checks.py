@@ -107,7 +107,7 @@ def test_each_problem_names_its_value_and_what_it_must_be() -> None:
 
 def test_a_file_is_a_tree_of_tables_of_known_settings() -> None:
     for values in ([], None, "x", 5, {"lm": 5}, {"lm": []}, {"wings": 2}, {"lm": {"wings": 2}}):
-        with pytest.raises(UserError, match=r"is no table of settings|unknown setting"):
+        with pytest.raises(UserError, match=r"must be a table of settings|unknown setting"):
             from_dict(values)
 
 

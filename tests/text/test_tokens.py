@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -542,8 +543,12 @@ def test_texts_of_one_name_have_a_folder_each(
 
 
 def test_a_header_beyond_any_file_is_damage(tmp_path: Path) -> None:
-    """A place of the header that no file system can seek to."""
+    """Its place, which no file system can seek to, or the size of the whole."""
     path = tmp_path / "far.tokens"
     path.write_bytes(struct.pack("<8sIIQQ", b"mlmtoken", 2, 0, 2**64 - 1, 40) + bytes(40))
     with pytest.raises(DamagedFile):
+        TokenFile(path)
+    head = struct.pack("<8sIIQQ", b"mlmtoken", 2, zlib.crc32(b"{}"), 32, 35)
+    path.write_bytes(head + b"{}")
+    with pytest.raises(DamagedFile, match="34 of 35 bytes"):
         TokenFile(path)
