@@ -52,7 +52,7 @@ LEAST = 5.0
 
 
 @dataclass(frozen=True)
-class Options:
+class Setup:
     """Of the whole."""
 
     device: torch.device
@@ -77,10 +77,10 @@ class Part(NamedTuple):
 
     share: float
     """Of the whole time."""
-    run: Callable[[Options, Clock], dict[str, Any]]
+    run: Callable[[Setup, Clock], dict[str, Any]]
 
 
-def losses(options: Options, clock: Clock) -> dict[str, Any]:
+def losses(options: Setup, clock: Clock) -> dict[str, Any]:
     """Every rule and extension against the CPU."""
     place = gpu_losses.SMALL if options.small else gpu_losses.Place()
     rows, skipped = [], []
@@ -96,7 +96,7 @@ def losses(options: Options, clock: Clock) -> dict[str, Any]:
     return {"rows": rows, "time was out": skipped, "equal": equal}
 
 
-def tests(options: Options, clock: Clock) -> dict[str, Any]:
+def tests(options: Setup, clock: Clock) -> dict[str, Any]:
     """`tests/test_gpu.py` in a process of its own, without plugins and the project's settings."""
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "pytest is not installed"}
@@ -117,17 +117,17 @@ def tests(options: Options, clock: Clock) -> dict[str, Any]:
     return {"passed": done.returncode == 0, "said": (done.stdout + done.stderr)[-3000:]}
 
 
-def speed(options: Options, clock: Clock) -> dict[str, Any]:
+def speed(options: Setup, clock: Clock) -> dict[str, Any]:
     """Size L side by side."""
     return gpu_speed.measure(options.device, options.small, clock.left)
 
 
-def stage_1(options: Options, clock: Clock) -> dict[str, Any]:
+def stage_1(options: Setup, clock: Clock) -> dict[str, Any]:
     """Steps of `--size awd`; the model is kept for `stage_2`."""
     return gpu_awd.stage_1(options.device, options.small, options.out, clock.left)
 
 
-def stage_2(options: Options, clock: Clock) -> dict[str, Any]:
+def stage_2(options: Setup, clock: Clock) -> dict[str, Any]:
     """What follows with that model."""
     return gpu_awd.stage_2(options.device, options.small, options.out, clock.left)
 
@@ -146,7 +146,7 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"[:2000]
 
 
-def run_parts(options: Options, parts: dict[str, Part]) -> dict[str, Any]:
+def run_parts(options: Setup, parts: dict[str, Part]) -> dict[str, Any]:
     """Every part in turn; time that one leaves over goes to those after it."""
     whole = Clock(options.seconds)
     found: dict[str, Any] = {
@@ -179,7 +179,7 @@ def run_parts(options: Options, parts: dict[str, Part]) -> dict[str, Any]:
     return found
 
 
-def _options(words: list[str] | None = None) -> tuple[Options, list[str]]:
+def _options(words: list[str] | None = None) -> tuple[Setup, list[str]]:
     """From the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -193,7 +193,7 @@ def _options(words: list[str] | None = None) -> tuple[Options, list[str]]:
     if not 0 < given.seconds <= 86_400:
         raise UserError(f"--seconds {given.seconds}: between 0 and 86400")
     device = choose_device(given.device)
-    return Options(device, given.small, given.seconds, given.out), given.parts
+    return Setup(device, given.small, given.seconds, given.out), given.parts
 
 
 def main() -> None:

@@ -49,7 +49,14 @@ def text_of_articles(seed: int = 0) -> Text:
 
 
 def through_config(**changes) -> Config:
-    lm = {"lanes": 4, "segment": 10, "epochs": 9.0, "precision": "float32", "learning_rate": 0.02}
+    lm = {
+        "lanes": 4,
+        "segment": 10,
+        "epochs": 9.0,
+        "precision": "float32",
+        "byte_noise": 0.0,
+        "learning_rate": 0.02,
+    }
     lm |= {"dropout_input": 0.0, "dropout_hidden": 0.0, "dropout_output": 0.0}
     embeddings = NGramEmbeddings(contexts=changes.pop("contexts", 0))
     return Config(

@@ -308,7 +308,9 @@ def _number(name: str, usual: int) -> int:
     try:
         return int(os.environ.get(name, usual))
     except ValueError:
-        raise UserError(f"{name}={os.environ[name]!r} in the environment is no number") from None
+        raise UserError(
+            f"{name}={os.environ[name]!r} in the environment is no number; let torchrun set it"
+        ) from None
 
 
 def started_together() -> int:
@@ -323,7 +325,7 @@ def refuse_several(command: str) -> None:
         UserError: the environment says that there are some.
     """
     if started_together() > 1:
-        raise UserError(f"{command} works in one process; start it without torchrun")
+        raise UserError(f"{command} works in one process; leave torchrun out")
 
 
 def cores_each() -> int:

@@ -90,7 +90,9 @@ def _passage(options: Options) -> str:
             f"{', '.join(present)}"
         )
     if not 0 <= options.first < len(table.articles):
-        raise UserError(f"--first {options.first}: there are {len(table.articles)} articles")
+        raise UserError(
+            f"--first {options.first}: there are {len(table.articles)} articles; choose one of them"
+        )
     article, start = options.passage or (table.articles[options.first], 0)
     return passage_in_colours(
         table,

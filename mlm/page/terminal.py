@@ -32,7 +32,9 @@ def passage_in_colours(
     rows = table.rows(article)
     length = rows.stop - rows.start
     if not 0 <= start < length:
-        raise UserError(f"article {article} has {length:,} words; cannot show it from word {start}")
+        raise UserError(
+            f"article {article} has {length:,} words; it has no word {start}; choose one before"
+        )
     gain_N = table.loss(pair[1], protocol) - table.loss(pair[0], protocol)
     limit = colour_range(gain_N)
     here = range(rows.start + start, min(rows.start + start + words, rows.stop))

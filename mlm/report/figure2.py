@@ -136,9 +136,10 @@ class Panel:
     @property
     def title(self) -> str:
         """What the panel shows."""
-        if len(self.rules) > 1:
+        if len(self.rules) != 1:
             return f"Gain over {rule_label(self.against)}"
-        found = f"{rule_label(self.rules[0])} over {rule_label(self.against)}"
+        (rule,) = self.rules
+        found = f"{rule_label(rule)} over {rule_label(self.against)}"
         return found[:1].upper() + found[1:]
 
 
@@ -146,8 +147,8 @@ def panels_of(rules: Sequence[str], best: str, against: str = STATIC) -> list[Pa
     """The panels to draw: the gain over `against` of the best rule, of RMS dynamic evaluation and
     of 2 levels, in nats and in perplexity; then what the paper's second panel shows, 3 levels over
     2 levels. All as far as they were measured."""
-    shown = dict.fromkeys((best, "rms", "two_levels"))
-    shown = tuple(rule for rule in shown if rule in rules and rule != against)
+    wanted = dict.fromkeys((best, "rms", "two_levels"))
+    shown = tuple(rule for rule in wanted if rule in rules and rule != against)
     panels = [Panel(NATS, shown, against), Panel(PERPLEXITY, shown, against)]
     if against == STATIC and {"two_levels", "three_levels"} <= set(rules):
         panels.append(Panel(PERPLEXITY, ("three_levels",), "two_levels"))
@@ -199,7 +200,7 @@ def figure2(
             _draw_panel(one, points, panel)
             if one is axes[0] or panel.against != against:
                 one.set_title(panel.title, pad=14 if one is axes[0] else 4)
-        _draw_borders(axes, table, chosen)
+        _draw_borders(axes, table, chosen, 4 if look.narrow else 6)
         axes[-1].set_xlabel(f"words read ({table.split} split, protocol “{protocol}”)")
         where = {"loc": "upper right", "ncols": columns + 1, "columnspacing": 1.2}
         figure.legend(*axes[0].get_legend_handles_labels(), **where, borderaxespad=0.2)
@@ -261,15 +262,15 @@ def _draw_panel(axes: Axes, points: Points, panel: Panel) -> None:
             )
 
 
-def _draw_borders(panels: Sequence[Axes], table: LossTable, chosen: Sequence[int]) -> None:
+def _draw_borders(
+    panels: Sequence[Axes], table: LossTable, chosen: Sequence[int], ticks: int
+) -> None:
     """Dashed lines at the articles' borders, their letters above the top panel."""
     lengths = [table.rows(article).stop - table.rows(article).start for article in chosen]
     borders = np.cumsum([0, *lengths])
     for panel in panels:
         panel.set_xlim(0, borders[-1])
-        panel.xaxis.set_major_locator(
-            MaxNLocator(6 if panel.figure.get_figwidth() > 5 else 4, integer=True)
-        )
+        panel.xaxis.set_major_locator(MaxNLocator(ticks, integer=True))
         panel.xaxis.set_major_formatter("{x:,.0f}")
         for border in borders[1:-1]:
             panel.axvline(border, color=_FAINT, linewidth=0.8, linestyle=(0, (4, 3)))

@@ -391,9 +391,8 @@ def training_curves(run_dir: Path, look: Look = PAPER) -> list[Path]:
         figure, axes = _side_by_side(len(stages), 2.0, look)
         panels = dict(zip(stages, axes, strict=True))
         for stage, rule, name, (x, y) in curves:
-            style = (
-                rule_style(rule) if rule else {"color": "#8a8a8a" if "train" in name else "#0B5CAD"}
-            )
+            style: dict[str, Any] = {"color": "#8a8a8a" if "train" in name else "#0B5CAD"}
+            style = rule_style(rule) if rule else style
             label = rule_label(rule) if rule else name.replace("_", " ")
             marker = "" if len(x) > 60 else "."
             panels[stage].plot(x, y, marker=marker, label=label, **style)

@@ -24,7 +24,7 @@ from mlm.models.base import AdaptationBase
 from mlm.rules.fast_gates import FLUSH_UNIT, SQUARE_UNIT
 from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.hand_made import RMS, SGD, Adam, HandMade, Momentum
-from mlm.rules.protocol import MOST_UNITS, Parameters, UpdateRule
+from mlm.rules.protocol import Parameters, UpdateRule, most_units
 from mlm.rules.two_memories import SLOW, parts_of
 
 HAND_MADE_RULES: dict[str, HandMade] = {
@@ -250,8 +250,8 @@ def rule_from_description(name: str, about: Mapping[str, Any]) -> LinearGates:
     values = {part: as_kind(hints[part], value) for part, value in about.items()}
     for part, value in values.items():
         problem = type_problem(hints[part], value)
-        if part in ("mlp", "lstm") and problem is None and not 0 <= value <= MOST_UNITS:
-            problem = f"it must be 0 to {MOST_UNITS}"
+        if part in ("mlp", "lstm") and problem is None and not 0 <= value <= most_units:
+            problem = f"it must be 0 to {most_units}"
         if part == "eps" and problem is None and not 0 < value < 1:
             problem = "it must be in (0, 1)"
         if problem:

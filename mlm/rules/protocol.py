@@ -25,7 +25,7 @@ from mlm.rules.forward import Tangent, dots_of_all, push_formula, zero_tangent
 Parameters = dict[str, Tensor]
 
 
-MOST_UNITS = 4096
+most_units = 4096
 """Of a network in a rule's gates; a file or a flag that asks for more is refused."""
 
 

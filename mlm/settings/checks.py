@@ -8,7 +8,7 @@ from mlm.base.errors import UserError
 from mlm.base.kinds import kinds, shown, type_problem
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, RULES
 from mlm.models.extension import Plan
-from mlm.rules.protocol import MOST_UNITS
+from mlm.rules.protocol import most_units
 from mlm.settings.config import Config
 from mlm.settings.flags import UNGROUPED, flag, leaves
 
@@ -71,7 +71,7 @@ RANGES = {
     "lm.dropout_hidden": _DROPPED,
     "lm.dropout_output": _DROPPED,
     "lm.weight_drop": _DROPPED,
-    "lm.byte_noise": _DROPPED,
+    "lm.byte_noise": _DROPPED._replace(),  # no dropout
     "lm.ar": _STRENGTH,
     "lm.tar": _STRENGTH,
     "lm.validations": Range(1, 10**6),
@@ -83,7 +83,7 @@ RANGES = {
     "adapt.fisher_words": _SOME_WORDS,
     "adapt.fisher_prior": _SHARE,
     "adapt.guard": _STRENGTH,
-    "meta.hidden": Range(1, MOST_UNITS),
+    "meta.hidden": Range(1, most_units),
     "meta.weight_rate": _RATE,
     "meta.ewc": _STRENGTH,
     "meta.lanes": _LANES,

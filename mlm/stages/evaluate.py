@@ -257,6 +257,9 @@ def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str
     evaluation, done = run.config.evaluation, _Finished()
     model = TrainedModel(run, run.folder.path.name, switches())
     rules = sorted({STATIC, *evaluation.rules}, key=rule_order)
+    for protocol in evaluation.protocols if run.folder.released else ():
+        for name in rules:  # one that cannot be tuned is refused before the others are read
+            model.ready(name, protocol)
     with progress.of("scores", done):
         for protocol in evaluation.protocols:
             left = [

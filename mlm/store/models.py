@@ -151,7 +151,7 @@ def load_base(
     dynamic = entry(path, about, "dynamic", tuple[str, ...])
     loss, segment = entry(path, about, "loss", float), entry(path, about, "segment", int)
     base = AdaptationBase(shape, part("theta_0/"), dynamic, part("rms/"), loss, segment)
-    unknown = [name for name in dynamic if name not in base.weights]
+    unknown = [n for n in dynamic if n not in base.weights and not n.endswith(LOW)]
     if unknown:
         raise damaged(path, f"there is no weight {unknown[0]} to adapt")
     fisher = {f"rms/{n}": tuple(w.shape) for n, w in base.weights.items() if n in base.dynamic}

@@ -36,6 +36,7 @@ RESULTS = (
     "words*.html",
     "figures/*.png",
     "figures/*.svg",
+    "figures/*.pdf",
     "figures/*.csv",
 )
 """What the stages leave in a run folder (and in its `on-*` folders) that belongs to one model."""

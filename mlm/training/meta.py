@@ -267,7 +267,8 @@ class MetaTrainer:
             )
         kept = {n: tensors[f"reader/{n}"] for n in self.reader.tensors()}
         reader = self.reader.of_share(kept, self.settings.lanes)
-        fitting(reader.tensors(), self.reader.tensors())
+        like = {n: t for n, t in self.reader.tensors().items() if not n.startswith("extras/")}
+        fitting(reader.tensors(), like)  # what extensions remember grows
         self.reader = reader
         self.lanes.load_state_dict(about["cursor"])
         if about["gain"] is not None:

@@ -11,7 +11,7 @@ import torch
 from fake_cuda import fake_cuda
 
 from benchmarks import gpu, gpu_awd, gpu_losses
-from benchmarks.gpu import Clock, Options, Part
+from benchmarks.gpu import Clock, Part, Setup
 from mlm import kernels
 
 CPU = torch.device("cpu")
@@ -40,19 +40,19 @@ def test_both_stages_run_on_cuda(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_and_one_without_time_leave_their_reason(tmp_path: Path) -> None:
-    def fail(options: Options, clock: Clock) -> dict[str, object]:
+    def fail(options: Setup, clock: Clock) -> dict[str, object]:
         raise RuntimeError("out of memory")
 
-    def late(options: Options, clock: Clock) -> dict[str, object]:
+    def late(options: Setup, clock: Clock) -> dict[str, object]:
         return {"time": clock.left()}
 
-    options = Options(CPU, True, 60.0, tmp_path)
+    options = Setup(CPU, True, 60.0, tmp_path)
     parts = {"bad": Part(0.5, fail), "good": Part(0.5, late)}
     gpu.run_parts(options, parts)
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert "out of memory" in found["bad"]["error"]
     assert found["good"]["time"] > 50
-    rushed = gpu.run_parts(Options(CPU, True, 1.0, tmp_path), parts)["parts"]
+    rushed = gpu.run_parts(Setup(CPU, True, 1.0, tmp_path), parts)["parts"]
     assert all("skipped" in own for own in rushed.values())
 
 

@@ -69,8 +69,8 @@ def test_an_axis_of_time_has_a_row_for_every_size(axis: AxisName, tmp_path: Path
         assert row["dynamic weights"] == place.weights
     assert [math.isfinite(row.get("exponent", math.nan)) for row in rows] == [False, True] * 3
     paths = draw(axis, rows, tmp_path / axis)
-    assert [path.suffix for path in paths] == [".png", ".svg", ".csv"]
-    assert len(list(csv.DictReader(paths[2].read_text().splitlines()))) == len(rows)
+    assert [path.suffix for path in paths] == [".png", ".svg", ".pdf", ".csv"]
+    assert len(list(csv.DictReader(paths[-1].read_text().splitlines()))) == len(rows)
 
 
 def test_a_place_counts_the_bytes_of_its_weights() -> None:
@@ -251,6 +251,8 @@ def test_only_what_was_asked_for(
     words = ["growth", "--rounds", "1", "--only", "segment", "lanes", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", words)
     growth.main()
-    names = {f"growth_{a}.{end}" for a in ("lanes", "segment") for end in ("png", "svg", "csv")}
+    names = {
+        f"growth_{a}.{end}" for a in ("lanes", "segment") for end in ("png", "svg", "pdf", "csv")
+    }
     assert {path.name for path in tmp_path.iterdir()} == {"growth.json", *names}
     assert "meta-training" in capsys.readouterr().out

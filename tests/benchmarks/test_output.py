@@ -103,7 +103,15 @@ def test_a_run_is_published_without_text_and_weights(
     assert done.code == 0, done.err
     found = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
     assert {Path("evaluation.json"), Path("config.json"), Path("figures/figure2.png")} <= found
-    assert {path.suffix for path in found} <= {".json", ".jsonl", ".md", ".png", ".svg", ".csv"}
+    assert {path.suffix for path in found} <= {
+        ".json",
+        ".jsonl",
+        ".md",
+        ".png",
+        ".svg",
+        ".pdf",
+        ".csv",
+    }
     assert not [path for path in found if "words" in path.name]
 
 

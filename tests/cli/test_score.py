@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown form of file": (("letter.txt", "--out", "words.csv"), "must end in .parquet or"),
     "over the input": (("words.tsv", "--out", "words.tsv"), "named twice; choose another name"),
     "two into one": (("letter.txt", "--out", "w.tsv", "--nc", "w.tsv"), "named twice"),
-    "no lane": (("letter.txt", "--lanes", "0"), "--lanes 0: must be at least 1"),
+    "no lane": (("letter.txt", "--lanes", "0"), "--lanes is 0; it must be at least 1"),
     "frozen at nothing": (("letter.txt", "--frozen"), "--frozen learns nothing, so it needs"),
     "two forms in a stream": (
         ("letter.txt", "notes.md", "--protocol", "stream"),

@@ -332,7 +332,9 @@ def test_training_learns_and_the_file_knows_the_model(cell: Cell, tmp_path) -> N
     again, shape, _ = load_lm(tmp_path / "lm.safetensors", "v")
     assert shape == trainer.shape
     assert all(torch.equal(w, weights[n]) for n, w in again.items())
-    base = AdaptationBase(shape, weights, ("softmax.bias",), {}, 2.0, 5)
+    base = AdaptationBase(
+        shape, weights, ("softmax.bias",), {"softmax.bias": weights["softmax.bias"].abs()}, 2.0, 5
+    )
     save_base(tmp_path / "memory.safetensors", base, "v")
     assert load_base(tmp_path / "memory.safetensors", "v").model == shape
 
@@ -343,7 +345,8 @@ def test_a_file_that_names_no_cell_holds_an_lstm(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr("mlm.store.models._record", before_cells)
     shape = RecurrentLM(12, 4, 6, 2, (4, 9))
-    save_lm(tmp_path / "lm.safetensors", {"softmax.bias": torch.zeros(1)}, shape, "v")
+    weights = shape.initial_weights(torch.Generator().manual_seed(0))
+    save_lm(tmp_path / "lm.safetensors", weights, shape, "v")
     _, about = load_tensors(tmp_path / "lm.safetensors", "")
     assert "cell" not in about["shape"]
     assert load_lm(tmp_path / "lm.safetensors", "v")[1] == shape

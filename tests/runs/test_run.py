@@ -108,7 +108,8 @@ def test_config_explains_the_run(finished: Finished) -> None:
     assert set(record) == set(ENTRIES)
     assert record["format"] == FORMAT
     assert record["versions"]["torch"] == torch.__version__
-    assert RunFolder(finished.folder).load_config() == finished.config
+    loaded = RunFolder(finished.folder).load_config()
+    assert loaded == replaced(finished.config, {"meta.gradient": "reverse"})  # was auto
 
 
 def test_flags_mean_the_settings(finished: Finished, command: Command, tmp_path: Path) -> None:

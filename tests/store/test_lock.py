@@ -110,8 +110,8 @@ def test_where_nobody_may_write_is_found_before_the_work(
     def scored(*_: object) -> None:
         raise AssertionError("scored before it was known whether results can be written")
 
-    monkeypatch.setattr("mlm.stages.evaluate.score_protocol", scored)
-    monkeypatch.setattr("mlm.stages.evaluate.ready_rule", scored)
+    monkeypatch.setattr("mlm.reader.model.score_protocol", scored)
+    monkeypatch.setattr("mlm.reader.model.ready_rule", scored)
     read_only = PermissionError(13, "Permission denied")
 
     def refused(*_: object, **__: object) -> None:

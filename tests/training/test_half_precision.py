@@ -32,11 +32,12 @@ class Step:
         start = SHAPE.initial_weights(seed)
         start["softmax.bias"] = torch.randn(SIZE, generator=seed)
         self.weights = {n: (3 * w).requires_grad_() for n, w in start.items()}
-        tokens = torch.randint(SIZE, (2, LANES, STEPS), generator=seed)
+        inputs, targets = torch.randint(SIZE, (2, LANES, STEPS), generator=seed)
         lengths = torch.tensor([9, 9, 4, 9, 0, 1]).unsqueeze(1)
         none = np.zeros(LANES, dtype=np.int64)
         mask = torch.arange(STEPS) < lengths
-        self.segment = Segment(*tokens, mask, torch.zeros(LANES, dtype=torch.bool), none, none)
+        new = torch.zeros(LANES, dtype=torch.bool)
+        self.segment = Segment(inputs, targets, mask, new, none, none)
         sizes = (24, 16)
         h = tuple(torch.randn(LANES, n, generator=seed).tanh() for n in sizes)
         c = tuple(torch.randn(LANES, n, generator=seed) for n in sizes)
@@ -125,9 +126,9 @@ def test_stage_1_takes_it_where_nothing_else_is_asked_for(
 ) -> None:
     taken = []
 
-    def seen(*args: object) -> object:
+    def seen(*args: object, **more: object) -> object:
         taken.append(True)
-        return half_precision_loss(*args)  # type: ignore[arg-type]
+        return half_precision_loss(*args, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr("mlm.training.language_model.half_precision_loss", seen)
     trainer = _trainer(**OFF | changes)

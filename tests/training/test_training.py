@@ -38,7 +38,7 @@ def test_objective_adds_ar_and_tar_over_real_tokens_only() -> None:
     config = Config(model=ModelConfig(embedding=4, hidden=6, layers=2), lm=lm)
     trainer = LMTrainer(config, shape_of(config, 12), _text((6, 3)), torch.device("cpu"))
     segment = next(trainer.stream)
-    objective, loss, _ = trainer.loss(segment, [])
+    objective, loss, _ = trainer.loss(segment, [], segment.mask)
     zero = trainer.shape.initial_state(2)
     hidden = trainer.shape.run(trainer.weights, segment.inputs, zero)
     nll = token_nll(trainer.weights, trainer.shape, hidden.output, segment.targets)
