@@ -24,6 +24,7 @@ def test_every_rule_and_extension_reads_on_cuda_as_on_the_cpu(case: gpu_losses.C
     assert row["float64, any token"] < 1e-9
 
 
+@pytest.mark.slow
 def test_both_stages_run_on_cuda(tmp_path: Path) -> None:
     end = time.perf_counter() + 200
 

@@ -164,6 +164,7 @@ def test_empty_and_one_word_articles_are_read(command: Command, tmp_path: Path) 
             assert row["nats_per_word_gained"] == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_one_article_to_score(finished: Finished, command: Command, tmp_path: Path) -> None:
     """No interval can be had from one article; everything else can, the pictures too."""
     folder = finished.copy(tmp_path / "run")

@@ -328,6 +328,7 @@ def test_no_file_outside_the_folder_is_read(name: str, model: Path, tmp_path: Pa
 # ---------------------------------------------------------------- commands
 
 
+@pytest.mark.slow
 def test_evaluate_and_show_leave_a_released_model_as_it_is(
     model: Path, tmp_path: Path, command: Command, contents: Contents, monkeypatch: Any
 ) -> None:

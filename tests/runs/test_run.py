@@ -342,6 +342,7 @@ def test_bfloat16_trains_as_well(finished: Finished, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- evaluate.py
 
 
+@pytest.mark.slow
 def test_another_corpus_gets_a_folder_of_its_own(
     finished: Finished, command: Command, tmp_path: Path, contents: Contents
 ) -> None:

@@ -87,6 +87,7 @@ def test_any_two_choices_pass_or_are_refused_by_name(world: World) -> None:
     assert refused > 20
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_choices_that_pass_the_checks_run(world: World) -> None:
     """A sample: many choices at once."""

@@ -72,7 +72,7 @@ def test_a_plain_file_is_too_little_to_train_on(tmp_path: Path) -> None:
     for split in SPLITS:
         with pytest.raises(UserError) as caught:
             open_corpus(str(path)).articles(split)
-        for words in (str(path), "one article", "3 or more", "' = Title = '", "evaluate.py"):
+        for words in (str(path), "one article", "3 or more", "' = Title = '", "evaluate"):
             assert words in str(caught.value)
 
 

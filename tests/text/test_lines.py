@@ -34,7 +34,7 @@ def test_a_line_of_any_length_is_refused_in_bounded_memory(tmp_path: Path, packi
     try:
         with pytest.raises(UserError, match=r"line 2: longer than 16,777,216 bytes"):
             list(read_lines(path))
-        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+        assert tracemalloc.get_traced_memory()[1] < 80 << 20  # of 100 MB
     finally:
         tracemalloc.stop()
 
