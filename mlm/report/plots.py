@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -46,8 +47,6 @@ __all__ = [
 
 PICTURES = ("figure2", "gain_by_occurrence", "gain_by_position", "words", "training")
 """What `draw_all` draws, in order."""
-PAGE = "page"
-"""What `only` may name besides: the page beside the pictures (`mlm.page`)."""
 
 
 def draw_all(
@@ -61,6 +60,7 @@ def draw_all(
     pair: tuple[str | None, str | None] = (None, None),
     only: Sequence[str] = (),
     look: Look = PAPER,
+    beside: Mapping[str, Callable[[LossTable, str], list[Path]]] = MappingProxyType({}),
 ) -> list[Path]:
     """Draw every picture of a run from its folder; return the paths written.
 
@@ -69,21 +69,12 @@ def draw_all(
     `metrics.jsonl`, training. `passage` (article, position) draws those words too.
     `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured;
     `pair` None compares the best learned rule with static. `only` names the pictures to draw.
+    `beside` makes more of the table and the suffix of its files, by name.
     `split` None takes `valid`, else the first in the file; another split's files get its name as a
     suffix. Raises `UserError` if the folder lacks what a picture needs.
     """
-    if articles < 1:
-        raise UserError(f"cannot draw {articles} articles; ask for at least 1 (--articles)")
-    if not run_dir.is_dir():
-        raise UserError(
-            f"run folder {run_dir} not found; name the folder given to "
-            f"`{command_of('train')} --out`"
-        )
-    odd = [name for name in only if name not in (*PICTURES, PAGE)]
-    if odd:
-        raise UserError(
-            f"no picture {odd[0]!r}; choose from {', '.join((*PICTURES, PAGE))} (--only)"
-        )
+    known = (*PICTURES, *beside)
+    _check_asked(run_dir, articles, only, known)
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
     _check_pair(table, pair)
@@ -109,7 +100,24 @@ def draw_all(
         "words": lambda: word_pictures(table, folder, among, suffix=suffix, look=look, **words),
         "training": lambda: training_curves(run_dir, look),
     }
-    return [path for name in PICTURES if name in (only or PICTURES) for path in draw[name]()]
+    chosen = only or known
+    paths = [path for name in PICTURES if name in chosen for path in draw[name]()]
+    more = [make for name, make in beside.items() if name in chosen]
+    return paths + [path for make in more for path in make(table, suffix)]
+
+
+def _check_asked(run_dir: Path, articles: int, only: Sequence[str], known: Sequence[str]) -> None:
+    """Raise `UserError` unless there are such a folder, articles to draw and these pictures."""
+    if articles < 1:
+        raise UserError(f"cannot draw {articles} articles; ask for at least 1 (--articles)")
+    if not run_dir.is_dir():
+        raise UserError(
+            f"run folder {run_dir} not found; name the folder given to "
+            f"`{command_of('train')} --out`"
+        )
+    odd = [name for name in only if name not in known]
+    if odd:
+        raise UserError(f"no picture {odd[0]!r}; choose from {', '.join(known)} (--only)")
 
 
 def _check_pair(table: LossTable, pair: tuple[str | None, str | None]) -> None:

@@ -9,7 +9,6 @@ from conftest import Command
 from fake_run import make_run
 
 from mlm.cli.show import Options
-from mlm.page import folder as folder_module
 from mlm.page.folder import draw_run
 from mlm.page.page import WORD_LIMIT
 
@@ -17,7 +16,7 @@ from mlm.page.page import WORD_LIMIT
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose pictures take no time."""
-    monkeypatch.setattr(folder_module, "draw_all", lambda *_, **__: [])
+    monkeypatch.setattr("mlm.report.plots.PICTURES", ())
     rules, protocols = ("static", "rms"), ("article",)
     return make_run(
         tmp_path / "run",
