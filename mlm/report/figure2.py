@@ -125,6 +125,13 @@ def winner(table: LossTable, protocol: str) -> str:
     return min(learned or adapted, key=lambda rule: float(table.loss(rule, protocol).sum()))
 
 
+def compared(
+    table: LossTable, protocol: str, pair: tuple[str | None, str | None]
+) -> tuple[str, str]:
+    """The rule to show and the one it is compared with: those asked for, else `winner`, static."""
+    return pair[0] or winner(table, protocol), pair[1] or STATIC
+
+
 @dataclass(frozen=True)
 class Panel:
     """One panel: curves of some rules' gain over another rule."""
@@ -186,7 +193,7 @@ def figure2(
             f"no article to draw: {articles} articles from number {first} of the "
             f"{len(table.articles)} in split {table.split!r}; choose others"
         )
-    rule, against = pair[0] or winner(table, protocol), pair[1] or STATIC
+    rule, against = compared(table, protocol, pair)
     panels = panels_of(table.rules(protocol), rule, against)
     rules = sorted({against, *(r for p in panels for r in (*p.rules, p.against))}, key=rule_order)
     points = window_points(table, protocol, rules, chosen)

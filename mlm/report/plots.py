@@ -24,7 +24,7 @@ from mlm.report.drawing import (
     save_figure,
 )
 from mlm.report.evaluation import PositionBin, interval_of, position_gains
-from mlm.report.figure2 import figure2, winner
+from mlm.report.figure2 import compared, figure2
 from mlm.report.losses import LossTable, default_split, splits
 from mlm.report.occurrences import (
     FIRST_LOSSES,
@@ -149,7 +149,6 @@ def word_pictures(
     """Draw the start and the middle of the longest article in `among` (before and after the
     weights have learned from it) and a `passage` (article, position); return the paths."""
     protocol = protocol or table.compared_protocols()[0]
-    compared = pair[0] or winner(table, protocol), pair[1] or STATIC
     article = max(among, key=lambda index: table.rows(index).stop - table.rows(index).start)
     length = table.rows(article).stop - table.rows(article).start
     wanted = [("words_start", article, 0), ("words_middle", article, length // 2)]
@@ -164,7 +163,7 @@ def word_pictures(
             article=index,
             start=start,
             words=words,
-            pair=compared,
+            pair=compared(table, protocol, pair),
             protocol=protocol,
             name=f"{name}{suffix}",
             look=look,
