@@ -72,14 +72,13 @@ def _most_copies(mode: GradientMode, updates: int) -> float:
 
 def test_memory_of_the_three_modes() -> None:
     """Reverse holds 2 copies per update, checkpoint 2 sqrt(2 T), forward a constant number."""
-    reverse = _most_copies("reverse", 40)
-    assert 80 <= reverse <= 90, reverse
-    assert 38 <= _most_copies("reverse", 60) - reverse <= 42
-    for updates in (40, 98):
-        assert _most_copies("checkpoint", updates) <= 2 * (2 * updates) ** 0.5 + 10
-    constant = _most_copies("forward", 40)
+    reverse = _most_copies("reverse", 20)
+    assert 40 <= reverse <= 50, reverse
+    assert 18 <= _most_copies("reverse", 30) - reverse <= 22
+    assert _most_copies("checkpoint", 50) <= 2 * (2 * 50) ** 0.5 + 10
+    constant = _most_copies("forward", 10)
     assert constant <= 6 + 8, "6 copies of the tangent, the weights and what a step needs"
-    assert _most_copies("forward", 80) <= constant + 1
+    assert _most_copies("forward", 20) <= constant + 1
 
 
 @pytest.mark.slow
