@@ -31,7 +31,8 @@ class Options:
     protocol: Literal["article", "stream"] | None = None
     """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
     passage: tuple[int, int] | None = None
-    """An article's index and a word's position: draw the text from there, for papers."""
+    """An article's index and a word's position, counted from 0: draw the text from there, for
+    papers."""
     rule: str | None = None
     """The rule to show in figure 2, in pictures of words and in the terminal; by default the best
     learned one."""

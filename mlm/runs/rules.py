@@ -168,7 +168,7 @@ def _watched(run: Run, title: str, progress: Progress, trials: Trials) -> list[T
             bar.update()
 
         tried = trials(progress, on_trial)
-    detail(f"{title}: the best of {len(tried)} settings has {reached()} on validation")
+    detail(f"{title}: tuned on {text.words:,} words, {reached()} (best of {len(tried)})")
     return tried
 
 

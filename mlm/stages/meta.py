@@ -89,7 +89,7 @@ def stage_meta(run: Run) -> None:
         progress.forget()
         gained = f"{gain * judged.tokens_per_word:.3f} nats per word gained"
         mean = ", mean of both protocols" if len(static) > 1 else ""
-        detail(f"{label}: {gained} on {judged.words:,} words of validation{mean}")
+        detail(f"{label}: {gained} on {judged.words:,} words{mean}")
         if trainer.flushed:
             detail(f"{label}: the guard reset a lane {trainer.flushed} times during training")
 

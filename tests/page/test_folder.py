@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,9 @@ def test_the_command_shows_a_passage_in_the_terminal(
     pair = ("--rule", "static", "--against", "rms")
     turned = command("visualize", run, "--terminal", "--passage", 1, 3, *pair)
     assert "from word 4: static against RMS dynamic evaluation" in turned.out
-    swapped = str.maketrans("+-", "-+")
-    words = [text.out.splitlines()[2:-2] for text in (shown, turned)]
-    assert [line.translate(swapped) for line in words[0]] == words[1]
+    signs = [re.findall(r"[+-](?=\s)", text.out.rpartition("\n\n")[0]) for text in (shown, turned)]
+    assert signs[0]
+    assert [{"+": "-", "-": "+"}[sign] for sign in signs[0]] == signs[1]
     for rule, said in (("adam", "--rule adam was not measured"), ("static", "with itself")):
         assert said in command("visualize", run, "--terminal", "--rule", rule).error
     error = command("visualize", run, "--terminal", "--passage", 1, 50).error
