@@ -37,7 +37,7 @@ from mlm.runs.run import Run, open_run
 from mlm.settings.config import Config
 from mlm.stages.checks import tell_shared
 from mlm.stages.fit import fitted, lengths_of_file
-from mlm.stages.plan import Plan
+from mlm.stages.plan import StagePlan
 from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split, source_hash
@@ -418,7 +418,7 @@ def evaluate_run(
     text = _split_text(run, corpus or config.corpus)
     run, takes = fitted(run, lengths_of_file(text.file, config.evaluation.max_articles))
     stages = ("evaluate", "draw")
-    plan = Plan(stages, stages[: 1 + pictures], takes, "--no-draw")
+    plan = StagePlan(stages, stages[: 1 + pictures], takes, "--no-draw")
     plan.announce(results_folder(run, corpus or config.corpus))
     plan.begin("evaluate")
     folder, rows = stage_evaluate(run, corpus)

@@ -11,7 +11,7 @@ from mlm.stages.evaluate import draw, forget_scores, show, stage_evaluate
 from mlm.stages.fit import fitted, with_recorded_choices
 from mlm.stages.language_model import stage_lm
 from mlm.stages.meta import stage_meta
-from mlm.stages.plan import TITLES, Plan, model_done, rules_done
+from mlm.stages.plan import TITLES, StagePlan, model_done, rules_done
 from mlm.store.lock import only_writer
 from mlm.store.models import load_lm
 
@@ -34,7 +34,7 @@ def _run(run: Run) -> Run:
         check_plan(run)
     run, takes = fitted(run)
     config = run.config
-    plan = Plan([*TITLES], config.stages, takes)
+    plan = StagePlan([*TITLES], config.stages, takes)
     plan.announce(run.folder.path, config.resume)
     if "lm" not in config.stages:
         _check_models(run)
@@ -52,7 +52,7 @@ def _run(run: Run) -> Run:
     return run
 
 
-def _results(run: Run, plan: Plan) -> None:
+def _results(run: Run, plan: StagePlan) -> None:
     """The last stages: scores and pictures; print what there is to read."""
     folder, stages, rows, drawn = run.folder.path, run.config.stages, [], []
     if plan.begin("evaluate"):

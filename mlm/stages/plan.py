@@ -24,7 +24,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """The stages of a command, announced one after another."""
 
     stages: Sequence[str]

@@ -10,14 +10,14 @@ from conftest import Command, Finished
 
 from mlm.runs.run import Run, open_run
 from mlm.stages.fit import Takes
-from mlm.stages.plan import TITLES, Plan, model_done, rules_done
+from mlm.stages.plan import TITLES, StagePlan, model_done, rules_done
 from mlm.store.run_folder import RunFolder
 
 TAKES = {"lm": Takes(1e9, 60.0), "meta": Takes(2e9, 120.0), "draw": Takes(0.0, 14.0)}
 
 
 def test_every_stage_has_its_place_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan([*TITLES], ("lm", "meta", "draw"), TAKES)
+    plan = StagePlan([*TITLES], ("lm", "meta", "draw"), TAKES)
     plan.announce(Path("runs/mine"))
     assert plan.begin("lm", 0.5, "goes on at step 5 of 10")
     assert plan.begin("meta", 1.0)
@@ -33,7 +33,7 @@ def test_every_stage_has_its_place_and_what_it_takes(capsys: pytest.CaptureFixtu
 
 
 def test_one_stage_has_one_estimate(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = Plan(("evaluate", "draw"), ("draw",), TAKES, "--no-draw")
+    plan = StagePlan(("evaluate", "draw"), ("draw",), TAKES, "--no-draw")
     plan.announce(Path("runs/mine"))
     plan.begin("draw")
     assert capsys.readouterr().err == "[2/2] pictures: about 14 s\n"
