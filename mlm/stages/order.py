@@ -11,7 +11,7 @@ from mlm.stages.evaluate import draw, forget_scores, show, stage_evaluate
 from mlm.stages.fit import fitted, with_recorded_choices
 from mlm.stages.language_model import stage_lm
 from mlm.stages.meta import stage_meta
-from mlm.stages.plan import TITLES, StagePlan, model_done, rules_done
+from mlm.stages.plan import TITLES, StagePlan, done_before
 from mlm.store.lock import only_writer
 from mlm.store.models import load_lm
 
@@ -34,8 +34,8 @@ def _run(run: Run) -> Run:
         check_plan(run)
     run, takes = fitted(run)
     config = run.config
-    plan = StagePlan([*TITLES], config.stages, takes)
-    plan.announce(run.folder.path, config.resume)
+    plan = StagePlan([*TITLES], config.stages, takes, done=done_before(run))
+    plan.announce(run.folder.path)
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:
@@ -43,10 +43,10 @@ def _run(run: Run) -> Run:
     trained = "lm" not in config.stages
     if trained or not (config.resume and run.folder.checkpoint("lm_last").exists()):
         run.folder.save_config(config, None if trained else marks_of(run.data))
-    if plan.begin("lm", *model_done(run)):
+    if plan.begin("lm"):
         stage_lm(run)
     use_threads(threads_of(config, first=False))
-    if plan.begin("meta", *rules_done(run)):
+    if plan.begin("meta"):
         stage_meta(run)
     _results(run, plan)
     return run

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from mlm.base.errors import UserError
 from mlm.base.terminal import say
@@ -23,6 +24,14 @@ TITLES = {
 """The stages in order, as a person knows them."""
 
 
+class Done(NamedTuple):
+    """How far a stage has come."""
+
+    share: float = 0.0
+    where: str = ""
+    """It goes on."""
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """The stages of a command, announced one after another."""
@@ -33,30 +42,32 @@ class StagePlan:
     takes: Mapping[str, Takes]
     why_not: str = "not in --stages"
     """Why others than the chosen ones are skipped."""
+    done: Mapping[str, Done] = field(default_factory=dict)
+    """What an earlier process has done."""
 
-    def announce(self, folder: Path, resume: bool = False) -> None:
-        """Say what all chosen stages take together, if there are several."""
-        parts = [self.takes[s] for s in self.stages if s in self.chosen and s in self.takes]
+    def left(self, stage: str) -> Takes | None:
+        """What is left of a stage takes; None = nothing is left, or it is not known."""
+        share, takes = self.done.get(stage, Done()).share, self.takes.get(stage)
+        if stage not in self.chosen or takes is None or share >= 1:
+            return None
+        return takes._replace(seconds=(1 - share) * takes.seconds)
+
+    def announce(self, folder: Path) -> None:
+        """Say what all stages take together, if there are several."""
+        parts = [part for part in map(self.left, self.stages) if part]
         if len(parts) > 1:
             whole = Takes(max(part.bytes for part in parts), sum(part.seconds for part in parts))
-            kept = "; what is done is kept" if resume else ""
-            say(f"{folder}: {len(self.chosen)} stages, {shown_takes(whole)} of memory{kept}")
+            say(f"{folder}: {len(parts)} stages, {shown_takes(whole)} of memory")
 
-    def begin(self, stage: str, done: float = 0.0, where: str = "") -> bool:
-        """Announce a stage; whether it is a chosen one.
-
-        Args:
-            done: the share of it that an earlier process has done.
-            where: it goes on.
-        """
+    def begin(self, stage: str) -> bool:
+        """Announce a stage; whether it is a chosen one."""
+        done, left = self.done.get(stage, Done()), self.left(stage)
         if stage not in self.chosen:
             told = f"skipped ({self.why_not})"
-        elif done >= 1:
+        elif done.share >= 1:
             told = "done before"
         else:
-            takes = self.takes.get(stage)
-            left = shown_takes(takes._replace(seconds=(1 - done) * takes.seconds)) if takes else ""
-            told = "; ".join(filter(None, [left, where]))
+            told = "; ".join(filter(None, [left and shown_takes(left), done.where]))
         place = f"[{self.stages.index(stage) + 1}/{len(self.stages)}] {TITLES[stage]}"
         say(f"{place}: {told}" if told else place)
         return stage in self.chosen
@@ -68,24 +79,24 @@ def shown_takes(takes: Takes) -> str:
     return f"{shown_seconds(takes.seconds)}{memory}"
 
 
-def model_done(run: Run) -> tuple[float, str]:
-    """Which share of stage 1 is done, and where it goes on."""
-    path = run.folder.checkpoint("lm_last")
-    if not (run.config.resume and path.exists()):
-        return 0.0, ""
-    try:
-        about = load_about(path, "")
-        step, steps = int(about["step"]), int(about["steps"])
-    except (UserError, LookupError, TypeError, ValueError):  # stage 1 says what is wrong
-        return 0.0, ""
-    return step / max(1, steps), f"goes on at step {step} of {steps}"
-
-
-def rules_done(run: Run) -> tuple[float, str]:
-    """Which share of the rules of stage 2 is trained."""
+def done_before(run: Run) -> dict[str, Done]:
+    """What an earlier process has done of training, where the run goes on."""
+    if not run.config.resume:
+        return {}
+    found = {"lm": _model_done(run)} if "lm" in run.config.stages else {}
     rules = run.config.meta.rules
-    if not (run.config.resume and rules):
-        return 0.0, ""
-    mark = identity(run)
-    number = sum(made_from(run.folder.checkpoint(name), mark) for name in rules)
-    return number / len(rules), f"{number} of {len(rules)} rules are trained" if number else ""
+    if all(done.share >= 1 for done in found.values()) and rules:
+        mark = identity(run)
+        number = sum(made_from(run.folder.checkpoint(name), mark) for name in rules)
+        found["meta"] = Done(number / len(rules))
+    return found
+
+
+def _model_done(run: Run) -> Done:
+    """How far stage 1 has come; what is wrong with its checkpoint it says itself."""
+    try:
+        about = load_about(run.folder.checkpoint("lm_last"), "")
+        step, steps = int(about["step"]), int(about["steps"])
+    except (UserError, LookupError, TypeError, ValueError):
+        return Done()
+    return Done(step / max(1, steps), f"goes on at step {step} of {steps}")

@@ -10,21 +10,22 @@ from conftest import Command, Finished
 
 from mlm.runs.run import Run, open_run
 from mlm.stages.fit import Takes
-from mlm.stages.plan import TITLES, StagePlan, model_done, rules_done
+from mlm.stages.plan import TITLES, Done, StagePlan, done_before
 from mlm.store.run_folder import RunFolder
 
 TAKES = {"lm": Takes(1e9, 60.0), "meta": Takes(2e9, 120.0), "draw": Takes(0.0, 14.0)}
 
 
 def test_every_stage_has_its_place_and_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = StagePlan([*TITLES], ("lm", "meta", "draw"), TAKES)
+    done = {"lm": Done(0.5, "goes on at step 5 of 10"), "meta": Done(1.0)}
+    plan = StagePlan([*TITLES], ("lm", "meta", "draw"), TAKES, done=done)
     plan.announce(Path("runs/mine"))
-    assert plan.begin("lm", 0.5, "goes on at step 5 of 10")
-    assert plan.begin("meta", 1.0)
+    assert plan.begin("lm")
+    assert plan.begin("meta")
     assert not plan.begin("evaluate")
     assert plan.begin("draw")
     assert capsys.readouterr().err.splitlines() == [
-        "runs/mine: 3 stages, about 3 min, up to 2.0 GB of memory",
+        "runs/mine: 2 stages, about 44 s, up to 1.0 GB of memory",
         "[1/4] language model: about 30 s, up to 1.0 GB; goes on at step 5 of 10",
         "[2/4] meta-learner: done before",
         "[3/4] evaluation: skipped (not in --stages)",
@@ -47,16 +48,14 @@ def _again(finished: Finished) -> Run:
 
 def test_a_finished_run_is_done_before(finished: Finished) -> None:
     run = _again(finished)
-    assert model_done(run)[0] == 1
-    assert rules_done(run)[0] == 1
-    fresh = run.with_config(dataclasses.replace(run.config, resume=False))
-    assert model_done(fresh) == rules_done(fresh) == (0.0, "")
+    assert {name: done.share for name, done in done_before(run).items()} == {"lm": 1, "meta": 1}
+    assert done_before(run.with_config(dataclasses.replace(run.config, resume=False))) == {}
 
 
 def test_a_damaged_checkpoint_is_left_to_the_stage(finished: Finished, tmp_path: Path) -> None:
     run = _again(finished._replace(folder=finished.copy(tmp_path / "run")))
     run.folder.checkpoint("lm_last").write_bytes(b"nothing")
-    assert model_done(run) == (0.0, "")
+    assert done_before(run) == {"lm": Done()}
 
 
 def test_commands_end_with_page_tables_and_figures(
