@@ -41,6 +41,7 @@ from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, LEARNED, PROTOCOLS
+from mlm.base.terminal import say
 from mlm.extensions import (
     Extensions,
     IntraSegment,
@@ -53,7 +54,7 @@ from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
 from mlm.runs.identity import identity
 from mlm.runs.rules import tuned_rule
-from mlm.runs.run import Run, open_run, say
+from mlm.runs.run import Run, open_run
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.presets import settings

@@ -94,7 +94,7 @@ def main() -> None:
     """Measure every set, print and write the table."""
     options = tyro.cli(Options, description=__doc__)
     from benchmarks.timing import record
-    from mlm.runs.run import say
+    from mlm.base.terminal import say
 
     rows = []
     for number, dynamic in enumerate(options.sets, start=1):

@@ -31,6 +31,7 @@ from benchmarks.timing import Work, ratio, side_by_side, speed, table, versions
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import LearnedName
+from mlm.base.terminal import say
 from mlm.models.base import AdaptationBase, fold_low_rank, has_low_rank
 from mlm.models.extension import Making
 from mlm.reading.scoring import score_articles
@@ -39,7 +40,7 @@ from mlm.rules.hand_made import RMS
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, as_parameters
 from mlm.runs.base import new_base
 from mlm.runs.rules import new_rule
-from mlm.runs.run import Run, open_run, say
+from mlm.runs.run import Run, open_run
 from mlm.store.models import load_lm
 from mlm.store.run_folder import RunFolder, machine
 from mlm.training.meta import MetaTrainer

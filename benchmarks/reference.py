@@ -124,10 +124,13 @@ CURES = {
     "…: … values of … for … words": "Give one value for each word.",
     "…: … losses of …, … words": "Give one loss for each word.",
     "note: … is damaged (…); what it held is tuned again": "Nothing is to be done.",
-    "note: results made with other settings, or of another rule or text, go: …": (
+    "note: …: results with other settings, or of another rule or text, go: …": (
         "Evaluate again with those rules to have their rows back."
     ),
-    "note: …: trained with other settings; the rows in metrics.jsonl are dropped": (
+    "note: …; building it again": "Nothing is to be done.",
+    "note: …; fitting it again": "Nothing is to be done.",
+    "note: …; this part begins again": "Nothing is to be done.",
+    "note: …: trained with other settings; the rows in … are dropped": (
         "Train these rules again if they are wanted."
     ),
     "revision …: … is a folder; only hub ids have revisions": "Leave the revision out.",
@@ -168,9 +171,9 @@ def messages(folder: Path) -> Iterator[tuple[Path, str]]:
         nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
             match node:
-                case ast.Call(ast.Name(name), [first, *_]) if name in (*SAID, "say"):
+                case ast.Call(ast.Name(name), [first, *_]) if name in SAID:
                     text = _template(first)
-                    if text is not None and (name in SAID or text.startswith("note: ")):
+                    if text is not None:
                         text = f"note: {text}" if name == "note" else text
                         yield file, " ".join(text.split())
 

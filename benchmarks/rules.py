@@ -32,6 +32,7 @@ from benchmarks.timing import Work, side_by_side, speed, table, versions
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, LEARNED
+from mlm.base.terminal import say
 from mlm.models.base import AdaptationBase
 from mlm.reading.scoring import score_protocol
 from mlm.reading.static import StaticReader
@@ -39,7 +40,7 @@ from mlm.reading.step import Reader, begin, step
 from mlm.report.evaluation import bootstrap_interval, mean_gain, read_evaluation
 from mlm.rules.gates import LinearGates
 from mlm.runs.rules import Ready, load_learned, ready_rule
-from mlm.runs.run import Run, open_run, say
+from mlm.runs.run import Run, open_run
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.stages.meta import meta_text

@@ -20,7 +20,7 @@ import tyro
 
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
-from mlm.runs.run import say
+from mlm.base.terminal import say
 from mlm.text.corpora import Article, count_words, open_corpus
 from mlm.text.tokens import limited
 

@@ -30,7 +30,7 @@ from fuzz_cases import USUAL, changed, damaged
 from matplotlib.figure import Figure
 from safetensors.torch import save
 
-from mlm.base import errors
+from mlm.base import terminal
 from mlm.base.errors import UserError, run_cli
 from mlm.kernels.switches import use
 from mlm.reader import audit
@@ -365,12 +365,13 @@ class Fuzz:
         old = {name: getattr(order, name) for name in stops}
         run = evaluate.stage_evaluate, evaluate.draw, audit.audit, Figure.savefig
         sys.argv = [f"{script.split('.')[-1]}.py", *words]
-        errors._NOTED.clear()
+        terminal._NOTED.clear()
         code = 0
         try:
-            order.stage_lm = order.stage_meta = order.draw = _nothing
+            order.stage_lm = order.stage_meta = _nothing
             order.stage_evaluate = evaluate.stage_evaluate = _no_rows
-            evaluate.draw = Figure.savefig = _nothing
+            order.draw = evaluate.draw = _no_paths
+            Figure.savefig = _nothing
             audit.audit = _no_checks
             with (
                 time_limit(SECONDS),
@@ -397,6 +398,11 @@ def _nothing(*_: object, **__: object) -> None:
 def _no_checks(*_: object) -> Iterator[Any]:
     """Instead of an audit."""
     return iter(())
+
+
+def _no_paths(*_: object) -> list[Path]:
+    """Instead of pictures."""
+    return []
 
 
 def _no_rows(run: Run, *_: object) -> tuple[Path, list[Any]]:

@@ -1,11 +1,10 @@
-"""What every room may use: errors for users, atomic files, kept progress, schedule, names."""
+"""What every room may use: errors, atomic files, kept progress, schedule, names, the terminal."""
 
 from mlm.base.errors import (
     UserError,
     command_of,
     going_on,
     interruptible,
-    note,
     plain,
     run_cli,
     uninterrupted,
@@ -38,6 +37,7 @@ from mlm.base.progress import (
     saved_by_the_clock,
 )
 from mlm.base.schedule import cosine
+from mlm.base.terminal import detail, note, progress_bar, say, stands_out
 
 __all__ = [
     "CACHE",
@@ -62,6 +62,7 @@ __all__ = [
     "atomic_path",
     "command_of",
     "cosine",
+    "detail",
     "going_on",
     "interruptible",
     "kinds",
@@ -72,6 +73,7 @@ __all__ = [
     "note",
     "parse_json",
     "plain",
+    "progress_bar",
     "ranks",
     "readable",
     "rule_label",
@@ -79,8 +81,10 @@ __all__ = [
     "rule_texts",
     "run_cli",
     "saved_by_the_clock",
+    "say",
     "several_processes",
     "shown",
+    "stands_out",
     "type_problem",
     "uninterrupted",
     "write_text",

@@ -30,18 +30,6 @@ class UserError(Exception):
         super().__init__(plain(message))
 
 
-_NOTED: set[str] = set()
-
-
-def note(text: str) -> None:
-    """A note for the person at the terminal, once a process."""
-    if text not in _NOTED:
-        from tqdm import tqdm  # here: `mlm --help` answers at once
-
-        _NOTED.add(text)
-        tqdm.write(f"note: {plain(text)}", file=sys.stderr)
-
-
 _SCRIPTS = {"train": "train.py", "evaluate": "evaluate.py", "show": "visualize.py"}
 
 

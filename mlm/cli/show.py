@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mlm.base.errors import UserError
+from mlm.base.terminal import stands_out
 from mlm.settings.checks import check_options
 
 
@@ -31,9 +31,11 @@ class Options:
     protocol: Literal["article", "stream"] | None = None
     """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
     passage: tuple[int, int] | None = None
-    """An article's index and a word's position: draw the text from there, for papers."""
+    """An article's index and a word's position, counted from 0: draw the text from there, for
+    papers."""
     rule: str | None = None
-    """The rule to show in figure 2 and in pictures of words; by default the best learned one."""
+    """The rule to show in figure 2, in pictures of words and in the terminal; by default the best
+    learned one."""
     against: str | None = None
     """The rule to compare it with; by default static."""
     only: tuple[str, ...] = ()
@@ -77,9 +79,8 @@ def main() -> None:
 
 def _passage(options: Options) -> str:
     """The passage asked for, or the beginning of the first article that is shown."""
-    from mlm.page.page import opening_pairs
     from mlm.page.terminal import passage_in_colours
-    from mlm.report.losses import LossTable
+    from mlm.report.losses import LossTable, compared
 
     table = LossTable.load(options.run / "losses.parquet", options.split)
     present = table.compared_protocols()
@@ -98,8 +99,8 @@ def _passage(options: Options) -> str:
         table,
         article,
         start,
-        pair=opening_pairs(table, protocol)[0],
+        pair=compared(table, protocol, (options.rule, options.against)),
         protocol=protocol,
         width=min(100, shutil.get_terminal_size().columns),
-        colours=sys.stdout.isatty() and not os.environ.get("NO_COLOR"),
+        colours=stands_out(sys.stdout),
     )

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.progress import Progress
 from mlm.base.schedule import cosine
+from mlm.base.terminal import progress_bar
 from mlm.kernels import buffers
 from mlm.text.streams import LaneStream, MixedLanes, Segment
 
@@ -109,19 +109,12 @@ def learn_by_reading(
     lesson = _Lesson(learner, lanes)
     with (
         keep.of(course.name, lesson) as tick,
-        tqdm(
-            total=course.tokens,
-            initial=lesson.tokens,
-            desc=course.title,
-            unit="tok",
-            unit_scale=True,
-            disable=quiet,
-        ) as bar,
+        progress_bar(course.title, course.tokens, initial=lesson.tokens, quiet=quiet) as bar,
     ):
         while lesson.tokens < course.tokens:
             with uninterrupted():
                 nats, read = lesson.step(course)
+            bar.set_postfix_str(f"loss {nats / read:.3f} nats per token", refresh=False)
             bar.update(read)
-            bar.set_postfix_str(f"loss {nats / read:.3f}")
             tick()
     buffers.clear()

@@ -19,11 +19,11 @@ import numpy as np
 
 from mlm.base.errors import UserError
 from mlm.base.files import write_text
-from mlm.base.names import CACHE, CACHE_TEXT, EOS, HAND_MADE, RULE_TEXTS, STATIC, rule_label
+from mlm.base.names import CACHE, CACHE_TEXT, EOS, RULE_TEXTS, STATIC, rule_label
 from mlm.page.top_k import TopK
 from mlm.report.drawing import rule_style
 from mlm.report.figure2 import letter
-from mlm.report.losses import LossTable, column_name
+from mlm.report.losses import LossTable, column_name, opening_pairs
 from mlm.report.word_picture import (
     BETTER,
     CLIP_PERCENTILE,
@@ -159,21 +159,6 @@ def about(rule: str) -> str:
         return CACHE_TEXT.about
     text = RULE_TEXTS[base].about if base in RULE_TEXTS else ""
     return text if rule == base else f"{text}; with {CACHE_TEXT.about}".removeprefix("; ")
-
-
-def opening_pairs(table: LossTable, protocol: str) -> list[tuple[str, str]]:
-    """Return the pairs (rule, against) that a reader should see first.
-
-    The learned rule with the lowest loss against static, then against its best rival, a rule that
-    nobody trained. Without a learned rule: the best of the others against static.
-    """
-    loss = {rule: float(table.loss(rule, protocol).sum()) for rule in table.rules(protocol)}
-    adapted = sorted((rule for rule in loss if rule != STATIC), key=loss.__getitem__)
-    rivals = [rule for rule in adapted if rule.removesuffix(CACHE) in (STATIC, *HAND_MADE)]
-    learned = [rule for rule in adapted if rule not in rivals]
-    if not learned:
-        return [(adapted[0], STATIC)]
-    return [(learned[0], STATIC), *((learned[0], rival) for rival in rivals[:1])]
 
 
 def _packed(numbers: np.ndarray, form: str) -> str:

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError
 from mlm.base.processes import ranks
+from mlm.base.terminal import progress_bar
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.reading.cache import Cache, CacheSetting
@@ -118,7 +118,7 @@ def _score(
     caches: Cache | None = None
     clock, mixing = time.perf_counter(), 0.0
     tokens = sum(len(a) for a in articles)
-    with tqdm(total=tokens, desc=title, unit="tok", unit_scale=True, disable=title is None) as bar:
+    with progress_bar(title or "", tokens, quiet=title is None) as bar:
         for raw, keep in busy_segments(stream):
             if keep is not None:
                 readers.select(keep.to(device))

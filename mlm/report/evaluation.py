@@ -266,12 +266,9 @@ def _rule_rows(
             | _measures(part.nll, part.words, None, part.gain * part.words, part.interval)
         )
     for place, article in enumerate(table.articles):
-        rows_of_article = table.rows(article)
-        first, second = half_gains(static_N[rows_of_article], loss_N[rows_of_article])
         rows.append(
             {"kind": "article", **common, "article": article, "title": table.title(article)}
             | _measures(nll_A[place], words_A[place], counts_A[place], gain_A[place], None)
-            | {"first_half_gain": first, "second_half_gain": second}
         )
     return rows
 

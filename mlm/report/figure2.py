@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mlm.base.errors import UserError
-from mlm.base.names import LEARNED, STATIC, rule_label, rule_order
+from mlm.base.names import STATIC, rule_label, rule_order
 from mlm.report.drawing import (
     PAPER,
     Look,
@@ -29,7 +29,7 @@ from mlm.report.drawing import (
     short_title,
 )
 from mlm.report.evaluation import half_gains
-from mlm.report.losses import LossTable
+from mlm.report.losses import LossTable, compared
 
 WINDOW = 200  # words per point
 
@@ -116,20 +116,6 @@ def smooth(gain_P: np.ndarray, place_P: np.ndarray) -> np.ndarray:
     """Return the moving average of `gain_P` within each article."""
     parts = [moving_average(gain_P[place_P == place]) for place in np.unique(place_P)]
     return np.concatenate(parts)
-
-
-def winner(table: LossTable, protocol: str) -> str:
-    """The learned rule that loses least on the split, else the best of the others."""
-    adapted = [rule for rule in table.rules(protocol) if rule != STATIC]
-    learned = [rule for rule in adapted if rule in LEARNED]
-    return min(learned or adapted, key=lambda rule: float(table.loss(rule, protocol).sum()))
-
-
-def compared(
-    table: LossTable, protocol: str, pair: tuple[str | None, str | None]
-) -> tuple[str, str]:
-    """The rule to show and the one it is compared with: those asked for, else `winner`, static."""
-    return pair[0] or winner(table, protocol), pair[1] or STATIC
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from mlm.base.errors import UserError, command_of
 from mlm.base.files import atomic_path
-from mlm.base.names import PROTOCOLS, STATIC, rule_order
+from mlm.base.names import CACHE, HAND_MADE, PROTOCOLS, STATIC, rule_order
 
 _KEYS = {
     "split": pa.string(),
@@ -221,6 +221,44 @@ class LossTable:
 def default_split(present: list[str]) -> str:
     """Return the split that pictures show when none is asked for: `valid`, else the first."""
     return "valid" if "valid" in present else present[0]
+
+
+def opening_pairs(table: LossTable, protocol: str) -> list[tuple[str, str]]:
+    """Return the pairs (rule, against) that a reader should see first.
+
+    The learned rule with the lowest loss against static, then against its best rival, a rule that
+    nobody trained. Without a learned rule: the best of the others against static.
+    """
+    loss = {rule: float(table.loss(rule, protocol).sum()) for rule in table.rules(protocol)}
+    adapted = sorted((rule for rule in loss if rule != STATIC), key=loss.__getitem__)
+    rivals = [rule for rule in adapted if rule.removesuffix(CACHE) in (STATIC, *HAND_MADE)]
+    learned = [rule for rule in adapted if rule not in rivals]
+    if not learned:
+        return [(adapted[0], STATIC)]
+    return [(learned[0], STATIC), *((learned[0], rival) for rival in rivals[:1])]
+
+
+def compared(
+    table: LossTable, protocol: str, pair: tuple[str | None, str | None]
+) -> tuple[str, str]:
+    """The rule to show and the one it is compared with: those asked for, else the first of
+    `opening_pairs`.
+
+    Raises:
+        UserError: one was not measured, or it is compared with itself.
+    """
+    known = table.rules(protocol)
+    for flag, asked in zip(("--rule", "--against"), pair, strict=True):
+        if asked is not None and asked not in known:
+            raise UserError(
+                f"{flag} {asked} was not measured in protocol {protocol}; choose from "
+                f"{', '.join(known)}"
+            )
+    first, second = opening_pairs(table, protocol)[0]
+    rule, against = pair[0] or first, pair[1] or second
+    if rule == against:
+        raise UserError(f"--rule {rule} is compared with itself; choose another --against")
+    return rule, against
 
 
 def splits(path: Path) -> list[str]:

@@ -24,8 +24,8 @@ from mlm.report.drawing import (
     save_figure,
 )
 from mlm.report.evaluation import PositionBin, interval_of, position_gains
-from mlm.report.figure2 import compared, figure2
-from mlm.report.losses import LossTable, default_split, splits
+from mlm.report.figure2 import figure2
+from mlm.report.losses import LossTable, compared, default_split, splits
 from mlm.report.occurrences import (
     FIRST_LOSSES,
     OCCURRENCES,
@@ -77,7 +77,8 @@ def draw_all(
     _check_asked(run_dir, articles, only, known)
     path = run_dir / "losses.parquet"
     table = LossTable.load(path, split)
-    _check_pair(table, pair)
+    for measured in table.compared_protocols():
+        compared(table, measured, pair)
     if passage is not None:  # before anything is drawn
         check_words(table, *passage)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
@@ -118,20 +119,6 @@ def _check_asked(run_dir: Path, articles: int, only: Sequence[str], known: Seque
     odd = [name for name in only if name not in known]
     if odd:
         raise UserError(f"no picture {odd[0]!r}; choose from {', '.join(known)} (--only)")
-
-
-def _check_pair(table: LossTable, pair: tuple[str | None, str | None]) -> None:
-    """Raise `UserError` unless these rules were measured in every protocol that is compared."""
-    for flag, rule in zip(("--rule", "--against"), pair, strict=True):
-        for protocol in table.compared_protocols():
-            known = table.rules(protocol)
-            if rule is not None and rule not in known:
-                raise UserError(
-                    f"{flag} {rule} was not measured in protocol {protocol}; choose from "
-                    f"{', '.join(known)}"
-                )
-    if pair[0] is not None and pair[0] == (pair[1] or STATIC):
-        raise UserError(f"--rule {pair[0]} is compared with itself; choose another --against")
 
 
 def word_pictures(

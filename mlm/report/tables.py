@@ -12,6 +12,9 @@ from mlm.report.occurrences import SHARED_OCCURRENCES, bin_label, first_loss_lab
 
 Row = dict[str, Any]
 
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+"""What begins and ends bold letters in a terminal."""
+
 
 _PROTOCOL_MEANING = {
     "article": "weights and state reset at each article",
@@ -59,13 +62,6 @@ def _groups(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return sorted({(row["split"], row["protocol"]) for row in _of(rows, "total")})
 
 
-def _gain_percent(row: Row, static: Row | None) -> float | None:
-    """Gain in perplexity as a share of the static perplexity, in percent."""
-    before = static["word_perplexity"] if static else None
-    after = row["word_perplexity"]
-    return 100 * (before - after) / before if before and after is not None else None
-
-
 def _size(total: Row) -> str:
     """Words and articles of a table, and the share of unknown words."""
     unknown = total.get("unknown_words")
@@ -93,8 +89,11 @@ def _any_reset(totals: Sequence[Row]) -> bool:
     return any(row.get("resets") for row in totals)
 
 
-def format_totals(rows: Sequence[Row]) -> str:
-    """Return the totals as a table for the terminal, one block per split and protocol."""
+def format_totals(rows: Sequence[Row], *, bold: bool = False) -> str:
+    """Return the totals as a table for the terminal, one block per split and protocol.
+
+    With `bold`, the row of the lowest loss stands out (ANSI).
+    """
     lines: list[str] = []
     names = {row["rule"] for row in _of(rows, "total")}
     width = max([24, *(len(rule_label(name)) + 1 for name in names)])
@@ -110,18 +109,20 @@ def format_totals(rows: Sequence[Row]) -> str:
             f"  {'rule':<{width}}{'perplexity':>11}{'bits/byte':>11}{'nats gained per word':>25}"
             f"{'1 article':>11}{'words/s':>10}" + (f"{'resets':>9}" if _any_reset(totals) else ""),
         ]
+        best = min(totals, key=lambda row: row["nll"])
         for row in totals:
             gain = (
                 ""
                 if row["rule"] == STATIC
                 else _with_interval(row["nats_per_word_gained"], row["interval"])
             )
-            lines.append(
+            shown = (
                 f"  {rule_label(row['rule']):<{width}}{_number(row['word_perplexity']):>11}"
                 f"{_number(row['bits_per_byte'], '.3f'):>11}{gain:>25}{_share(row):>11}"
                 f"{_number(row['words_per_second'], ',.0f'):>10}"
                 + (f"{row.get('resets', 0):>9,}" if _any_reset(totals) else "")
             )
+            lines.append(f"{BOLD}{shown}{PLAIN}" if bold and row is best else shown)
         lines.append("")
     if any(_share(row) for row in _of(rows, "total")):
         lines.append("1 article: the share of the gain that comes from the article that gains most")
@@ -190,18 +191,15 @@ def _rules(rows: Sequence[Row]) -> list[str]:
 
 
 def _totals_table(totals: Sequence[Row]) -> list[str]:
-    static = next((row for row in totals if row["rule"] == STATIC), None)
-    header = ["rule", "perplexity", "gain", "bits per byte", "nats gained per word"]
+    header = ["rule", "perplexity", "bits per byte", "nats gained per word"]
     header += ["largest article", "words/s"]
     body = []
     for row in totals:
         fixed = row["rule"] == STATIC
-        percent = _gain_percent(row, static)
         body.append(
             [
                 escape_markdown(rule_label(row["rule"])),
                 _number(row["word_perplexity"]),
-                "" if fixed or percent is None else f"{_number(percent, '.1f')} %",
                 _number(row["bits_per_byte"], ".4f"),
                 ""
                 if fixed
@@ -339,7 +337,7 @@ def _position_table(positions: Sequence[Row]) -> list[str]:
     for start in sorted({row["from"] for row in positions}):
         any_rule = next(row for row in positions if row["from"] == start)
         body.append(
-            [f"{start:,} to {any_rule['to'] - 1:,}", f"{any_rule['articles']:,}"]
+            [f"{start + 1:,} to {any_rule['to']:,}", f"{any_rule['articles']:,}"]
             + [f"{any_rule['words']:,}"]
             + [
                 _with_interval(cell["nats_per_word_gained"], cell["interval"])
@@ -358,33 +356,20 @@ def _position_table(positions: Sequence[Row]) -> list[str]:
 
 
 def _article_table(articles: Sequence[Row]) -> list[str]:
-    """Perplexity gained in the first → second half of each article, as beside the paper's
-    Figure 2."""
+    """Nats gained per word in each article, counted from 1 as on the page."""
     rules = _by_rule(articles)
     if not rules:
         return []
     cells = {(row["article"], row["rule"]): row for row in articles}
     body = []
-    for index in sorted({row["article"] for row in articles}):
+    for number, index in enumerate(sorted({row["article"] for row in articles}), 1):
         any_rule = next(row for row in articles if row["article"] == index)
         static = cells.get((index, STATIC))
-        gains = []
-        for rule in rules:
-            cell = cells.get((index, rule), {})
-            first, second = cell.get("first_half_gain"), cell.get("second_half_gain")
-            gains.append(f"{_number(first, '.1f')} → {_number(second, '.1f')}")
-        before = _number(static["word_perplexity"] if static else None, ".1f")
+        loss = _number(static["nll"] / static["words"] if static and static["words"] else None)
+        found = (cells.get((index, rule), {}).get("nats_per_word_gained") for rule in rules)
+        gains = [_number(gain, ".3f") for gain in found]
         title = escape_markdown(any_rule["title"])
-        body.append([str(index), title, f"{any_rule['words']:,}", before, *gains])
-    header = [
-        "",
-        "article",
-        "words",
-        "static perplexity",
-        *map(escape_markdown, map(rule_label, rules)),
-    ]
-    return [
-        "### Perplexity gained by article, first half → second half",
-        "",
-        *_table(header, body, left=2),
-    ]
+        body.append([str(number), title, f"{any_rule['words']:,}", loss, *gains])
+    labels = map(escape_markdown, map(rule_label, rules))
+    header = ["", "article", "words", "static loss", *labels]
+    return ["### Nats gained per word, by article", "", *_table(header, body, left=2)]

@@ -14,6 +14,7 @@ from mlm.base.errors import UserError
 from mlm.base.files import parse_json, write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED, PROTOCOLS, STATIC, rule_label, rule_order
 from mlm.base.progress import Progress
+from mlm.base.terminal import detail, note, progress_bar
 from mlm.models.base import AdaptationBase, unfold_low_rank
 from mlm.models.language_model import own_weights
 from mlm.reading.cache import CacheSetting
@@ -29,7 +30,7 @@ from mlm.rules.gates import Feature, LinearGates
 from mlm.rules.protocol import Bound, LoadedRule, Parameters, UpdateRule, as_parameters
 from mlm.runs.base import made_from, progress_of, through_run
 from mlm.runs.identity import base_identity, checkpoint_mark, identity, row_identity
-from mlm.runs.run import Run, say
+from mlm.runs.run import Run
 from mlm.settings.sections import MetaConfig
 from mlm.store.lock import only_writer
 from mlm.store.tensors import (
@@ -65,7 +66,7 @@ def _known(run: Run) -> dict[str, Any]:
         except FileNotFoundError:  # not tuned yet
             continue
         except ValueError as error:
-            say(f"note: {path} is damaged ({error}); what it held is tuned again")
+            note(f"{path} is damaged ({error}); what it held is tuned again")
     return found
 
 
@@ -112,7 +113,11 @@ def _ready_ones(run: Run, protocol: str) -> str:
     return f"Rules that are ready: {', '.join(ready_rules(run, protocol))}"
 
 
-def _tuned(run: Run, key: str, trials: Callable[[Progress], list[Trial]]) -> dict[str, float]:
+Trials = Callable[[Progress, Callable[[Trial], None]], list[Trial]]
+"""A search that goes on from what is kept, and says of every trial when it is done."""
+
+
+def _tuned(run: Run, key: str, trials: Trials) -> dict[str, float]:
     """The best setting under this key of tuning.json, tried and remembered there if need be.
 
     An interrupted search goes on.
@@ -132,10 +137,8 @@ def _tuned(run: Run, key: str, trials: Callable[[Progress], list[Trial]]) -> dic
             f"{rule} in protocol {protocol} has no settings in {run.folder.path}, and tuning needs "
             f"the text that the model was trained with. {_ready_ones(run, protocol)}"
         )
-    budget = run.config.evaluation.budget
     with only_writer(folder):
-        say(f"tuning {rule_label(rule)} on validation, protocol {protocol}: {budget} settings")
-        tried = trials(progress)
+        tried = _watched(run, f"{rule_label(rule)}, {protocol}", progress, trials)
         entry = {
             "identity": mark,
             "setting": tried[0].setting,
@@ -148,6 +151,27 @@ def _tuned(run: Run, key: str, trials: Callable[[Progress], list[Trial]]) -> dic
     return tried[0].setting
 
 
+def _watched(run: Run, title: str, progress: Progress, trials: Trials) -> list[Trial]:
+    """The trials of a search, which the person at the terminal watches."""
+    evaluation, best = run.config.evaluation, math.inf
+    text = run.validation_text(evaluation.tune_words)
+
+    def reached() -> str:
+        return f"perplexity {text.word_perplexity(best / text.tokens):.1f} per word"
+
+    with progress_bar(f"tuning {title}", evaluation.budget, quiet=run.quiet) as bar:
+
+        def on_trial(trial: Trial) -> None:
+            nonlocal best
+            best = min(best, trial.nll)
+            bar.set_postfix_str(f"{reached()} at best", refresh=False)
+            bar.update()
+
+        tried = trials(progress, on_trial)
+    detail(f"{title}: tuned on {text.words:,} words, {reached()} (best of {len(tried)})")
+    return tried
+
+
 def tuned_rule(
     run: Run, base: AdaptationBase, name: str, protocol: str
 ) -> tuple[UpdateRule, dict[str, float]]:
@@ -155,8 +179,8 @@ def tuned_rule(
     rule, budget = HAND_MADE_RULES[name], run.config.evaluation.budget
     base = base.for_rule(rule)
 
-    def trials(progress: Progress) -> list[Trial]:
-        return tune(base, rule, run.tune_text, protocol, budget, progress=progress)
+    def trials(progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:
+        return tune(base, rule, run.tune_text, protocol, budget, on_trial, progress)
 
     return rule, _tuned(run, f"{name}/{protocol}", trials)
 
@@ -342,9 +366,9 @@ def ready_rule(run: Run, name: str, protocol: str) -> Ready:
     if base == name:
         return ready
 
-    def trials(progress: Progress) -> list[Trial]:
+    def trials(progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:
         budget, window = run.config.evaluation.budget, cache_window(run)
-        how = (run.tune_text, protocol, budget, window, progress)
+        how = (run.tune_text, protocol, budget, window, progress, on_trial)
         return tune_cache(ready.base, ready.bound, *how)
 
     found = dict(_tuned(run, f"{name}/{protocol}", trials))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlm.base.errors import UserError, plain
+from mlm.base.errors import UserError
 from mlm.base.processes import cores_each, ranks
+from mlm.base.terminal import say
 from mlm.kernels.processor import multiplies_bfloat16
 from mlm.kernels.switches import use, use_threads
 from mlm.models.base import AdaptationBase, choose_dynamic, fold_low_rank
@@ -30,11 +30,6 @@ from mlm.text.tokens import Prepared, TokenFile, prepare
 from mlm.text.vocabulary import Vocabulary, load_vocabulary
 from mlm.training.language_model import resolve_precision
 from mlm.training.tuning import TuneText
-
-
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
-    print(plain(text), file=sys.stderr, flush=True)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlm.base.errors import UserError, note
+from mlm.base.errors import UserError
 from mlm.base.files import write_text
 from mlm.base.names import CACHE, HAND_MADE, LEARNED
 from mlm.base.processes import ranks
+from mlm.base.terminal import note
 from mlm.models.base import choose_dynamic, has_low_rank
 from mlm.models.low_rank import folds
 from mlm.rules.family import HAND_MADE_RULES, rule_from_description

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlm.base.errors import UserError, uninterrupted
 from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
 from mlm.base.processes import ranks
+from mlm.base.terminal import detail, note, say, stands_out
 from mlm.kernels import switches
 from mlm.reader.model import Protocol, TrainedModel
 from mlm.reading.scoring import Scores, check_finite, word_losses
@@ -31,10 +33,11 @@ from mlm.report.losses import LossTable, column_name, write_losses
 from mlm.report.tables import Row, format_totals
 from mlm.runs.identity import identity
 from mlm.runs.rules import check_learned, current_identity
-from mlm.runs.run import Run, open_run, say
+from mlm.runs.run import Run, open_run
 from mlm.settings.config import Config
 from mlm.stages.checks import tell_shared
 from mlm.stages.fit import fitted, lengths_of_file
+from mlm.stages.plan import StagePlan
 from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
 from mlm.text.tokens import TokenFile, encode_split, source_hash
@@ -183,7 +186,7 @@ def _score_pass(
 ) -> Iterator[RuleScores]:
     """What one reading of the text says of every rule that it serves (see `_passes`)."""
     ready = [model.ready(name, protocol) for name in names]
-    title = None if run.quiet else f"{text.split}, {protocol}, {rule_label(names[-1])}"
+    title = None if run.quiet else f"{rule_label(names[-1])}, {protocol}"
     titles = text.titles
     lanes = run.config.evaluation.lanes
     scores = model.losses(text.articles, names[-1], protocol, lanes, title)
@@ -261,6 +264,9 @@ def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str
         for name in rules:  # one that cannot be tuned is refused before the others are read
             model.ready(name, protocol)
     with progress.of("scores", done):
+        if done.scores:
+            readings = len(rules) * len(evaluation.protocols)
+            detail(f"{len(done.scores)} of {readings} readings were done before")
         for protocol in evaluation.protocols:
             left = [
                 names
@@ -273,7 +279,7 @@ def _scores(run: Run, text: SplitText, progress: KeptProgress) -> dict[tuple[str
             for k in range(0, len(left), at_once):
                 found = _score_passes(model, run, text, protocol, left[k : k + at_once])
                 for told in filter(None, (one.told for one in found)):
-                    say(told)
+                    detail(told)
                 with uninterrupted():
                     done.scores |= {(one.name, protocol): one for one in found}
                     progress.save("scores", done)
@@ -302,7 +308,8 @@ def _of_now(run: Run, rows: list[Row], text: SplitText) -> list[Row]:
     gone -= {(r["split"], r["protocol"], r["rule"]) for r in kept if r["kind"] == "total"}
     if gone:
         names = ", ".join(f"{rule_label(rule)} ({s}, {p})" for s, p, rule in sorted(gone))
-        say(f"note: results made with other settings, or of another rule or text, go: {names}")
+        where = run.results or run.folder.path
+        note(f"{where}: results with other settings, or of another rule or text, go: {names}")
     return kept
 
 
@@ -338,8 +345,10 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     if not run.folder.released and not _is_another(run, corpus):
         tell_shared(run, text.split, text.file)
     if given and folder == (run.results or run.folder.path):
-        say(f"{corpus} is the run's own text; its split {text.split} is scored")
+        detail(f"{corpus} is the run's own text; its split {text.split} is scored")
     check_learned(run)
+    words, number = sum(text.words_A), len(text.chosen)
+    detail(f"{corpus}, split {text.split}: {words:,} words in {number:,} articles")
     scores = _scores(run, text, _scoring(run, folder, text))
     rows = ranks().on_first(lambda: _written(run, corpus, folder, text, existing, scores))
     return folder, rows or []
@@ -380,29 +389,44 @@ def forget_scores(folder: Path) -> None:
     KeptProgress(folder, SCORES, "", 0.0).forget()
 
 
-def show(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Print the table of totals."""
-    print(format_totals(rows), flush=True)
-    print(f"\ntables: {folder / 'evaluation.md'}", flush=True)
+def show(folder: Path, rows: list[Row], drawn: Sequence[Path]) -> None:
+    """Print the table of totals, if there is one, and where page, tables and figures are."""
+    say("")
+    if rows:
+        print(format_totals(rows, bold=stands_out(sys.stdout)), end="\n\n")
+    pages = [path for path in drawn if path.suffix == ".html"]
+    figures = [path.parent for path in drawn if path.suffix != ".html"]
+    tables = [path for path in [folder / "evaluation.md"] if path.exists()]
+    for name, paths in {"page": pages, "tables": tables, "figures": figures}.items():
+        for path in paths[:1]:
+            print(f"{name:<7} {path}")
+    sys.stdout.flush()
 
 
-def draw(folder: Path, split: str | None = None) -> None:
-    """Draw the pictures of a folder with results; print their paths."""
+def draw(folder: Path, split: str | None = None) -> list[Path]:
+    """Draw the pictures of a folder with results, and its page; return their paths."""
     from mlm.page.folder import draw_run  # matplotlib, only where something is drawn
 
-    ranks().on_first(lambda: print("pictures:", *draw_run(folder, split), sep="\n  ", flush=True))
+    return ranks().on_first(lambda: draw_run(folder, split)) or []
 
 
 def evaluate_run(
     config: Config, corpus: str | None, pictures: bool, results: Path | None = None
 ) -> None:
-    """What `evaluate.py` does: score, print, draw; `results` None = in the run folder."""
+    """What `evaluate.py` does: score, draw, print; `results` None = in the run folder."""
     run = dataclasses.replace(open_run(config), results=results)
     text = _split_text(run, corpus or config.corpus)
-    run = fitted(run, lengths_of_file(text.file, config.evaluation.max_articles))
+    run, takes = fitted(run, lengths_of_file(text.file, config.evaluation.max_articles))
+    stages = ("evaluate", "draw")
+    plan = StagePlan(stages, stages[: 1 + pictures], takes, "--no-draw")
+    plan.announce(results_folder(run, corpus or config.corpus))
+    plan.begin("evaluate")
     folder, rows = stage_evaluate(run, corpus)
-    show(folder, rows)
-    if pictures:
-        split = config.evaluation.split
-        draw(folder, split if any(row["split"] == split for row in rows) else WHOLE)
+    drawn = []
+    try:
+        if plan.begin("draw"):
+            split = config.evaluation.split
+            drawn = draw(folder, split if any(row["split"] == split for row in rows) else WHOLE)
+    finally:
+        show(folder, rows, drawn)
     forget_scores(folder)

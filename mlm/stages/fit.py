@@ -11,8 +11,10 @@ import torch
 
 from mlm import kernels
 from mlm.base.errors import UserError
+from mlm.base.names import STATIC
+from mlm.base.terminal import note
 from mlm.models.recurrent import BaseModel
-from mlm.runs.run import Run, say
+from mlm.runs.run import Run
 from mlm.settings.config import Config
 from mlm.settings.flags import flag, leaves, replaced
 from mlm.settings.presets import settings
@@ -38,6 +40,8 @@ LIBRARIES = {"lm": 240e6, "meta": 160e6, "evaluate": 170e6}
 SAMPLE = 1_000_000
 """Tokens that the shares of an adaptive softmax's tails are counted in."""
 NOTHING = Lengths(0, 0, 0, 0)
+DRAWING = (5.0, 2e-5)
+"""Seconds that pictures take, and more for every loss in them."""
 
 
 class Limit(NamedTuple):
@@ -57,6 +61,14 @@ def memory_limit(config: Config, device: torch.device) -> Limit:
         return Limit(math.inf, "what is free is unknown here")
     own = resident_bytes() if device.type == "cpu" else 0.0
     return Limit(own + SHARE * free, "three quarters of what is free; --memory-gb sets it")
+
+
+class Takes(NamedTuple):
+    """What a stage takes."""
+
+    bytes: float
+    """At its peak; 0 = hardly any."""
+    seconds: float
 
 
 # -- sizes of texts -------------------------------------------------------------------------------
@@ -132,7 +144,7 @@ def sizes_of(run: Run, scored: Lengths | None = None) -> RunSizes:
 
 
 class Stage(NamedTuple):
-    """What a stage takes."""
+    """A stage as it was predicted."""
 
     name: str
     largest: Phase
@@ -227,8 +239,8 @@ def choices(sizes: RunSizes) -> Iterable[dict[str, Any]]:
                 yield {"meta.lanes": lanes, MODE: mode, "evaluation.lanes": scored}
 
 
-def fitted(run: Run, scored: Lengths | None = None) -> Run:
-    """The run with what was left open chosen so that every stage fits; says what each takes.
+def fitted(run: Run, scored: Lengths | None = None) -> tuple[Run, dict[str, Takes]]:
+    """The run with what was left open chosen so that every stage fits, and what each takes.
 
     Args:
         scored: see `sizes_of`.
@@ -253,16 +265,20 @@ def fitted(run: Run, scored: Lengths | None = None) -> Run:
     assert first is not None
     if chosen is None:
         raise _refusal(stages, first, sizes, limit)
-    for stage in stages(chosen):
-        threads = torch.get_num_threads()
-        took = shown_seconds(seconds(stage.work, run.device, threads))
-        say(f"{stage.largest.name}: at most about {shown_bytes(stage.bytes)}, {took}")
+    threads = torch.get_num_threads()
+    takes = {
+        stage.name: Takes(stage.bytes, seconds(stage.work, run.device, threads))
+        for stage in stages(chosen)
+    }
+    readings = len(run.config.evaluation.protocols) * len({STATIC, *run.config.evaluation.rules})
+    if losses := sizes.scored.words * readings:
+        takes["draw"] = Takes(0.0, DRAWING[0] + DRAWING[1] * losses)
     for path in (path for path in chosen if chosen[path] != first[path]):
-        say(
-            f"note: {flag(path)} {chosen[path]} instead of {first[path]}, which would need more "
+        note(
+            f"{flag(path)} {chosen[path]} instead of {first[path]}, which would need more "
             f"than the {shown_bytes(limit.bytes)} that may be used ({limit.said})"
         )
-    return run.with_config(replaced(run.config, chosen))
+    return run.with_config(replaced(run.config, chosen)), takes
 
 
 SMALLER = {

@@ -8,13 +8,14 @@ import torch
 
 from mlm.base.errors import UserError
 from mlm.base.processes import ranks
+from mlm.base.terminal import detail
 from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
 from mlm.rules.protocol import LoadedRule
 from mlm.runs.base import through_run
 from mlm.runs.identity import lm_identity
 from mlm.runs.rules import load_learned
-from mlm.runs.run import Run, say
+from mlm.runs.run import Run
 from mlm.settings.config import Config
 from mlm.text.streams import Text
 from mlm.training.language_model import LMTrainer, shape_of, train_lm
@@ -31,8 +32,8 @@ def stage_lm(run: Run) -> None:
     valid = run.validation_text(run.config.lm.validation_words)
     if not (run.config.resume and run.folder.checkpoint("lm_last").exists()):
         ranks().on_first(lambda: vocabulary.save(run.folder.vocabulary))
-    say(
-        f"stage 1: {text.words:,} words ({text.tokens:,} tokens) in {len(text.articles)} articles, "
+    detail(
+        f"{text.words:,} words ({text.tokens:,} tokens) in {len(text.articles):,} articles, "
         f"vocabulary {vocabulary.size:,}, {shape.size:,} weights"
     )
     if run.config.lm.through == "none":
@@ -41,6 +42,8 @@ def stage_lm(run: Run) -> None:
         trainer = through_trainer(run.config, shape, text, vocabulary.hash, run.device)
     folder = dataclasses.replace(run.folder, mark=lm_identity(run))
     train_lm(trainer, run.config, valid, folder, vocabulary.hash, run.quiet)
+    perplexity = valid.word_perplexity(trainer.best)
+    detail(f"perplexity {perplexity:.1f} per word on {valid.words:,} words of validation")
 
 
 def through_trainer(

@@ -10,6 +10,7 @@ import hashlib
 
 from mlm.base.names import rule_label
 from mlm.base.progress import Progress
+from mlm.base.terminal import detail, note
 from mlm.models.language_model import Weights
 from mlm.rules.family import (
     describe,
@@ -18,7 +19,7 @@ from mlm.rules.protocol import Parameters
 from mlm.runs.base import build_base, made_from, progress_of
 from mlm.runs.identity import checkpoint_mark, identity
 from mlm.runs.rules import BESIDE, new_rule, parted, starting_point
-from mlm.runs.run import Run, say
+from mlm.runs.run import Run
 from mlm.store.tensors import load_about, save_tensors
 from mlm.text.streams import Text
 from mlm.training.judge import static_of, validation_gain
@@ -43,6 +44,7 @@ def stage_meta(run: Run) -> None:
     """
     base, meta = build_base(run), run.config.meta
     text, tune_text = meta_text(run), run.tune_text
+    judged = run.validation_text(run.config.evaluation.tune_words)
     static = static_of(base, tune_text, run.config.evaluation.protocols)
     mark = identity(run)
     made_with = checkpoint_mark(run.folder, "memory")
@@ -52,7 +54,7 @@ def stage_meta(run: Run) -> None:
         path, label = run.folder.checkpoint(name), rule_label(name)
         if run.config.resume and made_from(path, mark):
             progress_of(run, name, "").forget()
-            say(f"{label}: trained already")
+            detail(f"{label}: trained before")
             continue
         start = starting_point(run, base)
         rule, first = new_rule(meta, name, start)
@@ -65,7 +67,8 @@ def stage_meta(run: Run) -> None:
             lambda t: validation_gain(t.base, t.rule, t.parameters, tune_text, static),
             folder,
             run.config.evaluation.budget,
-            text.tokens_per_word,
+            text,
+            judged.tokens_per_word,
             mark,
             run.config.resume,
             run.quiet,
@@ -84,9 +87,11 @@ def stage_meta(run: Run) -> None:
         tensors = best | {BESIDE + n: w for n, w in kept.items()}
         save_tensors(path, tensors, {**about, "gain": gain})
         progress.forget()
-        say(f"{label}: {gain * text.tokens_per_word:.3f} nats per word gained on validation")
+        gained = f"{gain * judged.tokens_per_word:.3f} nats per word gained"
+        mean = ", mean of both protocols" if len(static) > 1 else ""
+        detail(f"{label}: {gained} on {judged.words:,} words{mean}")
         if trainer.flushed:
-            say(f"{label}: the guard reset a lane {trainer.flushed} times during training")
+            detail(f"{label}: the guard reset a lane {trainer.flushed} times during training")
 
 
 def _digest(tensors: Parameters) -> str:
@@ -108,7 +113,8 @@ def _forget_rules_of_another_base(run: Run, made_with: str) -> None:
             stale.add(rule)
     if stale:
         names = ", ".join(rule_label(str(rule)) for rule in sorted(map(str, stale)))
-        say(f"note: {names}: trained with other settings; the rows in metrics.jsonl are dropped")
+        file = run.folder.metrics_file
+        note(f"{names}: trained with other settings; the rows in {file} are dropped")
         run.folder.keep_rows(lambda row: row.get("rule") not in stale)
 
 
@@ -133,7 +139,8 @@ def _learned_by_extensions(
             continue
         able = base.with_weights(found)
         gained = validation_gain(able, rule, parameters, run.tune_text, static)
-        row = {"extension": extension.name, EXTENSION_GAIN: gained * text.tokens_per_word}
+        judged = run.validation_text(run.config.evaluation.tune_words)
+        row = {"extension": extension.name, EXTENSION_GAIN: gained * judged.tokens_per_word}
         folder = dataclasses.replace(run.folder, mark=identity(run))
         folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
         if gained > gain:

@@ -11,12 +11,13 @@ from mlm.stages.evaluate import draw, forget_scores, show, stage_evaluate
 from mlm.stages.fit import fitted, with_recorded_choices
 from mlm.stages.language_model import stage_lm
 from mlm.stages.meta import stage_meta
+from mlm.stages.plan import TITLES, StagePlan, done_before
 from mlm.store.lock import only_writer
 from mlm.store.models import load_lm
 
 
 def run_stages(config: Config, quiet: bool = False) -> Run:
-    """Run the chosen stages in order; print the table and the paths of the pictures."""
+    """Run the chosen stages in order; print the table, and where page and figures are."""
     run = open_run(config, quiet)
     if not run.folder.released:
         with only_writer(run.folder.path):
@@ -31,8 +32,10 @@ def _run(run: Run) -> Run:
     if {"lm", "meta"} & set(run.config.stages):
         check_text(run)
         check_plan(run)
-    run = fitted(run)
+    run, takes = fitted(run)
     config = run.config
+    plan = StagePlan([*TITLES], config.stages, takes, done=done_before(run))
+    plan.announce(run.folder.path)
     if "lm" not in config.stages:
         _check_models(run)
     elif not config.resume:
@@ -40,19 +43,28 @@ def _run(run: Run) -> Run:
     trained = "lm" not in config.stages
     if trained or not (config.resume and run.folder.checkpoint("lm_last").exists()):
         run.folder.save_config(config, None if trained else marks_of(run.data))
-    if "lm" in config.stages:
+    if plan.begin("lm"):
         stage_lm(run)
     use_threads(threads_of(config, first=False))
-    if "meta" in config.stages:
+    if plan.begin("meta"):
         stage_meta(run)
-    if "evaluate" in config.stages:
-        folder, rows = stage_evaluate(run)
-        show(folder, rows)
-    if "draw" in config.stages:
-        draw(run.folder.path, config.evaluation.split if "evaluate" in config.stages else None)
-    if "evaluate" in config.stages:
-        forget_scores(run.folder.path)
+    _results(run, plan)
     return run
+
+
+def _results(run: Run, plan: StagePlan) -> None:
+    """The last stages: scores and pictures; print what there is to read."""
+    folder, stages, rows, drawn = run.folder.path, run.config.stages, [], []
+    if plan.begin("evaluate"):
+        folder, rows = stage_evaluate(run)
+    try:
+        if plan.begin("draw"):
+            drawn = draw(folder, run.config.evaluation.split if "evaluate" in stages else None)
+    finally:
+        if {"evaluate", "draw"} & {*stages}:
+            show(folder, rows, drawn)
+    if "evaluate" in stages:
+        forget_scores(folder)
 
 
 def _check_models(run: Run) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import mlm
-from mlm.base.errors import UserError, command_of, note
+from mlm.base.errors import UserError, command_of
 from mlm.base.files import naming, parse_json, write_text
 from mlm.base.processes import ranks
+from mlm.base.terminal import note
 from mlm.settings.config import Config
 from mlm.settings.flags import leaves, replaced
 from mlm.settings.record import from_dict, missing, to_dict

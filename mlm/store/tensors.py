@@ -11,10 +11,11 @@ from typing import IO, Any
 
 from torch import Tensor
 
-from mlm.base.errors import UserError, note
+from mlm.base.errors import UserError
 from mlm.base.files import MARK, atomic_path, parse_json
 from mlm.base.kinds import as_kind, shown, type_problem
 from mlm.base.processes import ranks
+from mlm.base.terminal import note
 from mlm.store.compact import pack, unpack
 from mlm.store.released import BLANK, is_released
 from mlm.store.streaming import write_signed

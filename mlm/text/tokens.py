@@ -7,23 +7,25 @@ import hashlib
 import json
 import os
 import struct
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
 from mlm.base.names import EOS
 from mlm.base.processes import ranks
+from mlm.base.terminal import note, progress_bar
 from mlm.text.corpora import Article, Corpus, count_words
 from mlm.text.encoding import encode_articles, token_dtype
 from mlm.text.vocabulary import UNK, Unknown, Vocabulary, fit_vocabulary, load_vocabulary
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 __all__ = [
     "EOS",
@@ -234,9 +236,7 @@ def _counted(articles: Iterable[Article], bar: tqdm) -> Iterator[Article]:
 
 
 def _bar(title: str, progress: bool, total: int | None = None) -> tqdm:
-    return tqdm(
-        desc=title, total=total, unit=" words", unit_scale=True, disable=not progress, leave=False
-    )
+    return progress_bar(title, total, unit="words", quiet=not progress)
 
 
 def _split_file(
@@ -254,11 +254,11 @@ def _split_file(
         found = TokenFile(path)
         if (found.vocabulary_hash, found.source_hash) == (vocabulary.hash, source):
             return found
-        note = f"{path} was made from another source or vocabulary"
+        why = f"{path} was made from another source or vocabulary"
     except DamagedFile as error:
-        note = str(error)
+        why = str(error)
     if path.exists():
-        tqdm.write(f"note: {note}; building it again", file=sys.stderr)
+        note(f"{why}; building it again")
     with _bar(f"{corpus.name} {split}: encoding", progress, total) as bar:
         articles = limited(corpus.articles(split), max_words)
         return write_token_file(path, articles, vocabulary, source, bar)
@@ -312,7 +312,7 @@ def _prepare(
         try:
             vocabulary = load_vocabulary(directory)
         except UserError as error:
-            tqdm.write(f"note: {error}; fitting it again", file=sys.stderr)
+            note(f"{error}; fitting it again")
     train_words: int | None = None  # for the progress bar
     if vocabulary is None:
         with _bar(f"{corpus.name}: fitting the vocabulary", progress) as bar:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -36,6 +36,7 @@ def tune_cache(
     budget: int,
     window: int,
     progress: Progress = NOTHING_KEPT,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on theta and lambda, on top of `rule`; best trial first.
 
@@ -61,7 +62,9 @@ def tune_cache(
 
     def spend(pairs: Sequence[tuple[float, float]]) -> Trial:
         pairs = pairs[: budget - len(tried.trials)]
-        tried.spend([{"theta": theta, "weight": weight} for theta, weight in pairs], evaluate)
+        settings = [{"theta": theta, "weight": weight} for theta, weight in pairs]
+        for trial in tried.spend(settings, evaluate):
+            on_trial(trial)
         tick()
         return min(tried.trials, key=lambda t: t.nll)
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.processes import ranks
 from mlm.base.progress import NOTHING_KEPT, Progress
+from mlm.base.terminal import progress_bar
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome
@@ -128,14 +128,7 @@ def estimate_fisher(
     device = base.weights[base.dynamic[0]].device
     with (
         progress.of("fisher", found) as tick,
-        tqdm(
-            total=wanted,
-            initial=found.tokens,
-            desc="Fisher",
-            unit="tok",
-            unit_scale=True,
-            disable=quiet,
-        ) as bar,
+        progress_bar("Fisher information", wanted, initial=found.tokens, quiet=quiet) as bar,
     ):
         while found.tokens < wanted or not found.segments:
             with uninterrupted():

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.processes import ranks
 from mlm.base.progress import Progress, Tick, Work, saved_by_the_clock
+from mlm.base.terminal import note
 from mlm.store.tensors import going_on_from, load_tensors, save_tensors
 
 
@@ -48,7 +46,7 @@ class KeptProgress(Progress):
         try:
             tensors, about = load_tensors(path, "")
         except UserError as error:
-            tqdm.write(f"note: {error}; this part begins again", file=sys.stderr)
+            note(f"{error}; this part begins again")
             return
         if about.get("identity") == self.identity:
             with going_on_from(path):

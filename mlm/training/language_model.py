@@ -5,23 +5,22 @@ Letters: B lanes, T tokens per segment.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.processes import ranks
 from mlm.base.progress import Tick, adam_tensors, load_adam, saved_by_the_clock
 from mlm.base.schedule import cosine
+from mlm.base.terminal import progress_bar
 from mlm.kernels.processor import multiplies_bfloat16, trains_bfloat16
 from mlm.models.language_model import State, Weights
 from mlm.models.output_layer import token_nll
@@ -372,14 +371,6 @@ class LMTrainer:
         self.load_more(tensors)
 
 
-@contextlib.contextmanager
-def _progress(title: str, total: int, done: int, quiet: bool) -> Iterator[tqdm]:
-    with tqdm(
-        total=total, initial=done, desc=title, unit="step", disable=quiet, dynamic_ncols=True
-    ) as bar:
-        yield bar
-
-
 def train_lm(
     trainer: LMTrainer,
     config: Config,
@@ -425,13 +416,14 @@ def _train(
 ) -> None:
     per_word = trainer.text.tokens_per_word
     every = math.ceil(trainer.steps / config.lm.validations)
-    read, clock = 0, time.perf_counter()
-    with _progress("language model", trainer.steps, trainer.step, quiet) as bar:
+    read, clock, validated = 0, time.perf_counter(), ""
+    with progress_bar("training", trainer.steps, initial=trainer.step, quiet=quiet) as bar:
         while True:
             due = trainer.step % every == 0 or trainer.step == trainer.steps
             if due and trainer.step > trainer.validated:
                 speed = read / per_word / (time.perf_counter() - clock)
-                _validate(trainer, valid, run, vocabulary_hash, speed)
+                found = _validate(trainer, valid, run, vocabulary_hash, speed)
+                validated = f", on validation {found:.0f}"
                 read, clock = 0, time.perf_counter()
             if trainer.step == trainer.steps:
                 return
@@ -441,17 +433,17 @@ def _train(
                 trainer.window = (nats + loss * count, tokens + count)
             tick()
             read += count
-            bar.update()
             if trainer.step % 20 == 0:
-                mean = trainer.window[0] / trainer.window[1]
-                speed = read / per_word / (time.perf_counter() - clock)
-                ppl = trainer.text.word_perplexity(mean)
-                bar.set_postfix_str(f"loss {mean:.3f}, ppl {ppl:.0f}, {speed:,.0f} words/s")
+                seen = trainer.text.word_perplexity(trainer.window[0] / trainer.window[1])
+                bar.set_postfix_str(f"perplexity per word {seen:.0f}{validated}", refresh=False)
+            bar.update()
 
 
 def _validate(
     trainer: LMTrainer, valid: Text, run: RunFolder, vocabulary_hash: str, speed: float
-) -> None:
+) -> float:
+    """The word perplexity of the validation text; logged, and the weights kept if they are the
+    best."""
     s = trainer.settings
     loss = trainer.validation_loss(valid)
     if not math.isfinite(loss):
@@ -460,13 +452,14 @@ def _validate(
             f"kept; lower --learning-rate (now {s.learning_rate}), then --resume"
         )
     nats, tokens = trainer.window
+    perplexity = valid.word_perplexity(loss)
     row: dict[str, Any] = {
         "stage": "lm",
         "step": trainer.step,
         "tokens": trainer.step * trainer.stream.lanes * s.segment,
         "train_loss": nats / tokens,
         "valid_loss": loss,
-        "valid_word_perplexity": valid.word_perplexity(loss),
+        "valid_word_perplexity": perplexity,
         "words_per_second": speed or None,  # None: the validation was all that was left to do
         "precision": str(trainer.precision).removeprefix("torch."),
     }
@@ -484,3 +477,4 @@ def _validate(
                 valid_loss=loss,
             )
         trainer.save(run, vocabulary_hash)
+    return perplexity

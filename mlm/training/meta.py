@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mlm.base.errors import UserError, uninterrupted
 from mlm.base.names import rule_label
 from mlm.base.processes import ranks
 from mlm.base.progress import adam_tensors, load_adam, saved_by_the_clock
 from mlm.base.schedule import cosine
+from mlm.base.terminal import progress_bar
 from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
@@ -281,7 +281,8 @@ def train_meta(
     judge: Callable[[MetaTrainer], float],
     run: RunFolder,
     budget: int,
-    tokens_per_word: float,
+    text: Text,
+    judged_per_word: float,
     identity: str,
     resume: bool = False,
     quiet: bool = False,
@@ -293,6 +294,10 @@ def train_meta(
     `checkpoints/<rule>_last.safetensors`, which is saved at every judgement, so many `minutes`
     after the last save, and when interrupted; `identity` names what the run depends on.
 
+    Args:
+        text: what is trained on.
+        judged_per_word: tokens per word of the text that `judge` measures on.
+
     Returns:
         the best of what was trained (`MetaTrainer.trained`) and its gain.
     """
@@ -302,17 +307,17 @@ def train_meta(
         trainer.load(run, identity)
     run.keep_rows(lambda row: not _ahead(row, trainer))
     save = functools.partial(trainer.save, run, identity)
-    bar = tqdm(total=steps, initial=trainer.step, desc=rule_label(name), unit="step", disable=quiet)
+    bar = progress_bar(rule_label(name), steps, initial=trainer.step, quiet=quiet)
     with bar, saved_by_the_clock(save, minutes) as tick:
         while True:
             if trainer.step in marks and trainer.step > trainer.judged:
-                _judge(trainer, judge, run, tokens_per_word, identity)
+                _judge(trainer, judge, run, judged_per_word, identity)
             if trainer.step >= steps:
                 break
             clock = time.perf_counter()
             with uninterrupted():
                 loss, tokens = trainer.train_step()
-                speed = tokens / tokens_per_word / (time.perf_counter() - clock)
+                speed = tokens / text.tokens_per_word / (time.perf_counter() - clock)
                 run.log(
                     stage="meta",
                     rule=name,
@@ -322,11 +327,10 @@ def train_meta(
                     flushed=trainer.flushed or None,
                 )
             tick()
-            bar.set_postfix_str(
-                f"loss {loss:.3f}, gain {trainer.best[0]:.3f} nats/token, "
-                f"{speed:,.0f} words/s"
-                + (f", {trainer.flushed} lanes reset by the guard" if trainer.flushed else "")
-            )
+            gain = trainer.best[0] * judged_per_word
+            told = f"on validation {gain:.3f} nats per word gained"
+            reset = f", {trainer.flushed} lanes reset by the guard" if trainer.flushed else ""
+            bar.set_postfix_str(told + reset, refresh=False)
             bar.update()
     buffers.clear()
     gain, best = trainer.best
@@ -345,7 +349,7 @@ def _judge(
     trainer: MetaTrainer,
     judge: Callable[[MetaTrainer], float],
     run: RunFolder,
-    tokens_per_word: float,
+    judged_per_word: float,
     identity: str,
 ) -> None:
     """Measure the gain on validation, keep the parameters if it is the best, save."""
@@ -363,7 +367,7 @@ def _judge(
             rule=trainer.rule.name,
             step=trainer.step,
             gain=gain if finite else None,
-            gain_per_word=gain * tokens_per_word if finite else None,
+            gain_per_word=gain * judged_per_word if finite else None,
         )
         trainer.judged = trainer.step
         if gain > trainer.best[0]:

@@ -199,7 +199,7 @@ def tune(
     text: TuneText,
     protocol: str,
     budget: int,
-    note: Callable[[Trial], None] = lambda trial: None,
+    on_trial: Callable[[Trial], None] = lambda trial: None,
     progress: Progress = NOTHING_KEPT,
 ) -> list[Trial]:
     """Spend exactly `budget` evaluations on a rule's settings; best trial first.
@@ -222,7 +222,7 @@ def tune(
         at_once = 1 if protocol == "article" else max(1, len(settings))
         for k in range(0, len(settings), at_once):
             for trial in tried.spend(settings[k : k + at_once], evaluate):
-                note(trial)
+                on_trial(trial)
             tick()
 
     def best() -> dict[str, float]:

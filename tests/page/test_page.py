@@ -16,7 +16,7 @@ from fake_run import made_up_losses, made_up_words
 
 from mlm.base.errors import UserError
 from mlm.page import page as page_module
-from mlm.page.page import WordLossPage, about, opening_pairs, write_page
+from mlm.page.page import WordLossPage, about, write_page
 from mlm.report.losses import LossTable
 from mlm.report.word_picture import round_end, word_colour
 
@@ -156,20 +156,6 @@ def test_large_losses_are_kept_in_coarser_steps_and_those_beyond_are_clipped():
     rules = {r["name"]: r for r in data_of(WordLossPage(table).html())["protocols"][0]["rules"]}
     assert list(unpack(rules["rms"]["losses"], "<u2")) == [65535, 65535]
     assert list(unpack(rules["sgd"]["losses"], "<u2")) == [0, 0]
-
-
-def test_the_page_opens_on_the_best_learned_rule_against_static_and_its_best_rival():
-    table = table_of(["a", "b", "c"], rules=("static", "sgd", "rms", "two_levels", "four_levels"))
-    loss = {"static": 9, "sgd": 8, "rms": 5, "two_levels": 4, "four_levels": 6}
-    for rule, nats in loss.items():
-        table.losses[rule][:] = nats
-    assert opening_pairs(table, "article") == [("two_levels", "static"), ("two_levels", "rms")]
-    table.losses["static+cache"] = np.full(3, 3.0)  # a cache is no learned rule, but a rival
-    table.losses["mine"] = np.full(3, 2.0)
-    assert opening_pairs(table, "article") == [("mine", "static"), ("mine", "static+cache")]
-    hand_made = table_of(["a"], rules=("static", "sgd", "rms"))
-    hand_made.losses["rms"][:] = 0
-    assert opening_pairs(hand_made, "article") == [("rms", "static")]
 
 
 def test_every_rule_of_the_page_is_explained():

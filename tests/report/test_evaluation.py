@@ -24,8 +24,18 @@ from mlm.report.evaluation import (
     read_evaluation,
     write_evaluation,
 )
-from mlm.report.losses import LossTable, column_name, rule_and_protocol, splits, write_losses
+from mlm.report.losses import (
+    LossTable,
+    column_name,
+    compared,
+    opening_pairs,
+    rule_and_protocol,
+    splits,
+    write_losses,
+)
 from mlm.report.tables import (
+    BOLD,
+    PLAIN,
     escape_markdown,
     evaluation_markdown,
     format_totals,
@@ -167,6 +177,28 @@ def test_gaps_between_article_indices_are_allowed():
     assert one(rows_of(table), "article", "rms", article=7)["title"] == "seven"
 
 
+def test_the_first_pair_is_the_best_learned_rule_against_static_and_its_best_rival():
+    table = made_up_losses(
+        [["a", "b", "c"]], rules=("static", "sgd", "rms", "two_levels", "four_levels")
+    )
+    loss = {"static": 9, "sgd": 8, "rms": 5, "two_levels": 4, "four_levels": 6}
+    for rule, nats in loss.items():
+        table.losses[rule][:] = nats
+    assert opening_pairs(table, "article") == [("two_levels", "static"), ("two_levels", "rms")]
+    table.losses["static+cache"] = np.full(3, 3.0)  # a cache is no learned rule, but a rival
+    table.losses["mine"] = np.full(3, 2.0)
+    assert opening_pairs(table, "article") == [("mine", "static"), ("mine", "static+cache")]
+    hand_made = made_up_losses([["a"]], rules=("static", "sgd", "rms"))
+    hand_made.losses["rms"][:] = 0
+    assert opening_pairs(hand_made, "article") == [("rms", "static")]
+    with pytest.raises(UserError, match="--against adam was not measured in protocol article"):
+        compared(hand_made, "article", (None, "adam"))
+    with pytest.raises(UserError, match="--rule rms is compared with itself"):
+        compared(hand_made, "article", (None, "rms"))
+    assert compared(hand_made, "article", ("sgd", "rms")) == ("sgd", "rms")
+    assert compared(hand_made, "article", (None, "sgd")) == ("rms", "sgd")
+
+
 # ---------------------------------------------------------------- statistics
 
 
@@ -299,17 +331,24 @@ def test_the_largest_articles_share_of_a_gain_stands_in_the_tables():
     assert one(rows_of(worse), "total", "rms")["largest_share"] is None
 
 
-def test_rows_by_article_hold_the_gains_in_perplexity_of_both_halves():
-    table = small_table((451, 30))
-    row = one(rows_of(table), "article", "rms", article=0)
-    static, rms = (table.losses[name][:451].astype(float) for name in ("static", "rms"))
-    assert row["first_half_gain"] == pytest.approx(
-        math.exp(static[:225].mean()) - math.exp(rms[:225].mean())
+def test_articles_and_words_are_counted_from_1_and_gains_are_in_nats_alone():
+    table = small_table((451, 30), titles=["first", "second"])
+    table = dataclasses.replace(
+        table, article_N=table.article_N * 3 + 4, titles={4: "first", 7: "second"}
     )
-    assert row["second_half_gain"] == pytest.approx(
-        math.exp(static[225:].mean()) - math.exp(rms[225:].mean())
-    )
-    assert row["interval"] is None
+    rows = rows_of(table, resamples=99)
+    assert not [name for row in rows for name in row if "half" in name]
+    text = evaluation_markdown(rows)
+    static, rms = (table.losses[name][451:].astype(float) for name in ("static", "rms"))
+    start = f"| 2 | second | 30 | {static.mean():.2f} |"
+    (row,) = (line for line in text.partition("stream")[0].splitlines() if line.startswith(start))
+    assert f" {(static - rms).mean():.3f} |" in row
+    assert "| 1 | first |" in text
+    assert "| 1 to 200 |" in text
+    assert "| 401 to 800 |" in text
+    assert "Perplexity gained" not in text
+    totals = next(line for line in text.splitlines() if line.startswith("| rule |"))
+    assert totals.split(" | ")[1:4] == ["perplexity", "bits per byte", "nats gained per word"]
 
 
 def test_position_and_article_rows_add_up_to_the_total():
@@ -376,8 +415,7 @@ def test_one_article_and_one_word_make_rows_without_intervals_or_nan(tmp_path: P
     back = json.loads(text)
     assert one(back, "total", "rms")["interval"] is None
     article = one(back, "article", "rms")
-    assert article["first_half_gain"] is None
-    assert article["second_half_gain"] is not None
+    assert article["nats_per_word_gained"] is not None
 
 
 def test_a_perplexity_beyond_floats_is_null():
@@ -463,3 +501,22 @@ def test_the_terminal_table_states_protocol_gain_and_interval(tmp_path: Path):
     low, high = row["interval"]
     assert f"{row['nats_per_word_gained']:.3f} [{low:.3f}, {high:.3f}]" in text
     assert max(map(len, text.splitlines())) <= 100
+
+
+def test_the_row_of_the_lowest_loss_is_bold_where_asked_for():
+    rows = rows_of(small_table())
+    plain, bold = format_totals(rows), format_totals(rows, bold=True)
+    assert BOLD not in plain
+    assert bold.replace(BOLD, "").replace(PLAIN, "") == plain
+    marked = [line for line in bold.splitlines() if line.startswith(BOLD)]
+    best = {
+        protocol: min(
+            (r for r in rows if (r["kind"], r["protocol"]) == ("total", protocol)),
+            key=lambda r: r["nll"],
+        )
+        for protocol in ("article", "stream")
+    }
+    assert len(marked) == len(best)
+    for line, row in zip(marked, best.values(), strict=True):
+        assert line.endswith(PLAIN)
+        assert f"{row['word_perplexity']:.2f}" in line

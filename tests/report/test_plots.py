@@ -28,7 +28,6 @@ from mlm.report.figure2 import (
     panels_of,
     smooth,
     window_points,
-    winner,
 )
 from mlm.report.losses import LossTable
 from mlm.report.plots import (
@@ -131,17 +130,6 @@ def test_figure2_shows_the_winner_its_rival_and_the_curves_of_the_paper():
     assert panels_of(rules, "four_levels", "rms")[0].rules == ("four_levels", "two_levels")
     assert len(panels_of(rules, "four_levels", "rms")) == 2
     assert figure2_module.WINDOW * figure2_module.SMOOTHED == 1600
-
-
-def test_the_winner_is_the_learned_rule_with_the_lowest_loss():
-    rng = np.random.default_rng(0)
-    rules = ("static", "rms", "two_levels", "three_levels")
-    table = made_up_losses([made_up_words(60, rng)], rules=rules, protocols=("article",))
-    table.losses["two_levels"][:] = table.losses["three_levels"] - 0.1
-    table.losses["rms"][:] = table.losses["two_levels"] - 0.1
-    assert winner(table, "article") == "two_levels"
-    few = made_up_losses([["a", "b"]], rules=("static", "rms"), protocols=("article",))
-    assert winner(few, "article") == "rms"
 
 
 def test_lines_do_not_average_across_articles():

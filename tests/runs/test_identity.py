@@ -282,7 +282,7 @@ def test_a_run_that_is_only_read_is_tuned_elsewhere(
     for tuned in (True, False):
         outcome = command("evaluate", folder, *words)
         assert outcome.code == 0, outcome.err
-        assert ("tuning SGD" in outcome.err) == tuned
+        assert ("SGD dynamic evaluation, article: tuned on" in outcome.err) == tuned
     assert contents(folder) == before
     assert {path.name for path in results.iterdir()} >= {"tuning.json", "evaluation.json"}
 

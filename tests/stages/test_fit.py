@@ -153,25 +153,22 @@ def test_the_message_names_the_value_that_fits(monkeypatch: pytest.MonkeyPatch) 
     assert any(s.bytes > limit.bytes for s in stages({"meta.lanes": 5}))
 
 
-def test_a_run_says_what_it_takes_and_keeps_what_was_chosen(
+def test_a_run_knows_what_it_takes_and_keeps_what_was_chosen(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(write_corpus(tmp_path / "toy"), tmp_path / "run")
     config = replaced(config, {"meta.gradient": "auto", "meta.unroll": 4000, "meta.lanes": 8})
     run = open_run(config, quiet=True)
     monkeypatch.setattr(fit, "memory_limit", lambda *_: Limit(math.inf, "a test"))
-    free = fitted(run)
+    free, takes = fitted(run)
     assert free.config.meta.gradient == "reverse"
     assert free.config.meta.lanes == config.meta.lanes
-    said = capsys.readouterr().err
-    assert [line.partition(" (")[0].partition(":")[0] for line in said.splitlines()] == [
-        "stage 1",
-        "stage 2",
-        "evaluation",
-    ]
+    assert [*takes] == ["lm", "meta", "evaluate", "draw"]
+    assert all(part.seconds > 0 for part in takes.values())
+    assert not capsys.readouterr().err
     most = max(stage.bytes for stage in predicted(fit.sizes_of(free), CPU, resident_bytes()))
     monkeypatch.setattr(fit, "memory_limit", lambda *_: Limit(0.9 * most, "a test"))
-    less = fitted(run)
+    less, _ = fitted(run)
     assert less.config.meta.gradient == "checkpoint"
     assert "note: --meta.gradient checkpoint instead of reverse" in capsys.readouterr().err
     assert less.data is run.data

@@ -165,5 +165,5 @@ def test_trained_rules_are_not_trained_again(
     before = path.stat().st_mtime_ns
     outcome = command("train", "--out", folder, "--resume", "--stages", "meta")
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("trained already") == 2
+    assert outcome.err.count("trained before") == 2
     assert path.stat().st_mtime_ns == before

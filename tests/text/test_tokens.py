@@ -513,8 +513,12 @@ def test_bad_text_leaves_no_token_file(corpus: Corpus, tmp_path: Path) -> None:
 
 
 def test_progress_shows_words_per_second(
-    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Corpus,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     prepare(corpus, "word", 0, tmp_path / "cache", progress=True)
     shown = capsys.readouterr().err
     for words in ("fitting the vocabulary", "train: encoding", "words/s"):
