@@ -171,7 +171,7 @@ def test_the_axis_of_unrolls_has_a_row_for_every_length(
     assert [row["size"] for row in aged] == [8, 10]
     assert all(0 < row["lowest"] <= row["ratio"] <= row["highest"] for row in aged)
     suffixes = [file.suffix for file in draw("unroll", unroll_rows, tmp_path / "unroll")]
-        assert suffixes == [".png", ".svg", ".pdf", ".csv"]
+    assert suffixes == [".png", ".svg", ".pdf", ".csv"]
 
 
 @pytest.mark.slow
