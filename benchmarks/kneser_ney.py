@@ -54,7 +54,7 @@ class Options:
     model: Annotated[str, tyro.conf.Positional]
     """A released model's name or a run folder."""
     corpus: str
-    """The text that it was trained with, in WikiText's form: a folder with train, valid and test."""
+    """The text that it was trained with: a folder of train, valid and test in WikiText form."""
     split: Literal["valid", "test"] = "valid"
     """What is scored; of valid only what nothing was tuned on. `test` is for the end."""
     words: int = 0
