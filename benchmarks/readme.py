@@ -8,8 +8,8 @@ FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
 `<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json,
 `<!-- engine: FILE -->` for a speed benchmark's FILE, and `<!-- parts: FILE -->` for what each part
-of an ablation brings. Settings and error messages come from the code
-(`benchmarks.reference`).
+of an ablation brings. Settings and error messages come from the code (`benchmarks.reference`), the
+list of tables that can be made again (`<!-- tables: all -->`) from `benchmarks.reproduce`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reference import errors_table, presets_table, settings_table
+from benchmarks.reproduce import tables_block
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import CACHE
@@ -376,6 +377,7 @@ KINDS: dict[str, Callable[..., list[str]]] = {
     "settings": settings_table,
     "presets": presets_table,
     "errors": errors_table,
+    "tables": tables_block,
 }
 """What makes each kind of block."""
 

@@ -53,7 +53,7 @@ from mlm.base.names import rule_label
 from mlm.report.evaluation import bootstrap_interval, mean_gain
 from mlm.spelling import detokenise
 from mlm.store.run_folder import commit, machine
-from mlm.text.corpora import open_corpus
+from mlm.text.corpora import NAMED, open_corpus
 from mlm.text.tokens import limited
 
 COLUMNS = {
@@ -94,8 +94,8 @@ class Options:
     """Whether every story starts afresh, or the stories are one long text."""
     sentence_ends: bool = False
     """Predict the first and the last word of a sentence, too."""
-    frequencies: Path | None = None
-    """A corpus to count, as a folder, or counts of words: word, tab, count."""
+    frequencies: str | None = None
+    """A corpus to count, a folder or a known name, or a file of counts: word, tab, count."""
     json: Path | None = None
     """File for the table, with machine and versions."""
 
@@ -168,41 +168,43 @@ def bare(word: str) -> str:
     return word.strip(string.punctuation + "“”‘’–—…").lower() or word
 
 
-def counts_of(corpus: Path) -> Counter[str]:
+def counts_of(corpus: str) -> Counter[str]:
     """How often the first words of a corpus's training text come, in natural spelling.
 
     Raises:
         UserError: no such corpus, or it has no training split.
     """
     counts: Counter[str] = Counter()
-    for article in limited(open_corpus(str(corpus)).articles("train"), COUNTED):
+    for article in limited(open_corpus(corpus).articles("train"), COUNTED):
         for line in article.text.splitlines():
             counts.update(map(bare, detokenise(line.split()).split()))
     return counts
 
 
-def counted(path: Path) -> Callable[[str], float]:
-    """Log frequency of a word, from a corpus or a table of counts; of words not in it, that of half
+def _table_of(path: Path) -> Counter[str]:
+    """Counts from a file: word, tab, count."""
+    counts: Counter[str] = Counter()
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            word, _, count = line.partition("\t")
+            counts[bare(word)] += int(count)
+    except ValueError:
+        raise UserError(f"{path}: every line must be a word, a tab and its count") from None
+    return counts
+
+
+def counted(name: str) -> Callable[[str], float]:
+    """Log frequency of a word, from a corpus or a file of counts; of words not in it, that of half
     a count.
 
     Raises:
-        UserError: no such file, or not a table of words and counts.
+        UserError: no such file or corpus, or it holds no counts.
     """
-    counts: dict[str, float] = {}
-    try:
-        lines = [] if path.is_dir() else path.read_text(encoding="utf-8").splitlines()
-        for line in lines:
-            word, _, count = line.partition("\t")
-            counts[bare(word)] = counts.get(bare(word), 0.0) + float(count)
-    except FileNotFoundError:
-        raise UserError(
-            f"no file {path}; --frequencies is a table of counts, or the folder of a corpus"
-        ) from None
-    except ValueError:
-        raise UserError(f"{path}: every line must be a word, a tab and its count") from None
-    if path.is_dir():
-        counts = dict(counts_of(path))
-    total = math.log(sum(counts.values()))
+    path = Path(name)
+    if not path.exists() and name not in NAMED:
+        raise UserError(f"no file {path}; --frequencies is a table of counts, or a corpus's folder")
+    counts = _table_of(path) if path.is_file() else counts_of(name)
+    total = math.log(counts.total())
     return lambda word: math.log(counts.get(bare(word), 0.5)) - total
 
 
@@ -360,6 +362,7 @@ def save(options: Options, table: Sequence[dict[str, Any]]) -> None:
     assert options.json
     settings = {k: v.name if isinstance(v, Path) else v for k, v in asdict(options).items()}
     settings["model"] = [Path(model).name for model in options.model]
+    settings["frequencies"] = options.frequencies and Path(options.frequencies).name
     del settings["json"]
     used = {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy")}}
     found = {"machine": machine(), "versions": used, "commit": commit(), "settings": settings}

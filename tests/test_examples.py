@@ -143,7 +143,7 @@ def test_every_rule_of_every_model_is_read(command: Command, tmp_path: Path) -> 
     (tmp_path / "text").mkdir()
     text = " \n = One = \n \n It 's 5 @,@ 000 lamps , and it 's well @-@ lit . \n"
     (tmp_path / "text" / "train.txt").write_text(text, encoding="utf-8")
-    counts = counts_of(tmp_path / "text")
+    counts = counts_of(str(tmp_path / "text"))
     assert (counts["it's"], counts["well-lit"], counts["5,000"], counts["@-@"]) == (2, 1, 1, 0)
     flags = ("--times", write_times(tmp_path / "times.tsv", effect=0.0), "--json", tmp_path / "j")
     done = command(
