@@ -165,7 +165,7 @@ TABLES: dict[str, Table] = {
     ),
     "rules": Table(
         "every way to learn to remember",
-        "benchmarks.rules {run} --threads {threads} --out {to}",
+        "benchmarks.rules {run} --out {to}",
         minutes=120,
         gb=None,
         page="results/rules",
@@ -305,7 +305,7 @@ def make(name: str, options: Options) -> None:
     table, words = TABLES[name], command(name, options)
     to = options.out / name
     costs = f"minutes: {_cost(table.minutes)}, GB at most: {_cost(table.gb)}"
-    say(f"\n{name}: {table.what}; {costs}")
+    say(f"{name}: {table.what}; {costs}")
     say(f"python -m {shlex.join(words)}")
     (to / MADE).unlink(missing_ok=True)
     begun = time.monotonic()
@@ -338,7 +338,8 @@ def main() -> None:
     for name in names:
         if name not in left:
             say(f"{name}: is there, {options.out / name}")
-    say("\n".join(listing(left)))
+    for line in listing(left) if left else ():
+        say(line)
     known = sum(TABLES[name].minutes or 0 for name in left)
     say(f"together about {known} minutes on two cores, as far as measured")
     for name in left:
