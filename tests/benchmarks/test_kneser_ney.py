@@ -181,6 +181,7 @@ def test_the_table_has_every_rule_and_its_mixture(
     done = command("benchmarks.kneser_ney", *flags)
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "out" / "kneser_ney.json").read_text(encoding="utf-8"))
+    assert found["settings"]["corpus"] == stand.corpus.name
     rows = {(row["protocol"], row["rule"]): row for row in found["rows"]}
     article = [rule for protocol, rule in rows if protocol == "article"]
     assert article[:3] == ["static", "Kneser-Ney n-grams", "static + Kneser-Ney"]
@@ -202,6 +203,7 @@ def test_the_table_has_every_rule_and_its_mixture(
         both = table.loss(f"{rule}+kneser_ney", "article")
         assert both.mean() > 0
         assert not np.allclose(both, table.loss(rule, "article"))
+    assert table.loss("rms+cache", "article").mean() < table.loss("rms", "article").mean()
     best, mixture = rows["article", "4 levels"], rows["article", "4 levels + Kneser-Ney"]
     assert best["gain"] == pytest.approx(
         (table.loss("static", "article") - table.loss("four_levels", "article")).mean(), rel=1e-5

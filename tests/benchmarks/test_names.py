@@ -109,6 +109,7 @@ def test_table_and_figure_are_made_from_a_folder(tmp_path: Path, command: Comman
     assert done.code == 0, done.err
     assert {p.name for p in out.iterdir()} == {f"names.{e}" for e in ("json", "png", "svg", "csv")}
     found = json.loads((out / "names.json").read_text(encoding="utf-8"))
+    assert str(tmp_path) not in (out / "names.json").read_text(encoding="utf-8")
     assert found["titles"]["static+kneser_ney"] == "static + Kneser-Ney"
     assert "| names | mention | 2 |" in "\n".join(engine(str(out / "names.json")))
     assert "Holt" not in (out / "names.json").read_text(encoding="utf-8")
