@@ -375,7 +375,7 @@ def main() -> None:
     write_losses(options.out / "losses.parquet", table, valid=())
     scored = texts.scored
     size = sum(int(scored.file.bytes[a]) for a in scored.chosen)
-    about = {
+    about: dict[str, Any] = {
         "training words": texts.words,
         "tuning words": sum(texts.tuned.words_A),
         "articles": len(scored.chosen),

@@ -225,8 +225,8 @@ def _line(
     places = range(len(found))
     gains = [point["gain"] for point in found]
     panel.plot(places, gains, marker="o", markersize=3, label=title(rule), **style)
-    bounds = [[point[k] for point in found] for k in ("low", "high")]
-    panel.fill_between(places, *bounds, color=style["color"], alpha=0.14, linewidth=0)
+    low, high = ([point[k] for point in found] for k in ("low", "high"))
+    panel.fill_between(places, low, high, color=style["color"], alpha=0.14, linewidth=0)
     return found
 
 
