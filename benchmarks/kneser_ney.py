@@ -1,25 +1,79 @@
-"""Interpolated modified Kneser-Ney n-grams over a run's own tokens: what counting alone predicts.
+"""Interpolated modified Kneser-Ney n-grams over a model's own pieces: what counting alone predicts.
 
-    python -m benchmarks.kneser_ney runs/wikipedia --split valid
+    python -m benchmarks.kneser_ney wikipedia-small --corpus data/wikipedia --split test
 
 Counts are of the articles that stage 1 trained on. An n-gram of the highest order counts how often
 it came, a shorter one how many different tokens came before it; three discounts per order follow
 from the counts of counts (Chen and Goodman 1999, section 3). Contexts reach back to the `<eos>`
 before an article's first token, as the language model's do, and no further.
+
+The table has the n-grams alone, each rule alone and each rule mixed with them, token by token:
+(1 - w) p + w q. The one weight w of a mixture is tuned on the first articles of `valid`, those that
+the model's own settings were tuned on; they are never among the articles scored. Losses go to
+OUT/losses.parquet, one column a rule, for other tables (`benchmarks.names`).
 Letters: N tokens, V vocabulary, n order; an n-gram is one number, its tokens' digits in base V + 1.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import tyro
+from scipy.optimize import minimize_scalar
 
-from mlm.base.errors import UserError
+import mlm
+from benchmarks.claim_tables import RIVAL, Gains
+from benchmarks.output import HOME
+from benchmarks.timing import record
+from mlm.base.errors import UserError, run_cli
+from mlm.base.names import CACHE, LEARNED, PROTOCOLS, STATIC, rule_label
+from mlm.reader.model import Protocol, TrainedModel
+from mlm.report.evaluation import RESAMPLES, perplexity
+from mlm.report.losses import LossTable, column_name, write_losses
+from mlm.runs.run import say, split_training
+from mlm.stages.evaluate import SplitText
+from mlm.text.corpora import open_corpus
+from mlm.text.tokens import TokenFile, encode_split
 
 ORDER = 5
+NAME = "kneser_ney"
+"""The n-grams alone, as a rule."""
+MIXED = "+" + NAME
+"""Ending of a rule's name that stands for its mixture with the n-grams."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare and mix a model's rules with Kneser-Ney n-grams over the same pieces."""
+
+    model: Annotated[str, tyro.conf.Positional]
+    """A released model's name or a run folder."""
+    corpus: str
+    """The text that it was trained with: a folder of train, valid and test in WikiText form."""
+    split: Literal["valid", "test"] = "valid"
+    """What is scored; of valid only what nothing was tuned on. `test` is for the end."""
+    words: int = 0
+    """Words of the training text to count, in whole articles; 0 = what the model read of it."""
+    order: int = ORDER
+    """Longest n-grams."""
+    rules: tuple[str, ...] = ()
+    """Rules to mix with; none = static, RMS and the best learned one, and each with a cache, as far
+    as the model has their settings."""
+    protocols: tuple[Protocol, ...] = PROTOCOLS
+    articles: int = 0
+    """Articles to score; 0 = all."""
+    threads: int = 0
+    """CPU threads; 0 = the model's choice."""
+    resamples: int = RESAMPLES
+    """Bootstrap resamples of the articles."""
+    out: Path = HOME / "kneser_ney"
+    """Where the table and the word losses go."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +191,199 @@ def mixed(nll: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
     if not 0 < weight < 1:
         return other if weight else nll
     return -np.logaddexp(np.log1p(-weight) - nll, np.log(weight) - other)
+
+
+def title(rule: str) -> str:
+    """A rule's name for readers, the n-grams and mixtures with them included."""
+    base = rule.removesuffix(MIXED)
+    found = "Kneser-Ney n-grams" if base == NAME else rule_label(base)
+    return found if base == rule else f"{found} + Kneser-Ney"
+
+
+# -- texts --------------------------------------------------------------------------------------
+
+
+class Texts(NamedTuple):
+    """What is counted, tuned on and scored, in the model's pieces."""
+
+    counted: list[np.ndarray]
+    words: int
+    """Words of what is counted."""
+    tuned: SplitText
+    scored: SplitText
+
+
+def _first_articles(file: TokenFile, words: int) -> int:
+    """How many articles hold the first `words` words, the last one whole."""
+    return min(len(file), int(np.searchsorted(np.cumsum(file.words), words)) + 1)
+
+
+def open_texts(model: TrainedModel, options: Options) -> Texts:
+    """The texts as tokens; the small ones first, so that what is amiss shows at once.
+
+    Raises:
+        UserError: no such text or split, or no article to score is left.
+    """
+    corpus, config = open_corpus(options.corpus), model.config
+    for split in {"train", "valid", options.split}:
+        corpus.fingerprint(split)
+
+    def encoded(split: str, words: int = 0) -> TokenFile:
+        return encode_split(corpus, split, model.vocabulary, config.text.data_dir, words)
+
+    def part(split: str, file: TokenFile, chosen: Sequence[int]) -> SplitText:
+        some = [a for a in chosen if file.words[a] > 0]
+        if not some:
+            raise UserError(
+                f"{options.corpus}, split {split}: no article to score is left beside the "
+                f"{config.evaluation.tune_words:,} words that are tuned on; give a longer text"
+            )
+        return SplitText(split, file, model.vocabulary, some, file.source_hash)
+
+    valid, file = encoded("valid"), encoded(options.split)
+    kept = _first_articles(valid, config.evaluation.tune_words)
+    begin = kept if options.split == "valid" else 0
+    end = min(len(file), begin + options.articles) if options.articles else len(file)
+    tuned, scored = part("valid", valid, range(kept)), part(options.split, file, range(begin, end))
+    train = encoded("train", options.words or config.text.train_words)
+    chosen, _ = split_training(train, config.text.held_out)
+    counted = [train.tokens[train.offsets[a] : train.offsets[a + 1]] for a in chosen]
+    return Texts(counted, int(train.words[: len(chosen)].sum()), tuned, scored)
+
+
+# -- losses -------------------------------------------------------------------------------------
+
+
+def chosen_rules(model: TrainedModel, protocol: str, wanted: Sequence[str]) -> list[str]:
+    """Static and the rules wanted, by default those whose settings the model has."""
+    ready = model.rules_in(protocol)
+    learned = [rule for rule in ready if rule in LEARNED]
+    main = {STATIC, RIVAL, *([model.best] if learned else [])}
+    default = [rule for rule in ready if rule.removesuffix(CACHE) in main]
+    return list(dict.fromkeys([STATIC, *model.resolved(wanted or default)]))
+
+
+def token_losses(
+    model: TrainedModel, articles: Sequence[np.ndarray], protocol: Protocol, rules: Sequence[str]
+) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Every rule with its losses by article, nats of every token; a rule with a cache and the one
+    below it are read at once."""
+    for plain in dict.fromkeys(rule.removesuffix(CACHE) for rule in rules):
+        own = [rule for rule in (plain, plain + CACHE) if rule in rules]
+        shown = f"{protocol}, {rule_label(own[-1])}"
+        scores = model.losses(articles, own[-1], protocol, title=shown)
+        for rule in own:
+            yield rule, (scores.cached[0] if rule.endswith(CACHE) else scores).nll
+
+
+def tuned_weight(nll: np.ndarray, other: np.ndarray) -> float:
+    """The share of `other` that makes the mixture's loss least: it is convex in the share."""
+    found = minimize_scalar(
+        lambda weight: mixed(nll, other, weight).sum(), bounds=(0, 1), method="bounded"
+    )
+    return float(found.x)  # type: ignore[union-attr]
+
+
+def all_losses(
+    model: TrainedModel, grams: KneserNey, texts: Texts, options: Options
+) -> tuple[LossTable, dict[tuple[str, str], float]]:
+    """Word losses of the n-grams, the rules and their mixtures, and the weights of the mixtures."""
+    tuned, scored = texts.tuned, texts.scored
+    own = [grams.nll(article) for article in scored.articles]
+    known = np.concatenate([grams.nll(article) for article in tuned.articles])
+    losses, weights = {}, {}
+    for protocol in options.protocols:
+        rules = chosen_rules(model, protocol, options.rules)
+        for rule, nll in token_losses(model, tuned.articles, protocol, rules):
+            weights[rule + MIXED, protocol] = tuned_weight(np.concatenate(nll), known)
+        for rule, nll in token_losses(model, scored.articles, protocol, rules):
+            weight = weights[rule + MIXED, protocol]
+            both = [mixed(*pair, weight) for pair in zip(nll, own, strict=True)]
+            losses[column_name(rule, protocol)] = scored.word_losses(nll)
+            losses[column_name(rule + MIXED, protocol)] = scored.word_losses(both)
+        losses[column_name(NAME, protocol)] = scored.word_losses(own)
+    return scored.table(losses), weights
+
+
+# -- the table ----------------------------------------------------------------------------------
+
+
+def _in_order(rules: Sequence[str]) -> list[str]:
+    """Each rule before its mixture, the n-grams behind static."""
+    plain = [rule for rule in rules if rule != NAME and not rule.endswith(MIXED)]
+    pairs = [[rule, rule + MIXED] for rule in plain]
+    return [pairs[0][0], NAME, *pairs[0][1:], *(rule for pair in pairs[1:] for rule in pair)]
+
+
+def rows_of(
+    table: LossTable,
+    weights: dict[tuple[str, str], float],
+    size: int,
+    resamples: int = RESAMPLES,
+) -> list[dict[str, Any]]:
+    """The table: a mixture's gains are over static, and over static mixed in the same way.
+
+    Args:
+        size: bytes of the text.
+    """
+    rows = []
+    for protocol in [p for p in PROTOCOLS if table.rules(p)]:
+        rules = _in_order(table.rules(protocol))
+        gains = {over: Gains(table, protocol, resamples, over) for over in (STATIC, STATIC + MIXED)}
+        for rule in rules:
+            loss = table.loss(rule, protocol)
+            row: dict[str, Any] = {"protocol": protocol, "rule": title(rule)}
+            row["weight"] = weights.get((rule, protocol))
+            row["word perplexity"] = perplexity(float(loss.sum()), len(loss))
+            row["bits per byte"] = float(loss.sum()) / math.log(2) / size
+            ending = MIXED if rule.endswith(MIXED) else ""
+            if rule != STATIC:
+                row |= _as("gain", gains[STATIC].more(rule, None))
+            if ending and rule != STATIC + MIXED:
+                row |= _as("over the mixture", gains[STATIC + MIXED].more(rule, None))
+            base, rival = rule.removesuffix(MIXED), RIVAL + ending
+            if base.removesuffix(CACHE) in LEARNED and rival in rules:
+                rival = RIVAL + CACHE * base.endswith(CACHE) + ending
+                if rival in rules:
+                    row |= _as("times RMS", gains[STATIC + ending].ratio(rule, rival))
+            rows.append(row)
+    return rows
+
+
+def _as(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """A number and its interval under this name."""
+    return {name: found["found"], f"{name} interval": found["found interval"]}
+
+
+def without_paths(options: Any) -> Any:
+    """The options with names in the place of the paths of what is read."""
+    read = [name for name in ("model", "corpus", "folder") if hasattr(options, name)]
+    return dataclasses.replace(options, **{n: Path(getattr(options, n)).name for n in read})
+
+
+def main() -> None:
+    """Count, tune, read, write."""
+    options = tyro.cli(Options, description=__doc__)
+    model = mlm.load(options.model, threads=options.threads)
+    texts = open_texts(model, options)
+    for protocol in options.protocols:  # one that has no settings is refused before the work
+        for rule in chosen_rules(model, protocol, options.rules):
+            model.ready(rule, protocol)
+    say(f"counting n-grams of {texts.words:,} words")
+    grams = KneserNey(texts.counted, model.vocabulary.size, model.vocabulary.eos_id, options.order)
+    table, weights = all_losses(model, grams, texts, options)
+    write_losses(options.out / "losses.parquet", table, valid=())
+    scored = texts.scored
+    size = sum(int(scored.file.bytes[a]) for a in scored.chosen)
+    about: dict[str, Any] = {
+        "training words": texts.words,
+        "tuning words": sum(texts.tuned.words_A),
+        "articles": len(scored.chosen),
+        "words": len(table.word_N),
+    }
+    rows = rows_of(table, weights, size, options.resamples)
+    record("kneser_ney", rows, without_paths(options), **about)
+
+
+if __name__ == "__main__":
+    run_cli(main)

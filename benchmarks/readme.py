@@ -8,8 +8,8 @@ FOLDER/evaluation.json; `<!-- pairs: ... -->` stands for the comparison of rules
 `<!-- stages: FOLDER -->` for the speed of each stage from FOLDER/metrics.jsonl,
 `<!-- sets: FOLDER -->` for FOLDER/benchmarks/dynamic_sets.json,
 `<!-- engine: FILE -->` for a speed benchmark's FILE, and `<!-- parts: FILE -->` for what each part
-of an ablation brings. Settings and error messages come from the code
-(`benchmarks.reference`).
+of an ablation brings. Settings and error messages come from the code (`benchmarks.reference`), the
+list of tables that can be made again (`<!-- tables: all -->`) from `benchmarks.reproduce`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.reference import errors_table, presets_table, settings_table
+from benchmarks.reproduce import tables_block
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import CACHE
@@ -151,11 +152,42 @@ ENGINE: dict[str, dict[str, str]] = {
         "4 levels / it": "time of 4 levels over it",
     },
     "reading": {
+        "model": "model",
         "protocol": "protocol",
         "rule": "rule",
         "bits per word": "bits per word",
         "nats per 1,000 words": "nats per 1,000 words",
         "over static": "over static",
+        "stories better": "stories better",
+        "at words read before": "of that, at words read before",
+        "at new words": "at new words",
+    },
+    "kneser": {
+        "protocol": "protocol",
+        "rule": "rule",
+        "weight": "share of the n-grams",
+        "word perplexity": "word perplexity",
+        "bits per byte": "bits per byte",
+        "gain": "nats gained over static",
+        "over the mixture": "over static + Kneser-Ney",
+        "times RMS": "times RMS",
+    },
+    "names": {
+        "words": "words",
+        "by": "by",
+        "which": "",
+        "share of words": "share",
+        "static": "static loss",
+        "static+cache": "gain of the cache",
+        "static+cache: share": "share",
+        "static+kneser_ney": "of static + Kneser-Ney",
+        "static+kneser_ney: share": "share",
+        "rms": "of RMS",
+        "rms: share": "share",
+        "three_levels": "of 3 levels",
+        "three_levels: share": "share",
+        "four_levels": "of 4 levels",
+        "four_levels: share": "share",
     },
     "pareto": {
         "dynamic": "weights that adapt",
@@ -345,6 +377,7 @@ KINDS: dict[str, Callable[..., list[str]]] = {
     "settings": settings_table,
     "presets": presets_table,
     "errors": errors_table,
+    "tables": tables_block,
 }
 """What makes each kind of block."""
 

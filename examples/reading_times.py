@@ -1,6 +1,6 @@
 """Does learning while reading make surprisal a better predictor of human reading times?
 
-    python -m examples.reading_times --times FILE.tsv --model wikipedia-small --rules rms best
+    python -m examples.reading_times --times FILE.tsv --model wikipedia-small
 
 FILE is a reading-time corpus in the layout of Natural Stories (Futrell et al. 2021), which you
 bring: tab-separated, one word a line in reading order, with the columns `word`, `zone` (its place
@@ -17,12 +17,15 @@ of a story:
 
 Each is fitted on all stories but one and predicts the one left out. The result is by how many nats
 the second predicts 1,000 words better, with a bootstrap interval over stories. A story's effect is
-its mean, which is taken from all variables: so it is defined for the story left out, too.
+its mean, which is taken from all variables: so it is defined for the story left out, too. What a
+rule adds to static is divided into what it adds at words that the story has had before and at words
+new to it; the two add up.
 
-Frequencies come from `--frequencies FILE.tsv` (word, tab, count; upper and lower case are one
-word). Without it they are the language model's own: the sum of the log-softmax of its output bias
-over the pieces of the word. That is a rough unigram estimate, and a baseline with rough frequencies
-leaves more for surprisal to explain: give counts of a large text for a figure to publish.
+Frequencies come from `--frequencies`: a corpus whose training text is counted (a folder), or a
+table FILE.tsv (word, tab, count); upper and lower case are one word. Without it they are the
+language model's own: the sum of the log-softmax of its output bias over the pieces of the word.
+That is a rough unigram estimate, and a baseline with rough frequencies leaves more for surprisal to
+explain: give counts of a large text for a figure to publish.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ import json
 import math
 import platform
 import string
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +51,10 @@ from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.names import rule_label
 from mlm.report.evaluation import bootstrap_interval, mean_gain
+from mlm.spelling import detokenise
 from mlm.store.run_folder import commit, machine
+from mlm.text.corpora import NAMED, open_corpus
+from mlm.text.tokens import limited
 
 COLUMNS = {
     "word": pa.string(),
@@ -57,7 +64,20 @@ COLUMNS = {
 }
 BEFORE = 2
 """Words before a word whose properties predict its reading time, too (spill-over)."""
+COLUMNS_SHOWN = (
+    "model",
+    "protocol",
+    "rule",
+    "bits per word",
+    "nats per 1,000 words",
+    "over static",
+    "stories better",
+    "at words read before",
+    "at new words",
+)
 PER = 1000
+COUNTED = 6_000_000
+"""Words of a corpus that are counted for frequencies."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +86,16 @@ class Options:
 
     times: Path
     """Reading times, tab-separated, in the layout of Natural Stories."""
-    model: str
-    """A released model's name, a run folder, or a model on the Hugging Face hub."""
-    rules: tuple[str, ...] = ("best",)
-    """Rules to compare with the static model."""
+    model: tuple[str, ...]
+    """Released models' names, run folders, or models on the Hugging Face hub."""
+    rules: tuple[str, ...] = ()
+    """Rules to compare with the static model; none = all that a model has settings for."""
     protocols: tuple[Literal["article", "stream"], ...] = ("article", "stream")
     """Whether every story starts afresh, or the stories are one long text."""
     sentence_ends: bool = False
     """Predict the first and the last word of a sentence, too."""
-    frequencies: Path | None = None
-    """Counts of words: word, tab, count."""
+    frequencies: str | None = None
+    """A corpus to count, a folder or a known name, or a file of counts: word, tab, count."""
     json: Path | None = None
     """File for the table, with machine and versions."""
 
@@ -98,12 +118,16 @@ class Scored(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What surprisal adds to the baseline, by story (A)."""
+    """What surprisal adds to the baseline, at the words N that are predicted."""
 
     bits_per_word: float
-    nats_A: np.ndarray
+    """Of all words."""
+    nats_N: np.ndarray
     """Gain in log-likelihood."""
-    words_A: np.ndarray
+    story_N: np.ndarray
+    """The word's story, 0, 1, ..."""
+    again_N: np.ndarray
+    """Whether the story has had the word before."""
 
 
 def read_times(path: Path) -> Corpus:
@@ -144,22 +168,43 @@ def bare(word: str) -> str:
     return word.strip(string.punctuation + "“”‘’–—…").lower() or word
 
 
-def counted(path: Path) -> Callable[[str], float]:
-    """Log frequency of a word, from a table of counts; of words not in it, that of half a count.
+def counts_of(corpus: str) -> Counter[str]:
+    """How often the first words of a corpus's training text come, in natural spelling.
 
     Raises:
-        UserError: no such file, or not a table of words and counts.
+        UserError: no such corpus, or it has no training split.
     """
-    counts: dict[str, float] = {}
+    counts: Counter[str] = Counter()
+    for article in limited(open_corpus(corpus).articles("train"), COUNTED):
+        for line in article.text.splitlines():
+            counts.update(map(bare, detokenise(line.split()).split()))
+    return counts
+
+
+def _table_of(path: Path) -> Counter[str]:
+    """Counts from a file: word, tab, count."""
+    counts: Counter[str] = Counter()
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
             word, _, count = line.partition("\t")
-            counts[bare(word)] = counts.get(bare(word), 0.0) + float(count)
-    except FileNotFoundError:
-        raise UserError(f"no file {path}; --frequencies is a table of counts") from None
+            counts[bare(word)] += int(count)
     except ValueError:
         raise UserError(f"{path}: every line must be a word, a tab and its count") from None
-    total = math.log(sum(counts.values()))
+    return counts
+
+
+def counted(name: str) -> Callable[[str], float]:
+    """Log frequency of a word, from a corpus or a file of counts; of words not in it, that of half
+    a count.
+
+    Raises:
+        UserError: no such file or corpus, or it holds no counts.
+    """
+    path = Path(name)
+    if not path.exists() and name not in NAMED:
+        raise UserError(f"no file {path}; --frequencies is a table of counts, or a corpus's folder")
+    counts = _table_of(path) if path.is_file() else counts_of(name)
+    total = math.log(counts.total())
     return lambda word: math.log(counts.get(bare(word), 0.5)) - total
 
 
@@ -246,6 +291,13 @@ def log_likelihood(X_NP: np.ndarray, y_N: np.ndarray, story_N: np.ndarray) -> np
     return found
 
 
+def again(corpus: Corpus) -> np.ndarray:
+    """(N,) whether a word stood in its story before, whatever its case and punctuation."""
+    pairs = list(zip(corpus.story_N.tolist(), map(bare, corpus.words), strict=True))
+    first = {pair: k for k, pair in reversed(list(enumerate(pairs)))}
+    return np.array([first[pair] < k for k, pair in enumerate(pairs)])
+
+
 def added(
     corpus: Corpus, baseline_NP: np.ndarray, bits_N: np.ndarray, keep_N: np.ndarray
 ) -> Result:
@@ -255,34 +307,47 @@ def added(
     both = np.column_stack([baseline_NP, *lags])[keep_N]
     gain = log_likelihood(both, y, story) - log_likelihood(baseline_NP[keep_N], y, story)
     _, which = np.unique(story, return_inverse=True)
-    return Result(float(bits_N.mean()), np.bincount(which, gain), np.bincount(which))
+    return Result(float(bits_N.mean()), gain, which, again(corpus)[keep_N])
 
 
-def rows(results: dict[tuple[str, str], Result]) -> list[dict[str, Any]]:
+Key = tuple[str, str, str]
+"""Model, protocol, rule."""
+
+
+def rows(results: dict[Key, Result]) -> list[dict[str, Any]]:
     """The table: nats per 1,000 words of every protocol and rule, and what they are over static."""
-    table = []
-    for (protocol, rule), found in results.items():
-        row: dict[str, Any] = {"protocol": protocol, "rule": rule_label(rule)}
+    table, several = [], len({model for model, _, _ in results}) > 1
+    for (model, protocol, rule), found in results.items():
+        row: dict[str, Any] = {"model": Path(model).name} if several else {}
+        row |= {"protocol": protocol, "rule": rule_label(rule)}
         row["bits per word"] = found.bits_per_word
-        more = {"nats per 1,000 words": found.nats_A}
+        words_A = np.bincount(found.story_N)
+        more = {"nats per 1,000 words": found.nats_N}
         if rule != "static":
-            more["over static"] = found.nats_A - results[protocol, "static"].nats_A
-        for name, nats_A in more.items():
-            row[name] = float(mean_gain(PER * nats_A, found.words_A))
-            row[f"{name} interval"] = bootstrap_interval(mean_gain, PER * nats_A, found.words_A)
+            over_N = found.nats_N - results[model, protocol, "static"].nats_N
+            more["over static"] = over_N
+            more["at words read before"] = over_N * found.again_N
+            more["at new words"] = over_N * ~found.again_N
+            better = int((np.bincount(found.story_N, over_N) > 0).sum())
+            row["stories better"] = f"{better} of {len(words_A)}"
+        for name, nats_N in more.items():
+            nats_A = np.bincount(found.story_N, nats_N)
+            row[name] = float(mean_gain(PER * nats_A, words_A))
+            row[f"{name} interval"] = bootstrap_interval(mean_gain, PER * nats_A, words_A)
+            row[f"{name} by story"] = (PER * nats_A / words_A).tolist()
         table.append(row)
     return table
 
 
 def as_text(table: Sequence[dict[str, Any]]) -> str:
     """The table for a terminal."""
-    head = ["protocol", "rule", "bits per word", "nats per 1,000 words", "over static"]
+    head = [name for name in COLUMNS_SHOWN if any(name in row for row in table)]
     lines = [head]
     for row in table:
-        cells = [row["protocol"], row["rule"], f"{row['bits per word']:.2f}"]
-        for name in head[3:]:
-            interval = row.get(f"{name} interval")
-            text = f"{row[name]:.2f}" if name in row else ""
+        cells = []
+        for name in head:
+            value, interval = row.get(name, ""), row.get(f"{name} interval")
+            text = f"{value:.2f}" if isinstance(value, float) else value
             cells.append(text + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""))
         lines.append(cells)
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
@@ -296,32 +361,37 @@ def save(options: Options, table: Sequence[dict[str, Any]]) -> None:
     """Write the table with all that it depends on, and no path."""
     assert options.json
     settings = {k: v.name if isinstance(v, Path) else v for k, v in asdict(options).items()}
-    settings["model"] = Path(options.model).name
+    settings["model"] = [Path(model).name for model in options.model]
+    settings["frequencies"] = options.frequencies and Path(options.frequencies).name
     del settings["json"]
     used = {"python": platform.python_version(), **{n: version(n) for n in ("torch", "numpy")}}
     found = {"machine": machine(), "versions": used, "commit": commit(), "settings": settings}
     write_text(options.json, json.dumps({**found, "rows": list(table)}, indent=1) + "\n")
 
 
+def read_all(corpus: Corpus, options: Options) -> Iterator[tuple[Key, Result]]:
+    """Every model, protocol and rule with what its surprisal adds."""
+    frequency = counted(options.frequencies) if options.frequencies else None
+    for name in options.model:
+        model = mlm.load(name)
+        log_frequency = frequency or by_bias(model)
+        predictors = baseline(corpus, np.array([log_frequency(word) for word in corpus.words]))
+        for protocol in options.protocols:
+            wanted = options.rules or model.rules_in(protocol)
+            for rule in model.resolved(["static", *wanted]):
+                scored = align(
+                    corpus,
+                    lambda t, m=model, r=rule, p=protocol: m.score_many(t, rule=r, protocol=p),
+                )
+                sentences = None if options.sentence_ends else scored.sentence_N
+                keep = usable(corpus.story_N, sentences)
+                yield (name, protocol, rule), added(corpus, predictors, scored.bits_N, keep)
+
+
 def main() -> None:
     """Read, score, fit, print."""
     options = tyro.cli(Options, description=__doc__)
-    corpus = read_times(options.times)
-    frequency = counted(options.frequencies) if options.frequencies else None
-    model = mlm.load(options.model)
-    frequency = frequency or by_bias(model)
-    predictors = baseline(corpus, np.array([frequency(word) for word in corpus.words]))
-    rules = [model.best if rule == "best" else rule for rule in ("static", *options.rules)]
-    results = {}
-    for protocol in options.protocols:
-        for rule in dict.fromkeys(rules):
-            scored = align(
-                corpus, lambda t, r=rule, p=protocol: model.score_many(t, rule=r, protocol=p)
-            )
-            sentences = None if options.sentence_ends else scored.sentence_N
-            keep = usable(corpus.story_N, sentences)
-            results[protocol, rule] = added(corpus, predictors, scored.bits_N, keep)
-    table = rows(results)
+    table = rows(dict(read_all(read_times(options.times), options)))
     print(as_text(table))
     if options.json:
         save(options, table)

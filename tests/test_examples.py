@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from conftest import Command, Finished
 from tiny import invented_words
 
 from benchmarks.readme import engine
-from examples.reading_times import BEFORE, bare, log_likelihood, usable
+from examples.reading_times import BEFORE, Corpus, again, bare, counts_of, log_likelihood, usable
 
 HEAD = "word\tzone\titem\tnItem\tmeanItemRT\tgmeanItemRT\n"
 STORIES, WORDS = 5, 300
@@ -28,6 +29,14 @@ def own_bits(word: str) -> float:
 
 class Invented:
     """A model whose static surprisal is a word's own, and that learns what comes again."""
+
+    def rules_in(self, protocol: str) -> tuple[str, ...]:
+        """All it has; one of them in one protocol only."""
+        return ("static", "learned", *(("learned+cache",) if protocol == "article" else ()))
+
+    def resolved(self, rules: Sequence[str]) -> list[str]:
+        """Each once."""
+        return list(dict.fromkeys(rules))
 
     def score_many(self, texts: list[str], rule: str, protocol: str) -> pa.Table:
         """The columns that the example reads."""
@@ -95,7 +104,7 @@ def run(command: Command, times: Path, counts: Path, *more: object) -> list[dict
     rows = found["rows"]
     assert all(row["protocol"] in done.out for row in rows)
     page = engine(str(out))
-    assert page[0] == ("| protocol | rule | bits per word | nats per 1,000 words | over static |")
+    assert page[0].startswith("| protocol | rule | bits per word | nats per 1,000 words | over st")
     assert len(page) == len(rows) + 4
     return rows
 
@@ -111,6 +120,10 @@ def test_a_planted_effect_is_found(command: Command, counts: Path, tmp_path: Pat
     difference = learned["nats per 1,000 words"] - static["nats per 1,000 words"]
     assert learned["over static"] == pytest.approx(difference)
     assert learned["bits per word"] < static["bits per word"]
+    parts = learned["at words read before"], learned["at new words"]
+    assert sum(parts) == pytest.approx(learned["over static"])
+    assert learned["stories better"] == f"{STORIES} of {STORIES}"
+    assert len(learned["over static by story"]) == STORIES
     # Times follow what is learned within a story: knowing the stories before makes it worse.
     stream = found["stream", "learned"]["nats per 1,000 words"]
     assert stream < learned["nats per 1,000 words"]
@@ -122,6 +135,30 @@ def test_no_effect_is_not_found(command: Command, counts: Path, tmp_path: Path) 
     rows = run(command, times, counts, "--protocols", "article", "--sentence-ends")
     assert [row["rule"] for row in rows] == ["static", "learned"]
     assert all(row["nats per 1,000 words"] < 2 for row in rows)
+
+
+@pytest.mark.usefixtures("model")
+def test_every_rule_of_every_model_is_read(command: Command, tmp_path: Path) -> None:
+    """Those that have settings in a protocol; frequencies are counts of a corpus."""
+    (tmp_path / "text").mkdir()
+    text = " \n = One = \n \n It 's 5 @,@ 000 lamps , and it 's well @-@ lit . \n"
+    (tmp_path / "text" / "train.txt").write_text(text, encoding="utf-8")
+    counts = counts_of(str(tmp_path / "text"))
+    assert (counts["it's"], counts["well-lit"], counts["5,000"], counts["@-@"]) == (2, 1, 1, 0)
+    flags = ("--times", write_times(tmp_path / "times.tsv", effect=0.0), "--json", tmp_path / "j")
+    done = command(
+        "examples.reading_times",
+        *(*flags, "--model", "one", "two", "--frequencies", tmp_path / "text"),
+    )
+    assert done.code == 0, done.err
+    found = json.loads((tmp_path / "j").read_text(encoding="utf-8"))["rows"]
+    labels = {"article": ["static", "learned", "learned + cache"], "stream": ["static", "learned"]}
+    assert [(row["model"], row["protocol"], row["rule"]) for row in found] == [
+        (model, protocol, rule)
+        for model in ("one", "two")
+        for protocol, rules in labels.items()
+        for rule in rules
+    ]
 
 
 def test_a_trained_model_reads_the_stories(
@@ -157,6 +194,13 @@ def test_likelihood_is_that_of_a_regression_on_the_other_stories() -> None:
         left -= left.mean()
         expected = -0.5 * (np.log(2 * np.pi * variance) + left**2 / variance)
         assert found[test] == pytest.approx(expected)
+
+
+def test_words_read_before_are_those_of_the_same_story() -> None:
+    words = ["The", "mill", "the", "Mill,", "the", "old", "mill"]
+    story = np.array([1, 1, 1, 1, 2, 2, 2])
+    corpus = Corpus(words, np.arange(7), story, np.zeros(7))
+    assert again(corpus).tolist() == [False, False, True, True, False, False, False]
 
 
 def test_words_that_are_predicted() -> None:

@@ -60,6 +60,7 @@ BENCHMARK_FLAGS = {
     "benchmarks.fisher": "--words 100 --priors 0 0.04 --segment 5 --budget 1",
     "benchmarks.claim_speed": "--tokens 160 --rounds 1",
     "benchmarks.parts": "",
+    "benchmarks.reproduce": "",
     "benchmarks.growth": "--only lanes --rounds 1 --updates 1 --unroll 2",
 }
 #: The libraries that benchmarks compare with: they are not installed for the tests.

@@ -108,8 +108,12 @@ class TrainedModel(HubModel):
     @cached_property
     def rules(self) -> tuple[str, ...]:
         """The rules that it can read with at once, in any protocol: static, tuned and trained."""
-        ready = {rule for protocol in PROTOCOLS for rule in ready_rules(self._run, protocol)}
+        ready = {rule for protocol in PROTOCOLS for rule in self.rules_in(protocol)}
         return tuple(sorted(ready, key=rule_order))
+
+    def rules_in(self, protocol: str) -> tuple[str, ...]:
+        """Those of `rules` that can read in this protocol."""
+        return tuple(ready_rules(self._run, protocol))
 
     @cached_property
     def best(self) -> str:

@@ -80,47 +80,57 @@ def recurrence_rows(
     bound), `first_loss_from` and `_to` the static loss at the word's first occurrence, in nats.
     """
     loss_N, static_N = table.loss(rule, protocol), table.loss(STATIC, protocol)
-    gain_N = static_N - loss_N
-    total = float(gain_N.sum())
     rows: list[dict[str, Any]] = []
     for name, inside_N in _bins(seen, static_N):
-        words = int(inside_N.sum())
-        if not words:
-            continue
-        words_A = np.bincount(table.ordinal_N[inside_N], minlength=len(table.start_A))
-        gain_A = np.bincount(table.ordinal_N[inside_N], gain_N[inside_N], len(table.start_A))
-        some_A = words_A > 0
-        gain = float(gain_N[inside_N].sum())
-        rows.append(
-            {"kind": name.pop("kind"), "rule": rule, "protocol": protocol, "split": table.split}
-            | name
-            | {"articles": int(some_A.sum()), "words": words, "nll": float(loss_N[inside_N].sum())}
-            | {"share_of_words": words / len(loss_N)}
-            | {"share_of_gain": gain / total if total > 0 and math.isfinite(total) else None}
-            | {"nats_per_word_gained": gain / words}
-            | {"interval": interval(gain_A[some_A], words_A[some_A])}
-        )
+        if inside_N.any():
+            about = {"rule": rule, "protocol": protocol, "split": table.split}
+            found = measured(table, loss_N, static_N, inside_N, interval)
+            rows.append({"kind": name.pop("kind")} | about | name | found)
     return rows
+
+
+def measured(
+    table: LossTable,
+    loss_N: np.ndarray,
+    static_N: np.ndarray,
+    inside_N: np.ndarray,
+    interval: Interval,
+) -> dict[str, Any]:
+    """What a rule with these losses gains on some words, at least one, and their share of all."""
+    gain_N, words = static_N - loss_N, int(inside_N.sum())
+    total = float(gain_N.sum())
+    words_A = np.bincount(table.ordinal_N[inside_N], minlength=len(table.start_A))
+    gain_A = np.bincount(table.ordinal_N[inside_N], gain_N[inside_N], len(table.start_A))
+    some_A = words_A > 0
+    gain = float(gain_N[inside_N].sum())
+    return (
+        {"articles": int(some_A.sum()), "words": words, "nll": float(loss_N[inside_N].sum())}
+        | {"share_of_words": words / len(loss_N)}
+        | {"share_of_gain": gain / total if total > 0 and math.isfinite(total) else None}
+        | {"nats_per_word_gained": gain / words}
+        | {"interval": interval(gain_A[some_A], words_A[some_A])}
+    )
 
 
 def _bins(seen: Recurrence, static_N: np.ndarray) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """What names a bin, and which words are in it (N,)."""
     for start, stop in NOVELTIES:
         name = {"kind": "novelty", "from": start, "to": stop}
-        yield name, _within(seen.number_N, start, stop)
+        yield name, within(seen.number_N, start, stop)
     often_N = seen.count_N >= SHARED_OCCURRENCES
     for low, high in FIRST_LOSSES:
-        group_N = often_N & _within(static_N[seen.first_N], low, high)
+        group_N = often_N & within(static_N[seen.first_N], low, high)
         for start, stop in OCCURRENCES:
             name = {"kind": "occurrence", "first_loss_from": low, "first_loss_to": high}
             name |= {"from": start, "to": stop}
-            yield name, group_N & _within(seen.number_N, start, stop)
+            yield name, group_N & within(seen.number_N, start, stop)
     for start, stop in DISTANCES:
         name = {"kind": "distance", "from": start, "to": stop}
-        yield name, _within(seen.distance_N, start, stop)
+        yield name, within(seen.distance_N, start, stop)
 
 
-def _within(value_N: np.ndarray, start: float, stop: float | None) -> np.ndarray:
+def within(value_N: np.ndarray, start: float, stop: float | None) -> np.ndarray:
+    """Which values are in a bin (N,)."""
     return (value_N >= start) & (value_N < (np.inf if stop is None else stop))
 
 

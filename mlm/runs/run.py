@@ -151,6 +151,8 @@ class Run:
     def text_marks(self) -> dict[str, str]:
         """Hashes of the vocabulary and of the splits: those recorded, for the text may be gone."""
         recorded = self.folder.text if self.begun else {}
+        if self.folder.released:  # what it was trained with is no part of it
+            return {"train": "", "valid": "", "vocabulary": self.vocabulary.hash, **recorded}
         return recorded or marks_of(self.data)
 
     @cached_property

@@ -15,13 +15,15 @@ from conftest import Command, Finished
 from safetensors.torch import load_file
 from tiny import tiny_config, write_corpus
 
+import mlm
 from mlm.base.errors import UserError
+from mlm.base.names import PROTOCOLS
 from mlm.cli.flags import settings_of
 from mlm.reader.export import export
 from mlm.reading.scoring import score_protocol, word_losses
 from mlm.runs.base import made_from
-from mlm.runs.identity import base_identity
-from mlm.runs.rules import ready_rule, ready_rules
+from mlm.runs.identity import base_identity, identity
+from mlm.runs.rules import current_identity, ready_rule, ready_rules
 from mlm.runs.run import Run, open_run
 from mlm.settings.flags import replaced
 from mlm.settings.presets import RULE_SETTINGS
@@ -100,6 +102,18 @@ def test_a_released_model_reads_as_its_run(rule: str, best: Path, model: Path) -
     assert abs(before.mean() - after.mean()) < 2e-3
     np.testing.assert_allclose(after, before, atol=5e-2)
     assert np.array_equal(after, losses(model, rule))
+
+
+def test_the_models_of_the_package_read_without_their_text() -> None:
+    """Under every rule that they name, and so that their results have an identity."""
+    for name in released.released_models():
+        loaded = mlm.load(name)
+        for protocol in PROTOCOLS:
+            for rule in loaded.rules_in(protocol):
+                assert loaded.ready(rule, protocol).base
+        run = opened(loaded.folder)
+        assert identity(run)
+        assert current_identity(run, "rms", "article")
 
 
 def test_every_part_of_best_is_in_the_model(best: Path, model: Path) -> None:
