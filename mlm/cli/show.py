@@ -79,7 +79,7 @@ def main() -> None:
 
 def _passage(options: Options) -> str:
     """The passage asked for, or the beginning of the first article that is shown."""
-    from mlm.page.terminal import passage_in_colours
+    from mlm.page.passage import passage_in_colours
     from mlm.report.losses import LossTable, compared
 
     table = LossTable.load(options.run / "losses.parquet", options.split)

@@ -7,7 +7,7 @@ from mlm.base.lazy import lazily
 if TYPE_CHECKING:
     from mlm.page.folder import draw_run
     from mlm.page.page import WordLossPage, write_page
-    from mlm.page.terminal import passage_in_colours
+    from mlm.page.passage import passage_in_colours
     from mlm.page.top_k import TopK
 
 __all__ = ["TopK", "WordLossPage", "draw_run", "passage_in_colours", "write_page"]

@@ -8,7 +8,7 @@ import pytest
 from fake_run import made_up_losses
 
 from mlm.base.errors import UserError
-from mlm.page.terminal import passage_in_colours
+from mlm.page.passage import passage_in_colours
 from mlm.report.losses import LossTable
 
 COLOUR = re.compile(r"\x1b\[38;2;0;0;0;48;2;(\d+);(\d+);(\d+)(;4)?m(.*?)\x1b\[0m")
