@@ -17,7 +17,7 @@ __getattr__, __dir__ = lazily(
     {
         "folder": "draw_run",
         "page": "WordLossPage write_page",
-        "terminal": "passage_in_colours",
+        "passage": "passage_in_colours",
         "top_k": "TopK",
     },
 )
