@@ -3,14 +3,15 @@
     python -m benchmarks.recall --out runs/benchmarks/recall
 
 Sequences are those of `benchmarks.recall_data`, in the published sizes up to 256 tokens, with a
-vocabulary of 8,192 words. For every seed a language model is trained on sequences of all sizes by
-stage 1, as text; rules are tuned and trained on further sequences by stage 2, for every number of
-tokens M between two updates. Then test sequences are read in protocol `article`: every sequence
-begins with the trained weights. Only answers are scored: a token is right if no other is more
-likely. The weights are written once per M tokens, so that a pair helps from the next segment on:
-distance is counted in tokens and in segments.
-Writes OUT/recall.json, the tables of the page and a picture. Runs that are there already with the
-same settings are not made again.
+vocabulary of 1,024 words (published: 8,192, and a hundred times the training text). For every seed
+a language model is trained on sequences of all sizes by stage 1, as text; rules are tuned and
+trained on further sequences by stage 2, for every number of tokens M between two updates. Then test
+sequences are read in protocol `article`: every sequence begins with the trained weights. Only
+answers are scored: one is right if no other token is more likely. The weights are written once per
+M tokens, so that a pair helps from the next segment on: distance is counted in tokens and in
+segments.
+Writes OUT/recall_*.json, the tables of the page, and a picture. Runs that are there already with
+the same settings are not made again. Some 1.5 GB of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import mlm  # noqa: F401
 # isort: split
 # The package comes before torch: it tells OpenMP not to spin, which others on the machine slow.
 import dataclasses
-import json
+import itertools
 import math
 import statistics
 import time
@@ -44,9 +45,8 @@ from benchmarks.recall_data import (
 )
 from benchmarks.recall_picture import draw
 from benchmarks.rows import prepare
-from benchmarks.timing import record, versions
+from benchmarks.timing import record
 from mlm.base.errors import run_cli
-from mlm.base.files import write_text
 from mlm.kernels.switches import computing
 from mlm.reader.model import TrainedModel
 from mlm.reading.scoring import busy_segments
@@ -56,19 +56,23 @@ from mlm.settings.config import Config
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.stages.order import run_stages
-from mlm.store.run_folder import RunFolder, commit, machine
+from mlm.store.run_folder import RunFolder
 from mlm.text.streams import LaneStream
 
 BEST = "four_levels"
 """The learned rule of `--rule best`."""
 COLUMNS = {
-    ("default", "static"): "static",
-    ("default", "static+cache"): "static+cache",
-    ("default", "rms"): "rms",
-    ("default", "three_levels"): "three_levels",
+    ("lstm", "static"): "static",
+    ("lstm", "static+cache"): "static+cache",
+    ("lstm", "rms"): "rms",
+    ("lstm", "three_levels"): "three_levels",
+    ("output", "rms"): "rms, output",
+    ("output", "three_levels"): "three_levels, output",
     ("best", BEST): "best",
 }
-"""Columns of the tables by the settings of a run and the rule in it."""
+"""Columns of the tables by the run and the rule in it. The runs differ in what adapts: the default
+(the LSTM and the softmax's bias), the output layer, or that and the settings of `--rule best`."""
+RUNS = ("lstm", "output", "best")
 ONCE = ("static", "static+cache")
 """Columns that do not depend on M."""
 DISTANCES = (1, 8, 16, 32, 64, 128, 256)
@@ -81,13 +85,13 @@ class Options:
 
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each has data, a language model and rules of its own."""
-    segments: tuple[int, ...] = (20, 8, 64)
+    segments: tuple[int, ...] = (8, 20)
     """M: tokens between two updates; the tables by pairs and distance are of the first."""
-    words: int = 8192
-    """Half of them keys, half values."""
+    words: int = 1024
+    """Half of them keys, half values; published: 8192."""
     units: int = 128
     """Of the embedding and of the LSTM."""
-    train: int = 30_000
+    train: int = 24_000
     """Training tokens of each size."""
     test: int = 2_000
     """Test tokens of each size."""
@@ -142,8 +146,10 @@ def common_settings(options: Options, seed: int, folder: Path) -> dict[str, Any]
         "text.data_dir": folder / "cache",
         "model.embedding": options.units,
         "model.hidden": options.units,
-        "lm.epochs": 1.0,
-        "lm.learning_rate": 1e-2,
+        "lm.epochs": 2.0,
+        "lm.lanes": 8,
+        "lm.segment": 32,
+        "lm.learning_rate": 4e-3,
         "lm.dropout_input": 0.0,
         "lm.dropout_hidden": 0.0,
         "lm.dropout_output": 0.0,
@@ -152,24 +158,27 @@ def common_settings(options: Options, seed: int, folder: Path) -> dict[str, Any]
     }
 
 
-def run_settings(options: Options, rule: str, segment: int) -> dict[str, Any]:
-    """Settings of stage 2 for a rule of `RULE_SETTINGS`; text of its extensions by that at hand."""
+def run_settings(options: Options, name: str, segment: int) -> dict[str, Any]:
+    """Settings of stage 2 of a run in `RUNS`; extensions learn from the text at hand."""
     longest = max(size.length for size in options.sizes) + HEAD_TOKENS + 1
     found: dict[str, Any] = {
         "adapt.update_every": segment,
         "adapt.fisher_words": options.train,
-        "meta.rules": ("three_levels",) if rule == "default" else (BEST,),
+        "meta.rules": (BEST,) if name == "best" else ("three_levels",),
         "meta.stream_share": 0.0,
         "meta.lanes": 16,
         "meta.unroll": max(4, math.ceil(longest / segment)),
         "meta.steps": options.steps,
         "evaluation.protocols": ("article",),
-        "evaluation.budget": 3 if options.quick else 8,
+        "evaluation.budget": 3 if options.quick else 12,
         "evaluation.tune_words": options.train // 5,
         "evaluation.cache_words": longest,
     }
-    if rule == "best":
+    if name == "output":
+        found |= {"adapt.dynamic": "softmax.low,softmax.bias", "adapt.rank": options.units}
+    if name == "best":
         found |= {
+            "meta.lanes": 8,
             "extensions.learned_basis.words": options.train,
             "extensions.ngram_read_out.words": options.train,
             "extensions.word_coupling.directions": min(256, options.units),
@@ -195,12 +204,12 @@ def _same(folder: RunFolder, config: Config) -> bool:
 
 
 def trained_model(
-    options: Options, seed: int, rule: str, segment: int, folder: Path, lm: RunFolder
+    options: Options, seed: int, name: str, segment: int, folder: Path, lm: RunFolder
 ) -> TrainedModel:
-    """The run of a seed, a rule and M, made unless it is there."""
-    path = folder / f"{rule}-{segment}"
+    """The run of a seed, a name in `RUNS` and M, made unless it is there."""
+    path, rule = folder / f"{name}-{segment}", "best" if name == "best" else "default"
     config = replaced(settings("tiny", rule), common_settings(options, seed, folder))
-    config = replaced(config, run_settings(options, rule, segment))
+    config = replaced(config, run_settings(options, name, segment))
     config = validate(replaced(config, {"out": path, "stages": ("meta",)}))
     made = RunFolder(path)
     if not (made.checkpoint(config.meta.rules[0]).exists() and _same(made, config)):
@@ -329,7 +338,7 @@ def pairs_table(found: Found, sizes: Iterable[Size], segment: int) -> list[dict[
 def distance_table(found: Found, segment: int) -> list[dict[str, Any]]:
     """Share of right answers by distance in tokens, both tasks and all sizes together."""
     rows = []
-    for low, high in zip(DISTANCES, DISTANCES[1:], strict=False):
+    for low, high in itertools.pairwise(DISTANCES):
         cells = _cells(found, segment, lambda one, a=low, b=high: a <= one.distance < b)
         if cells:
             rows.append({"distance": f"{low} to {high - 1}", "from": low, "to": high} | cells)
@@ -340,6 +349,8 @@ def segments_table(found: Found, segments: Iterable[int]) -> list[dict[str, Any]
     """Share of right answers by M and by distance in segments, and nats per answer."""
     rows = []
     for segment in segments:
+        if not any(key[1] == segment for key in found):
+            continue  # not measured yet
         for name, (low, high) in {"0": (0, 0), "1": (1, 1), "2 and more": (2, 999)}.items():
 
             def wanted(one: Scored, low: int = low, high: int = high) -> bool:
@@ -365,23 +376,22 @@ def old_values(found: Found, segment: int) -> list[dict[str, Any]]:
 # -- all ------------------------------------------------------------------------------------
 
 
-def measure(options: Options, seed: int) -> dict[tuple[str, int, int], list[Scored]]:
-    """All answers of a seed, by column, M and seed."""
+def measure(options: Options, seed: int, segment: int) -> dict[tuple[str, int, int], list[Scored]]:
+    """All answers of a seed with one M, by column, M and seed."""
     folder = options.out / f"seed-{seed}"
     sequences = _sequences(options, seed)
     for split, some in sequences.items():
         write_sequences(folder / "corpus" / f"{split}.txt", some)
     lm = language_model(options, seed, folder)
     found: dict[tuple[str, int, int], list[Scored]] = {}
-    for segment in options.segments:
-        for name in ("default", "best"):
-            say(f"seed {seed}, rule {name}, M = {segment}")
-            model = trained_model(options, seed, name, segment, folder, lm)
-            for (of, rule), column in COLUMNS.items():
-                if of != name or (column in ONCE and segment != options.segments[0]):
-                    continue
-                key = column, segment * (column not in ONCE), seed
-                found[key] = score_sequences(model, rule, sequences["test"], segment)
+    for name in RUNS:
+        say(f"M = {segment}, seed {seed}, {name}")
+        model = trained_model(options, seed, name, segment, folder, lm)
+        for (of, rule), column in COLUMNS.items():
+            if of != name or (column in ONCE and segment != options.segments[0]):
+                continue
+            key = column, segment * (column not in ONCE), seed
+            found[key] = score_sequences(model, rule, sequences["test"], segment)
     return found
 
 
@@ -395,7 +405,8 @@ def write(found: Found, options: Options, seconds: float) -> None:
         "recall_again": old_values(found, main_segment),
     }
     for name, rows in tables.items():
-        record(name, rows, options, minutes=round(seconds / 60, 1))
+        show = [key for key in rows[0] if not key.endswith(" interval")]
+        record(name, rows, options, show, minutes=round(seconds / 60, 1))
     draw(tables, options.out / "recall")
 
 
@@ -405,9 +416,10 @@ def main() -> None:
     if options.quick:
         options = dataclasses.replace(options, **QUICK)
     clock, found = time.perf_counter(), {}
-    for seed in options.seeds:
-        found |= measure(options, seed)
-    write(found, options, time.perf_counter() - clock)
+    for segment in options.segments:
+        for seed in options.seeds:
+            found |= measure(options, seed, segment)
+            write(found, options, time.perf_counter() - clock)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,16 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
 
-LINES = {
-    "static": ("static LSTM", "static"),
-    "static+cache": ("neural cache", "static+cache"),
-    "rms": ("RMS dynamic evaluation", "rms"),
-    "three_levels": ("3 levels", "three_levels"),
-    "best": ("best (4 levels and extensions)", "four_levels"),
+LINES: dict[str, tuple[str, str, str]] = {
+    "static": ("static LSTM", "static", "o"),
+    "static+cache": ("neural cache", "static+cache", "o"),
+    "rms": ("RMS, LSTM", "rms", "o"),
+    "three_levels": ("3 levels, LSTM", "three_levels", "o"),
+    "rms, output": ("RMS, output layer", "rms", "s"),
+    "three_levels, output": ("3 levels, output layer", "three_levels", "s"),
+    "best": ("best (4 levels, extensions)", "four_levels", "D"),
 }
-"""Label and style of the columns."""
+"""Label, style and sign of the columns."""
 CHANCE: dict[str, Any] = {"color": "#777777", "linewidth": 0.8, "linestyle": (0, (4, 3))}
 
 Rows = Sequence[Mapping[str, Any]]
@@ -41,7 +43,7 @@ def draw(tables: Mapping[str, Rows], stem: Path) -> list[Path]:
         axes[0].set_ylabel("share of answers that are right")
         axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:.0f} %"))
         handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         return save_figure(figure, stem, drawn, ("png", "svg"))
 
 
@@ -51,11 +53,11 @@ def _panel(panel: Axes, title: str, rows: Rows) -> list[dict[str, Any]]:
     places = [float(row["pairs"] if by_pairs else (row["from"] * row["to"]) ** 0.5) for row in rows]
     drawn: list[dict[str, Any]] = []
     panel.set_xscale("log")
-    for column, (label, style) in LINES.items():
+    for column, (label, style, sign) in LINES.items():
         own = [(x, row) for x, row in zip(places, rows, strict=True) if column in row]
         x, y = [x for x, _ in own], [row[column] for _, row in own]
         how = rule_style(style)
-        panel.plot(x, y, marker="o", markersize=3, label=label, **how)
+        panel.plot(x, y, marker=sign, markersize=3.5, label=label, **how)
         spans = [row[f"{column} interval"] for _, row in own]
         panel.vlines(x, [s[0] for s in spans], [s[1] for s in spans], how["color"], linewidth=0.8)
         drawn += [
@@ -66,7 +68,9 @@ def _panel(panel: Axes, title: str, rows: Rows) -> list[dict[str, Any]]:
         panel.plot(places, [row["chance"] for row in rows], label="one of the values", **CHANCE)
     panel.xaxis.set_major_locator(FixedLocator(places))
     panel.xaxis.set_minor_locator(NullLocator())
-    names = [str(row["pairs"] if by_pairs else row["distance"]).replace(" to ", "–") for row in rows]
+    names = [
+        str(row["pairs"] if by_pairs else row["distance"]).replace(" to ", "–") for row in rows
+    ]
     panel.set_xticks(places, names, fontsize=7)
     panel.set_ylim(-0.03, 1.03)
     panel.set_title(title)

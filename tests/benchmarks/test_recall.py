@@ -10,6 +10,7 @@ import pytest
 from conftest import Command
 
 from benchmarks.recall import (
+    COLUMNS,
     Answers,
     Found,
     Scored,
@@ -168,7 +169,7 @@ def test_the_quick_run_scores_every_rule(tmp_path: Path, command: Command) -> No
     rows = json.loads((tmp_path / "recall/recall_pairs.json").read_text("utf-8"))["rows"]
     assert len(rows) == 3
     for row in rows:
-        for column in ("static", "static+cache", "rms", "three_levels", "best"):
+        for column in COLUMNS.values():
             assert 0 <= row[column] <= 1
     for ending in ("png", "svg", "csv"):
         assert (tmp_path / f"recall/recall.{ending}").exists()
