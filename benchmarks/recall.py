@@ -95,7 +95,7 @@ class Options:
     """Training tokens of each size."""
     test: int = 2_000
     """Test tokens of each size."""
-    steps: int = 24
+    steps: int = 16
     """Meta-updates of stage 2."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice."""
@@ -166,7 +166,7 @@ def run_settings(options: Options, name: str, segment: int) -> dict[str, Any]:
         "adapt.fisher_words": options.train,
         "meta.rules": (BEST,) if name == "best" else ("three_levels",),
         "meta.stream_share": 0.0,
-        "meta.lanes": 16,
+        "meta.lanes": 8,
         "meta.unroll": max(4, math.ceil(longest / segment)),
         "meta.steps": options.steps,
         "evaluation.protocols": ("article",),
@@ -178,7 +178,6 @@ def run_settings(options: Options, name: str, segment: int) -> dict[str, Any]:
         found |= {"adapt.dynamic": "softmax.low,softmax.bias", "adapt.rank": options.units}
     if name == "best":
         found |= {
-            "meta.lanes": 8,
             "extensions.learned_basis.words": options.train,
             "extensions.ngram_read_out.words": options.train,
             "extensions.word_coupling.directions": min(256, options.units),
@@ -331,7 +330,8 @@ def pairs_table(found: Found, sizes: Iterable[Size], segment: int) -> list[dict[
 
             head = {"task": size.task, "bound": kind, "tokens": size.length, "pairs": size.pairs}
             head["chance"] = 1 / size.pairs
-            rows.append(head | _cells(found, segment, wanted))
+            cells = _cells(found, segment, wanted)
+            rows += [head | cells] if cells else []
     return rows
 
 

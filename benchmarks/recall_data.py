@@ -103,8 +103,8 @@ def recall_sequence(size: Size, words: int, rng: np.random.Generator) -> Recall:
         )
     if half < pairs + again:
         raise UserError(f"{words} words: use at least {2 * (pairs + again)} for {pairs} pairs")
-    keys = rng.choice(half, pairs, replace=False)
-    values = rng.choice(half, pairs + again, replace=False)
+    keys = rng.choice(half, pairs, replace=False).tolist()
+    values = rng.choice(half, pairs + again, replace=False).tolist()
     bound = np.concatenate([np.arange(pairs), rng.choice(pairs, again, replace=False)])
     weights = np.arange(1, slots + 1) ** (POWER - 1)
     chosen = rng.choice(slots, pairs, replace=False, p=weights / weights.sum())

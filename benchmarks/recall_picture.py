@@ -55,6 +55,8 @@ def _panel(panel: Axes, title: str, rows: Rows) -> list[dict[str, Any]]:
     panel.set_xscale("log")
     for column, (label, style, sign) in LINES.items():
         own = [(x, row) for x, row in zip(places, rows, strict=True) if column in row]
+        if not own:
+            continue
         x, y = [x for x, _ in own], [row[column] for _, row in own]
         how = rule_style(style)
         panel.plot(x, y, marker=sign, markersize=3.5, label=label, **how)
