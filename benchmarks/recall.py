@@ -304,7 +304,8 @@ Found = Mapping[tuple[str, int, int], Sequence[Scored]]
 def _cells(
     found: Found, segment: int, wanted: Callable[[Scored], bool], key: str = "right"
 ) -> dict[str, Any]:
-    """A row's columns: the mean over seeds of the share that is right, and least and largest."""
+    """A row's columns: the mean over seeds of the share that is right; of several, least and
+    largest, too."""
     row: dict[str, Any] = {}
     for column in COLUMNS.values():
         shares = []
@@ -314,6 +315,7 @@ def _cells(
                 shares += [statistics.fmean(own)] if own else []
         if shares:
             row[column] = statistics.fmean(shares)
+        if len(shares) > 1:
             row[f"{column} interval"] = [min(shares), max(shares)]
     return row
 

@@ -60,7 +60,7 @@ def _panel(panel: Axes, title: str, rows: Rows) -> list[dict[str, Any]]:
         x, y = [x for x, _ in own], [row[column] for _, row in own]
         how = rule_style(style)
         panel.plot(x, y, marker=sign, markersize=3.5, label=label, **how)
-        spans = [row[f"{column} interval"] for _, row in own]
+        spans = [row.get(f"{column} interval", [row[column]] * 2) for _, row in own]
         panel.vlines(x, [s[0] for s in spans], [s[1] for s in spans], how["color"], linewidth=0.8)
         drawn += [
             {"panel": title, "rule": column, "x": x, "share": row[column], "low": low, "high": high}
