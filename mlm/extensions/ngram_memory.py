@@ -98,16 +98,15 @@ class History(NamedTuple):
         since = torch.where(new_B, torch.full_like(self.since, self.size), self.since)
         return self._replace(since=since)
 
-    def widened(self, size: int) -> History:
-        """The same in `size` columns; no lane looks into the empty ones before."""
+    def columns(self, size: int) -> list[Tensor]:
+        """All of it in `size` columns, (B, size, ...), behind `since`: no lane looks into the empty
+        ones before."""
         more = size - self.size
-        if not more:
-            return self
-        inputs, keys, values, rates = (
+        wide = (
             torch.cat([t.new_zeros(len(t), more, *t.shape[2:]), t[:, : self.size]], 1)
             for t in self.book.tensors()
         )
-        return History(_Book(inputs, keys, values, rates, size), size, self.since + more)
+        return [self.since + more, *wide]
 
     def tensors(self) -> list[Tensor]:
         """All of it, for files: of every lane only what it sees, one lane behind the other."""
@@ -118,7 +117,7 @@ class History(NamedTuple):
     def of(self, tensors: list[Tensor]) -> History:
         """The history made of such `tensors`; what no lane sees is zero.
 
-        Whole columns, (B, C, ...) behind `since`, are taken as they are.
+        Those of `columns` are taken as they are.
         """
         marks, *parts = tensors
         if parts[0].dim() == 2:

@@ -65,8 +65,8 @@ class GrowingValue(LaneValue, Protocol):
         """Columns."""
         ...
 
-    def widened(self, size: int) -> Self:
-        """The same in `size` columns: empty ones come before."""
+    def columns(self, size: int) -> list[Tensor]:
+        """All of it in `size` columns, lanes first, empty ones before; `of` takes them, too."""
         ...
 
 

@@ -58,11 +58,20 @@ class Reader(NamedTuple):
         """`tensors` of all `lanes` where processes (`mlm.base.processes`) read some each; in the
         first process only."""
         here = ranks()
+        if here.world == 1:
+            return self.tensors()
         growing = {n: v for n, v in self.extras.items() if isinstance(v, GrowingValue)}
         sizes = here.gather({n: value.size for n, value in growing.items()})
-        wide = {n: v.widened(max(found[n] for found in sizes)) for n, v in growing.items()}
-        aligned = self if here.world == 1 else self._replace(extras={**self.extras, **wide})
-        return here.of_all_lanes(aligned.tensors(), lanes)
+        rest = {n: v for n, v in self.extras.items() if n not in growing}
+        own = self._replace(extras=rest).tensors()
+        for name, value in growing.items():
+            columns = value.columns(max(found[name] for found in sizes))
+            own |= {f"extras/{name}/{k}": t for k, t in enumerate(columns)}
+        found = here.of_all_lanes(own, lanes)
+        for name, value in growing.items() if here.first else ():
+            names = [f"extras/{name}/{k}" for k in range(len(value.tensors()))]
+            found |= zip(names, value.of([found[n] for n in names]).tensors(), strict=True)
+        return found
 
     def of_share(self, tensors: Mapping[str, Tensor], lanes: int) -> Reader:
         """What this process reads of the reader of all `lanes` made of such `tensors`."""

@@ -47,6 +47,7 @@ def test_the_settings_of_every_case_go_together(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_predictions_are_within_a_quarter_of_the_peaks(tmp_path: Path) -> None:
     rows = measure(["tiny", "reverse"], "cpu", tmp_path)
     assert len(rows) == 6

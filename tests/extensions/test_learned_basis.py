@@ -224,7 +224,7 @@ def test_a_run_with_learned_bases(
     )
     learned: list[int] = []
 
-    def learn_bases(base: AdaptationBase, text: Text, words: int, quiet: bool) -> AdaptationBase:
+    def learn_bases(base: AdaptationBase, text: Text, words: int, *more: object) -> AdaptationBase:
         learned.append(words)
         return base
 
