@@ -236,4 +236,4 @@ def test_a_run_with_learned_bases(
     assert learned == [900]
     lstm = "--out", folder, "--dynamic", "lstm", "--learned-basis.words", 9, "--stages", "meta"
     assert "--learned-basis.words needs a matrix" in command("train", *lstm).error
-    assert "must be 0 or more" in command("train", "--learned-basis.words", -1).error
+    assert "must be at least 0" in command("train", "--learned-basis.words", -1).error
