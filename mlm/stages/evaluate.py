@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,17 @@ from mlm.base.files import readable
 from mlm.base.names import CACHE, STATIC, rule_label, rule_order
 from mlm.base.processes import ranks
 from mlm.kernels import switches
+from mlm.page.top_k import FILE, TOP_K_WORDS, Expected, Placed, top_k_rows, write_top_k
 from mlm.reader.model import Protocol, TrainedModel
-from mlm.reading.scoring import Scores, check_finite, word_losses
+from mlm.reading.lanes import Details
+from mlm.reading.scoring import (
+    Scores,
+    Wanted,
+    check_finite,
+    first_tokens,
+    joined,
+    word_losses,
+)
 from mlm.report.evaluation import (
     evaluate_rows,
     merge_evaluation,
@@ -92,6 +101,24 @@ class SplitText:
             parts.append(word_losses(paid_T, tokens, self.vocabulary.starts_word))
         return np.concatenate(parts)
 
+    def wanted(self, best: int) -> Wanted | None:
+        """The first pieces of the first `TOP_K_WORDS` words; None if nothing of them is asked."""
+        at, left = [], TOP_K_WORDS
+        for tokens in self.articles if best else ():
+            at.append(first_tokens(tokens, self.vocabulary.starts_word)[:left])
+            left -= len(at[-1])
+        return Wanted(at, min(best, self.vocabulary.size)) if best else None
+
+    def placed(self, wanted: Wanted) -> Placed:
+        """Where the words that these tokens begin stand, and their pieces."""
+        sizes = [len(at) for at in wanted.at]
+        pieces: list[list[int]] = []
+        for tokens, at in zip(self.articles, wanted.at, strict=True):
+            ends = [*first_tokens(tokens, self.vocabulary.starts_word), len(tokens)][1:]
+            pieces += [tokens[i:j].tolist() for i, j in zip(at, ends, strict=False)]
+        positions = np.concatenate([np.arange(size) for size in sizes])
+        return Placed(np.repeat(self.chosen, sizes), positions, pieces)
+
     def table(self, losses: dict[str, np.ndarray]) -> LossTable:
         """The losses of all words, by column, beside the words."""
         words = [word for tokens in self.articles for word in self.vocabulary.words(tokens)]
@@ -157,6 +184,8 @@ class RuleScores(NamedTuple):
     """How often the guard reset a lane."""
     told: str = ""
     """What is said of the guard."""
+    details: Details | None = None
+    """Of the first pieces of words, where they are asked for (`SplitText.wanted`)."""
 
 
 def _resets_told(scores: Scores, name: str, protocol: str, titles: list[str]) -> str:
@@ -185,14 +214,15 @@ def _score_pass(
     ready = [model.ready(name, protocol) for name in names]
     title = None if run.quiet else f"{text.split}, {protocol}, {rule_label(names[-1])}"
     titles = text.titles
-    lanes = run.config.evaluation.lanes
-    scores = model.losses(text.articles, names[-1], protocol, lanes, title)
+    lanes, wanted = run.config.evaluation.lanes, text.wanted(run.config.evaluation.top_k)
+    scores = model.losses(text.articles, names[-1], protocol, lanes, title, wanted)
     told = _resets_told(scores, names[0], protocol, titles)
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
         losses_N, resets = text.word_losses(mine.nll), len(scores.flushes)
-        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets, told)
+        details = joined(mine.details) if wanted else None
+        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets, told, details)
         told = ""
 
 
@@ -227,20 +257,28 @@ class _Finished:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, rest = {}, []
         for (name, protocol), found in self.scores.items():
-            tensors[column_name(name, protocol)] = torch.from_numpy(found.losses_N)
+            column = column_name(name, protocol)
+            tensors[column] = torch.from_numpy(found.losses_N)
+            for part, numbers in found.details._asdict().items() if found.details else ():
+                tensors[f"{column}/{part}"] = torch.from_numpy(numbers)
             rest.append([name, protocol, found.seconds, found.setting, found.resets])
         return tensors, {"scores": rest}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         for name, protocol, *rest in about["scores"]:
-            losses_N = tensors[column_name(name, protocol)].numpy()
-            self.scores[name, protocol] = RuleScores(name, losses_N, *rest)
+            column = column_name(name, protocol)
+            parts = [tensors.get(f"{column}/{part}") for part in Details._fields]
+            known = [part.numpy() for part in parts if part is not None]
+            details = Details(*known) if known else None
+            losses_N = tensors[column].numpy()
+            self.scores[name, protocol] = RuleScores(name, losses_N, *rest, details=details)
 
 
 def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
     """Where what has been scored of a text is kept; what the scores depend on is its identity."""
     rules = [run.folder.checkpoint(n.removesuffix(CACHE)) for n in run.config.evaluation.rules]
-    digest = hashlib.sha256(json.dumps([identity(run), text.split, text.chosen]).encode())
+    asked = [identity(run), text.split, text.chosen, run.config.evaluation.top_k]
+    digest = hashlib.sha256(json.dumps(asked).encode())
     for tokens in text.articles:
         digest.update(tokens.tobytes())
     for file in (run.folder.checkpoint("memory"), *sorted(set(rules))):
@@ -359,6 +397,7 @@ def _written(
     existing = _of_now(run, existing, text)
     kept = {(r["split"], column_name(r["rule"], r["protocol"])) for r in existing if "rule" in r}
     write_losses(folder / "losses.parquet", table, kept)
+    _write_top_k(run, folder, text, scores, kept)
     rows = evaluate_rows(
         table,
         corpus=readable(Path(corpus).name),
@@ -373,6 +412,40 @@ def _written(
     rows = merge_evaluation(existing, _marked(run, rows, text))
     write_evaluation(folder, rows)
     return rows
+
+
+def _write_top_k(
+    run: Run,
+    folder: Path,
+    text: SplitText,
+    scores: Mapping[tuple[str, str], RuleScores],
+    kept: Collection[tuple[str, str]],
+) -> None:
+    """Write what was expected before the words, if it is asked for; a note says what goes.
+
+    Rows that are there stay if those of their rule and of static in `kept`, by split and column of
+    losses, do.
+    """
+
+    def stands(split: str, rule: str, protocol: str) -> bool:
+        return all((split, column_name(name, protocol)) in kept for name in (STATIC, rule))
+
+    new = []
+    wanted = text.wanted(run.config.evaluation.top_k)
+    if wanted:
+        placed, names = text.placed(wanted), text.vocabulary.pieces
+        for (rule, protocol), found in scores.items():
+            both = [scores[STATIC, protocol].details, found.details]
+            if rule != STATIC:
+                times = [Expected(d.rank, d.entropy, d.pieces, np.exp(-d.best)) for d in both if d]
+                new.append(top_k_rows((text.split, rule, protocol), placed, *times, names))
+    gone = write_top_k(folder / FILE, new, stands)
+    if gone:
+        told = ", ".join(f"{rule_label(rule)} ({s}, {p})" for s, rule, p in sorted(gone))
+        say(
+            f"note: {folder / FILE}: likeliest pieces stored with other settings, or of another "
+            f"rule or text, go: {told}; --top-k stores them again"
+        )
 
 
 def forget_scores(folder: Path) -> None:
