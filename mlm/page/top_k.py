@@ -48,7 +48,7 @@ SCHEMA = pa.schema(
 
 
 TOP_K_WORDS = 20_000
-"""Words of a split that evaluation stores, the first ones: a page grows by about 5 MB with K = 5."""
+"""Words of a split that evaluation stores, the first ones: about 5 MB of a page with K = 5."""
 
 
 class Placed(NamedTuple):

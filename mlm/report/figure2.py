@@ -221,7 +221,7 @@ def _stacked(width: float, heights: Sequence[float], key: float) -> tuple[Figure
 
     Placed by hand: a layout that is fitted to its letters would change with the titles.
     """
-    left, right, above, label = 0.52, 0.08, 0.3, 0.45
+    left, right, above, label = 0.52, 0.2, 0.3, 0.45
     total = 0.25 + sum(heights) + above * len(heights) + label + key
     figure = new_figure(width, total)
     figure.set_layout_engine("none")

@@ -252,7 +252,7 @@ def gain_by_occurrence(
             fontsize=8,
         )
         handles = grid[0][0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower left", ncols=1 if look.narrow else 3)
+        figure.legend(*handles, loc="outside upper left", ncols=1 if look.narrow else 3)
         stem = folder / f"gain_by_occurrence{suffix}"
         return save_figure(figure, stem, _occurrence_csv(rows), look.formats)
 
