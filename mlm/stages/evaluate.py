@@ -414,6 +414,11 @@ def _written(
     return rows
 
 
+def _expected(d: Details) -> Expected:
+    """What the rows of `top_k.parquet` say of them."""
+    return Expected(d.rank, d.entropy, d.pieces, np.exp(-d.best))
+
+
 def _write_top_k(
     run: Run,
     folder: Path,
@@ -435,10 +440,10 @@ def _write_top_k(
     if wanted:
         placed, names = text.placed(wanted), text.vocabulary.pieces
         for (rule, protocol), found in scores.items():
-            both = [scores[STATIC, protocol].details, found.details]
-            if rule != STATIC:
-                times = [Expected(d.rank, d.entropy, d.pieces, np.exp(-d.best)) for d in both if d]
-                new.append(top_k_rows((text.split, rule, protocol), placed, *times, names))
+            before, after = scores[STATIC, protocol].details, found.details
+            if rule != STATIC and before and after:
+                of = text.split, rule, protocol
+                new.append(top_k_rows(of, placed, _expected(before), _expected(after), names))
     gone = write_top_k(folder / FILE, new, stands)
     if gone:
         told = ", ".join(f"{rule_label(rule)} ({s}, {p})" for s, rule, p in sorted(gone))
