@@ -153,10 +153,10 @@ class _Details:
         numbers, places = np.zeros(0, np.float32), np.zeros(0, np.int64)
         shape = 0, self.wanted.best
         none = Details(numbers, places, places, places.reshape(shape), numbers.reshape(shape))
-        return [[joined(parts or [none]) for parts in column] for column in self.parts]
+        return [[joined_details(parts or [none]) for parts in column] for column in self.parts]
 
 
-def joined(parts: Sequence[Details]) -> Details:
+def joined_details(parts: Sequence[Details]) -> Details:
     """The details of tokens, part after part."""
     return Details(*map(np.concatenate, zip(*parts, strict=True)))
 

@@ -27,7 +27,7 @@ from mlm.reading.scoring import (
     Wanted,
     check_finite,
     first_tokens,
-    joined,
+    joined_details,
     word_losses,
 )
 from mlm.report.evaluation import (
@@ -221,7 +221,7 @@ def _score_pass(
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
         losses_N, resets = text.word_losses(mine.nll), len(scores.flushes)
-        details = joined(mine.details) if wanted else None
+        details = joined_details(mine.details) if wanted else None
         yield RuleScores(name, losses_N, mine.seconds, one.setting, resets, told, details)
         told = ""
 

@@ -322,6 +322,7 @@ def test_no_label_is_cut_or_lies_under_another(
         assert inches.x1 < figure.get_figwidth() + slack, name
         assert inches.y1 < figure.get_figheight() + slack, name
         labels = [figure.get_supxlabel(), *(one.xaxis.label.get_text() for one in figure.axes)]
+        labels += [one.get_title("left") for one in figure.axes]
         texts = [text for text in figure.findobj(Text) if text.get_text() in set(labels) - {""}]
         texts += [t for axes in figure.axes for t in axes.texts if t.get_text()]
         assert texts or "words" in name
