@@ -37,7 +37,7 @@ from mlm.reader.model import Protocol, TrainedModel
 from mlm.report.evaluation import RESAMPLES, perplexity
 from mlm.report.losses import LossTable, column_name, write_losses
 from mlm.runs.run import say, split_training
-from mlm.stages.evaluate import SplitText
+from mlm.runs.split_text import SplitText
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import TokenFile, encode_split
 

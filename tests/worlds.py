@@ -19,6 +19,10 @@ from mlm.models.extension import Extension
 from mlm.models.language_model import Weights
 from mlm.models.module import ModuleModel
 from mlm.models.recurrent import EMBEDDING_BOUND, RecurrentLM, initial_weights
+from mlm.reading.cache import CacheSetting
+from mlm.reading.lanes import Details
+from mlm.reading.scoring import score_articles
+from mlm.rules.protocol import Bound
 from mlm.store.run_folder import RunFolder
 from mlm.text.streams import LaneStream, Segment
 from mlm.training.language_model import LMTrainer
@@ -89,6 +93,38 @@ def bigram_base() -> AdaptationBase:
     weights = model.weights()
     rms = {n: torch.ones_like(w) for n, w in weights.items()}
     return AdaptationBase(model, weights, tuple(weights), rms, 2.3, 5)
+
+
+def written_out(
+    base: AdaptationBase,
+    rule: Bound | None,
+    text: np.ndarray,
+    at: np.ndarray,
+    cache: Sequence[CacheSetting] = (),
+) -> list[np.ndarray]:
+    """(T, V) nats of every token of the dozen at places `at` of a text, with each cache, too.
+
+    The loss of a token does not depend on those behind it: each is put there and scored.
+    """
+    changed = [np.where(np.arange(len(text)) == t, v, text) for t in at for v in range(12)]
+    scores = score_articles(base, rule, changed, EOS, len(changed), cache=cache)
+    found = []
+    for column in (scores, *scores.cached):
+        nll = [own[t] for own, t in zip(column.nll, np.repeat(at, 12), strict=True)]
+        found.append(np.reshape(nll, (len(at), 12)))
+    return found
+
+
+def agree(details: Details, nats_TV: np.ndarray, came_T: np.ndarray) -> None:
+    """Check the details of tokens against the losses of all tokens at their places."""
+    best = details.best.shape[1]
+    own_T1 = np.take_along_axis(nats_TV, came_T[:, None], 1)
+    np.testing.assert_array_equal(details.came, came_T)
+    np.testing.assert_array_equal(details.rank, 1 + (nats_TV < own_T1 - 1e-12).sum(1))
+    np.testing.assert_array_equal(details.pieces, nats_TV.argsort(1)[:, :best])
+    np.testing.assert_allclose(details.best, np.sort(nats_TV, 1)[:, :best], atol=1e-9)
+    entropy = (np.exp(-nats_TV) * nats_TV).sum(1)
+    np.testing.assert_allclose(details.entropy, entropy, atol=1e-9)
 
 
 def articles(lengths: tuple[int, ...], seed: int = 0) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlm.page.page import WORD_LIMIT, write_page
+from mlm.page.page import WORD_LIMIT, opening_pairs, write_page
 from mlm.page.top_k import FILE, TopK
 from mlm.report.losses import LossTable
 from mlm.report.plots import draw_all
@@ -27,7 +27,9 @@ def draw_run(
     """
 
     def page(table: LossTable, suffix: str) -> list[Path]:
-        top_k = TopK.load(run_dir / FILE, table.split)
+        protocol = table.compared_protocols()[0]
+        opens_on = opening_pairs(table, protocol)[0][0], protocol
+        top_k = TopK.load(run_dir / FILE, table.split, opens_on)
         return [write_page(table, run_dir / f"words{suffix}.html", words=page_words, top_k=top_k)]
 
     return draw_all(run_dir, split, articles, beside={"page": page}, **how)

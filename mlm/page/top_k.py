@@ -1,6 +1,6 @@
 """What a model expected where every word stands, before and after adaptation (`top_k.parquet`).
 
-One row per word of one split, rule and protocol; words may be left out. Ranks, entropies and the
+One row per word of a split, rule and protocol; words may be left out. Ranks, entropies and the
 likeliest pieces are those of the word's first piece: `before` under the static model, `after` under
 the rule. Letters: W words of the file, K likeliest pieces.
 """
@@ -8,9 +8,10 @@ the rule. Letters: W words of the file, K likeliest pieces.
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from mlm.base.errors import UserError
 from mlm.base.files import atomic_path
+from mlm.base.names import rule_order
 from mlm.report.losses import LossTable
 
 FILE = "top_k.parquet"
@@ -45,6 +47,34 @@ SCHEMA = pa.schema(
 """Entropies are in nats; `pieces` are the word's own."""
 
 
+TOP_K_WORDS = 20_000
+"""Words of a split that evaluation stores, the first ones: about 5 MB of a page with K = 5."""
+
+
+class Placed(NamedTuple):
+    """Words of a split."""
+
+    article: np.ndarray
+    """(W,) index in the split."""
+    position: np.ndarray
+    """(W,) word within its article."""
+    pieces: list[list[int]]
+    """Numbers of each word's own pieces."""
+
+
+class Expected(NamedTuple):
+    """What was expected where W words stand, of their first pieces."""
+
+    rank: np.ndarray
+    """(W,); 1 = the most likely."""
+    entropy: np.ndarray
+    """(W,) nats."""
+    pieces: np.ndarray
+    """(W, K) numbers of the likeliest."""
+    probabilities: np.ndarray
+    """(W, K)."""
+
+
 @dataclass(frozen=True)
 class TopK:
     """The rows of one split, rule and protocol, ordered by article, then position."""
@@ -54,9 +84,10 @@ class TopK:
     rows: pa.Table
 
     @classmethod
-    def load(cls, path: Path, split: str) -> TopK | None:
-        """Read the rows of a split; None if there is no such file or it has none of the split.
+    def load(cls, path: Path, split: str, first: tuple[str, str] = ("", "")) -> TopK | None:
+        """Read rows of a split; None if there is no such file or it has none of the split.
 
+        Of several rules and protocols `first` is taken, if it is there.
         Raises `UserError` if the file cannot be read as such a table.
         """
         if not path.is_file():
@@ -70,13 +101,13 @@ class TopK:
                 f"{path} cannot be read ({str(error).splitlines()[0]}); delete it, or run "
                 "evaluate.py with --top-k again"
             ) from error
-        table = table.filter(pc.field("split") == split)
-        if not table.num_rows:
+        pairs = sorted((p, rule_order(r), r) for s, r, p in _whose(table) if s == split)
+        found = [(rule, protocol) for protocol, _, rule in pairs]
+        if not found:
             return None
-        rule, protocol = table["rule"][0].as_py(), table["protocol"][0].as_py()
-        same = (pc.field("rule") == rule) & (pc.field("protocol") == protocol)
-        table = table.filter(same).sort_by([("article", "ascending"), ("position", "ascending")])
-        return cls(rule, protocol, table)
+        rule, protocol = first if first in found else found[0]
+        own = table.filter(_of(split, rule, protocol))
+        return cls(rule, protocol, own.sort_by([(n, "ascending") for n in ("article", "position")]))
 
     def packed(self, table: LossTable, shown: int) -> dict[str, Any] | None:
         """Return the rows of the first `shown` words of `table` for the page's script.
@@ -110,22 +141,77 @@ class TopK:
         return found
 
 
-def write_top_k(path: Path, split: str, rows: pa.Table) -> None:
-    """Write the rows of a split to `top_k.parquet`, atomically; those of other splits stay.
+def top_k_rows(
+    of: tuple[str, str, str],
+    placed: Placed,
+    before: Expected,
+    after: Expected,
+    names: Sequence[str],
+) -> pa.Table:
+    """The rows of W words: `of` names split, rule and protocol, `names` spells every piece."""
+    words, spelled = len(placed.pieces), pa.array(names, pa.string())
+    columns: dict[str, Any] = {
+        name: pa.repeat(pa.scalar(value), words)
+        for name, value in zip(("split", "rule", "protocol"), of, strict=True)
+    }
+    own = pa.array(placed.pieces, pa.list_(pa.int32()))
+    columns |= {"article": placed.article, "position": placed.position}
+    columns["pieces"] = pa.ListArray.from_arrays(own.offsets, spelled.take(own.values))
+    for time, found in zip(TIMES, (before, after), strict=True):
+        number, best = found.pieces.shape
+        ends = pa.array(np.arange(number + 1) * best, pa.int32())
+        pieces = spelled.take(pa.array(found.pieces.ravel()))
+        chances = pa.array(found.probabilities.ravel(), pa.float32())
+        columns[f"rank_{time}"], columns[f"entropy_{time}"] = found.rank, found.entropy
+        columns[f"pieces_{time}"] = pa.ListArray.from_arrays(ends, pieces)
+        columns[f"probabilities_{time}"] = pa.ListArray.from_arrays(ends, chances)
+    return pa.table([pa.array(columns[f.name]).cast(f.type) for f in SCHEMA], schema=SCHEMA)
 
-    A file that cannot be read is replaced.
+
+def write_top_k(
+    path: Path, rows: Sequence[pa.Table], stands: Callable[[str, str, str], bool]
+) -> set[tuple[str, str, str]]:
+    """Write new rows to `top_k.parquet`, atomically, and drop what does not stand any more.
+
+    Args:
+        rows: tables that are each of one split, rule and protocol; they replace those there.
+        stands: whether the rows there of a split, rule and protocol may stay.
+
+    Returns:
+        whose rows go without new ones. A file that cannot be read is replaced if there are new
+        rows, and left alone otherwise; one without a row goes.
     """
-    kept = []
+    old, new = SCHEMA.empty_table(), pa.concat_tables([SCHEMA.empty_table(), *rows])
     if path.exists():
         try:
             with open(path, "rb") as file:
                 old = pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
-            kept = [old.filter(pc.field("split") != split)]
         except (pa.ArrowException, OSError, ValueError):
-            kept = []
-    whole = pa.concat_tables([*kept, rows.cast(SCHEMA)])
+            pass
+    given, there = _whose(new), _whose(old)
+    kept = {one for one in there - given if stands(*one)}
+    if not given and kept == there:
+        return set()
+    parts = [old.filter(_of(*one)) for one in sorted(kept)]
+    whole = pa.concat_tables([*parts, new])
+    if not whole.num_rows:
+        path.unlink()
+        return there
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         pq.write_table(whole, file, compression="zstd")
+    return there - given - kept
+
+
+def _whose(rows: pa.Table) -> set[tuple[str, str, str]]:
+    """Splits, rules and protocols of the rows."""
+    found = rows.select(["split", "rule", "protocol"]).group_by(["split", "rule", "protocol"])
+    return {(r["split"], r["rule"], r["protocol"]) for r in found.aggregate([]).to_pylist()}
+
+
+def _of(split: str, rule: str, protocol: str) -> Any:
+    """The rows of a split, rule and protocol."""
+    known = pc.field("split") == split, pc.field("rule") == rule
+    return known[0] & known[1] & (pc.field("protocol") == protocol)
 
 
 def _numbers(lists: list[list[str]], names: dict[str, int]) -> dict[str, Any]:

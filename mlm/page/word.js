@@ -143,24 +143,32 @@ function focusStep(label) {
   if (node && !node.disabled) node.focus(); else $("text").focus({ preventScroll: true });
 }
 
+/** A piece, with dots before one that goes on with a word. */
+function spelledPiece(piece) {
+  return piece.startsWith(" ") ? piece.slice(1) : `…${piece}`;
+}
+
 /** What the model expected there, where it is stored. */
 function expected(row) {
   const place = evidence ? evidence.place.get(row) : undefined;
   if (place === undefined) return [];
   const rule = ruleNamed(evidence.rule), label = rule ? rule.label : evidence.rule;
-  const own = listed(evidence.own, place).filter((piece) => piece >= 0).map((piece) => evidence.pieces[piece]);
+  const own = listed(evidence.own, place).filter((piece) => piece >= 0);
   const facts = ["before", "after"].map((name, i) => {
     const time = evidence.times[i];
     return [name, count(time.rank[place]), amount(time.entropy[place])];
   });
   const likeliest = evidence.times.map((time) => {
     const chances = listed(time.probability, place);
-    return listed(time.best, place).map((piece, i) => (piece < 0 ? "" : `${evidence.pieces[piece]} ${fixed(100 * chances[i], 1)} %`));
+    return listed(time.best, place).map((piece, i) => {
+      const text = piece < 0 ? "" : `${spelledPiece(evidence.pieces[piece])} ${fixed(100 * chances[i], 1)} %`;
+      return piece === own[0] ? make("b", {}, text) : text; // the piece that came
+    });
   });
   const rows = likeliest[0].map((before, i) => [String(i + 1), before, likeliest[1][i] || ""]);
   return [
     make("h3", {}, `Expected there (${label}, protocol ${evidence.protocol})`),
-    make("p", {}, `Pieces: ${own.join(" · ")}`),
+    make("p", {}, `Pieces: ${own.map((piece) => evidence.pieces[piece].trimStart()).join(" · ")}`),
     tableOf(["first piece", "rank", `entropy, ${view.unit}`], facts),
     tableOf(["", "before", "after"], rows),
   ];

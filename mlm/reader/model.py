@@ -18,9 +18,9 @@ from mlm.kernels.switches import Switches, computing
 from mlm.reader.hub import HubModel
 from mlm.reader.reader import DocumentReader, spell
 from mlm.reader.tracks import Track
-from mlm.reader.words import MAIN, STATS, Batch, Details, Prices, column, rows, schema
-from mlm.reading.lanes import lanes_under
-from mlm.reading.scoring import Scores, busy_segments, score_protocol
+from mlm.reader.words import MAIN, STATS, Batch, Prices, column, rows, schema
+from mlm.reading.lanes import Details, lanes_under
+from mlm.reading.scoring import Scores, Wanted, busy_segments, score_protocol
 from mlm.runs.rules import Ready, ready_rule, ready_rules
 from mlm.runs.run import Run, choose_device, threads_of
 from mlm.settings.config import Config
@@ -138,16 +138,6 @@ class TrainedModel(HubModel):
         """The rules of these names, each once; `best` is the best learned one."""
         return list(dict.fromkeys(self.best if rule == BEST else rule for rule in rules))
 
-    @cached_property
-    def _names(self) -> list[str]:
-        """Every piece's spelling, a leading space where it begins a word."""
-        vocabulary = self.vocabulary
-        starts = vocabulary.starts_word
-        return [
-            (" " if starts[token] else "") + "".join(vocabulary.words([token]))
-            for token in range(vocabulary.size)
-        ]
-
     # -- reading ------------------------------------------------------------------------------
 
     def reader(
@@ -187,7 +177,7 @@ class TrainedModel(HubModel):
             self.segment,
             self.switches,
             protocol == "stream",
-            self._names,
+            self.vocabulary.pieces,
         )
 
     def score_many(
@@ -220,7 +210,7 @@ class TrainedModel(HubModel):
             if not text.words:
                 continue
             batch = Batch(number, 0, text.words, text.first, len(text.tokens))
-            tables.append(rows(of, batch, prices, after, details, self._names))
+            tables.append(rows(of, batch, prices, after, details, self.vocabulary.pieces))
         return pa.concat_tables([of.empty_table(), *tables])
 
     def _asked(
@@ -272,6 +262,7 @@ class TrainedModel(HubModel):
         protocol: Protocol = "article",
         lanes: int = 16,
         title: str | None = None,
+        wanted: Wanted | None = None,
     ) -> Scores:
         """Losses of all tokens of these articles: what `evaluate.py` makes its tables of.
 
@@ -281,10 +272,11 @@ class TrainedModel(HubModel):
                 beside them those without.
             lanes: articles read side by side; results do not depend on it.
             title: of a progress bar, if there is to be one.
+            wanted: tokens of which more than the loss is wanted.
         """
         (rule,) = self.resolved([rule])
         base, bound, cache, _ = self.ready(rule, protocol)
-        more = (articles, self.vocabulary.eos_id, protocol, lanes, title, cache)
+        more = (articles, self.vocabulary.eos_id, protocol, lanes, title, cache, wanted)
         with computing(self.switches):
             return score_protocol(base, bound, *more)
 

@@ -19,7 +19,8 @@ import torch
 from mlm.base.errors import UserError
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.tracks import Track
-from mlm.reader.words import STATS, Batch, Details, Prices, rows
+from mlm.reader.words import STATS, Batch, Prices, rows
+from mlm.reading.lanes import Details
 from mlm.spelling import Word, WordFeed, canonical_characters, detokenise, spelling_nats
 from mlm.store.tensors import save_tensors
 from mlm.text.streams import Segment

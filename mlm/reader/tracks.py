@@ -1,6 +1,6 @@
 """A rule that reads a text: its lanes, its neural cache, what it says of every piece.
 
-Letters: B lanes, M tokens per segment, V vocabulary, K best pieces.
+Letters: B lanes, M tokens per segment, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mlm.base.errors import UserError
-from mlm.reader.words import SHOWN, Details
+from mlm.reader.words import SHOWN
 from mlm.reading.cache import Cache, CacheSetting
-from mlm.reading.lanes import Lanes, Predicted, StaticLanes
+from mlm.reading.lanes import Details, Lanes, Predicted, StaticLanes, details_of
 from mlm.text.streams import Segment
 
 CACHED = "cache/"
@@ -99,12 +99,9 @@ class Track:
         boundary = -log_p[..., self.starts_word].logsumexp(-1)
         found = None
         if details:
-            chosen = log_p.gather(-1, segment.targets.unsqueeze(-1))
-            best, pieces = log_p.topk(min(SHOWN, log_p.shape[-1]), -1)
-            entropy = -(log_p.exp() * log_p).nan_to_num(0).sum(-1)
-            parts = entropy, (log_p > chosen).sum(-1) + 1, segment.targets, pieces, -best
-            arrays = [part.cpu().numpy() for part in parts]
-            found = [Details(*(a[lane] for a in arrays)) for lane in range(len(log_p))]
+            rows = torch.arange(log_p.shape[1], device=log_p.device)
+            best = min(SHOWN, log_p.shape[2])
+            found = [details_of(*of, rows, best) for of in zip(log_p, segment.targets, strict=True)]
         return Said(nll.double().cpu().numpy(), boundary.double().cpu().numpy(), found)
 
     # -- what was learned ---------------------------------------------------------------------

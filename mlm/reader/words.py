@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 
 from mlm.base.names import CACHE, STATIC
+from mlm.reading.lanes import Details
 from mlm.spelling import Word
 
 MAIN = "surprisal"
@@ -63,21 +64,6 @@ class Prices(NamedTuple):
     """(T,)."""
     boundary: np.ndarray
     """(T,) -log P(the piece begins a word)."""
-
-
-class Details(NamedTuple):
-    """What else the main rule says of T pieces before they are read."""
-
-    entropy: np.ndarray
-    """(T,) nats."""
-    rank: np.ndarray
-    """(T,) of the piece that came; 1 = the most likely."""
-    came: np.ndarray
-    """(T,) the piece that came."""
-    pieces: np.ndarray
-    """(T, K) the most likely ones."""
-    best: np.ndarray
-    """(T, K) nats of these."""
 
 
 def column(rule: str) -> str:

@@ -1,7 +1,8 @@
 """Lanes that read on, segment after segment, under theta_0 or under weights that a rule rewrites.
 
 Both kinds have the same methods, so that whoever reads text need not know which it has.
-Letters: B lanes, M tokens per segment, E width of what the softmax sees, V vocabulary.
+Letters: B lanes, M tokens per segment, E width of what the softmax sees, V vocabulary, K likeliest
+tokens.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +42,44 @@ class Predicted(NamedTuple):
     """Lanes that the guard reset."""
     log_p: Tensor | None = None
     """(B, M, V): log-probabilities of all tokens, where they were asked for."""
+
+
+class Details(NamedTuple):
+    """What is expected where T tokens stand, before they are read; on the CPU."""
+
+    entropy: np.ndarray
+    """(T,) nats."""
+    rank: np.ndarray
+    """(T,) of the token that came; 1 = the most likely."""
+    came: np.ndarray
+    """(T,) the token that came."""
+    pieces: np.ndarray
+    """(T, K) the most likely ones."""
+    best: np.ndarray
+    """(T, K) nats of these."""
+
+
+_AT_ONCE = 1 << 22
+"""So many log-probabilities are looked at together: 16 MB in float32, and few copies of them."""
+
+
+def details_of(log_p_NV: Tensor, came_N: Tensor, rows_T: Tensor, best: int) -> Details:
+    """The details of some rows of log-probabilities.
+
+    Args:
+        came_N: the tokens that came.
+        rows_T: which rows.
+        best: K, at most V.
+    """
+    parts = []
+    for rows in rows_T.split(max(1, _AT_ONCE // log_p_NV.shape[1])):
+        log_p, came = log_p_NV[rows], came_N[rows]
+        rank = (log_p > log_p.gather(1, came.unsqueeze(1))).sum(1) + 1
+        likeliest, pieces = log_p.topk(best)
+        entropy = -(log_p.exp() * log_p).nan_to_num(0).sum(1)
+        found = entropy, rank, came, pieces, -likeliest
+        parts.append([part.cpu().numpy() for part in found])
+    return Details(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 class StaticLanes:

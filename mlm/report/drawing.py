@@ -67,6 +67,7 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
     "legend.fontsize": 8,
     "legend.frameon": False,
+    "legend.handlelength": 3.0,
     "figure.dpi": 100,
     "savefig.dpi": 300,
 }

@@ -186,9 +186,9 @@ def figure2(
     columns = 1 if look.narrow else 2
     key = 0.14 * (math.ceil(len(chosen) / columns) + 4 - columns)
     with project_style():
-        figure, axes, below = _stacked(
-            look.width, [1.25 if len(p.rules) > 1 else 0.9 for p in panels], key
-        )
+        lines = math.ceil(len(panels[0].rules) / (columns + 1))
+        heights = [1.25 if len(p.rules) > 1 else 0.9 for p in panels]
+        figure, axes, below = _stacked(look.width, 0.08 + 0.17 * lines, heights, key)
         for one, panel in zip(axes, panels, strict=True):
             _draw_panel(one, points, panel)
             if one is axes[0] or panel.against != against:
@@ -202,18 +202,20 @@ def figure2(
         return save_figure(figure, folder / f"figure2{suffix}", rows, look.formats)
 
 
-def _stacked(width: float, heights: Sequence[float], key: float) -> tuple[Figure, list[Axes], Axes]:
-    """A figure of panels that share their words, below each other, and a key below them; inches.
+def _stacked(
+    width: float, legend: float, heights: Sequence[float], key: float
+) -> tuple[Figure, list[Axes], Axes]:
+    """A figure of panels that share their words, a legend above and a key below them; inches.
 
     Placed by hand: a layout that is fitted to its letters would change with the titles.
     """
-    left, right, above, label = 0.52, 0.08, 0.3, 0.45
-    total = 0.25 + sum(heights) + above * len(heights) + label + key
+    left, right, above, label = 0.52, 0.2, 0.3, 0.45
+    total = legend + sum(heights) + above * len(heights) + label + key
     figure = new_figure(width, total)
     figure.set_layout_engine("none")
     share = (width - left - right) / width
     axes: list[Axes] = []
-    top = total - 0.25
+    top = total - legend
     for height in heights:
         top -= above + height
         place = (left / width, top / total, share, height / total)

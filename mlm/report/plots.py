@@ -203,7 +203,8 @@ def gain_by_occurrence(
     """Draw the loss of words at their 1st, 2nd, ... occurrence in the article under every rule.
 
     Only words that their article has at least four times; a column of panels for each bin of the
-    static loss at the first occurrence, a row for each protocol. A band is the 95 % bootstrap
+    static loss at the first occurrence, a row for each protocol, or the other way round in a narrow
+    picture. A band is the 95 % bootstrap
     interval over articles of the rule's gain over static, paired, seen from the static loss.
     Returns the paths written; none if no word occurs four times.
     """
@@ -219,27 +220,32 @@ def gain_by_occurrence(
     if not groups:
         return []
     with project_style():
-        figure = new_figure(look.width, 0.9 + 1.7 * len(protocols))
-        grid = figure.subplots(
-            len(protocols), len(groups), sharex=True, sharey="col", squeeze=False
-        )
-        for panels, protocol in zip(grid, protocols, strict=True):
+        lines = groups if look.narrow else protocols
+        figure = new_figure(look.width, 0.9 + 1.7 * len(lines))
+        size = len(lines), len(groups) + len(protocols) - len(lines)
+        shared = "row" if look.narrow else "col"  # the losses of a bin
+        grid = figure.subplots(*size, sharex=True, sharey=shared, squeeze=False)
+        by_protocol = grid.T if look.narrow else grid
+        for panels, protocol in zip(by_protocol, protocols, strict=True):
             for panel, group in zip(panels, groups, strict=True):
                 here = [
                     r for r in rows if (r["first_loss_from"], r["protocol"]) == (group[0], protocol)
                 ]
                 _draw_occurrences(panel, here, table.rules(protocol))
-                panel.set_title(f"first: {first_loss_label(*group)}")
-            panels[0].set_ylabel(f"loss, nats per word\n(protocol “{protocol}”)")
-        for panel in grid[0]:
-            panel.set_ylim(bottom=0)  # of its column, when everything is drawn
+                titles = f"first: {first_loss_label(*group)}", f"protocol “{protocol}”"
+                if panel in grid[0] or not look.narrow:
+                    panel.set_title(titles[look.narrow])
+                if panel in grid[:, 0]:
+                    panel.set_ylabel(f"loss, nats per word\n({titles[not look.narrow]})")
+        for panel in by_protocol[0]:
+            panel.set_ylim(bottom=0)  # of all that share it, when everything is drawn
         figure.supxlabel(
             f"occurrence of a word that its article has {SHARED_OCCURRENCES} times or more"
             + ("" if look.narrow else "; first: its static loss when it comes first"),
             fontsize=8,
         )
         handles = grid[0][0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower left", ncols=1 if look.narrow else 3)
+        figure.legend(*handles, loc="outside upper left", ncols=1 if look.narrow else 3)
         stem = folder / f"gain_by_occurrence{suffix}"
         return save_figure(figure, stem, _occurrence_csv(rows), look.formats)
 

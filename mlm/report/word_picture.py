@@ -181,13 +181,15 @@ def word_picture(
         page.axis("off")
         page.set_xlim(-8, width + 8)
         page.set_ylim(height + 40, -32)
-        here_is = f"{short_title(table.title(article), 30)}, words {start:,}–{start + len(drawn):,}"
+        here_is = (
+            f"{short_title(table.title(article), 30)}, words {start + 1:,}–{start + len(drawn):,}"
+        )
         compared = f"{rule_label(pair[0])} vs {rule_label(pair[1])}, “{protocol}”"
         style = {"va": "center", "parse_math": False}
         page.text(0, -22, here_is, fontweight="bold", **style)
         page.text(0, -10, compared, color="#555555", **style)
         for word, value in zip(placed, gain, strict=True):
-            _draw_word(page, word, word_colour(float(value), limit))
+            _draw_word(page, word, word_colour(float(value), limit), value >= UNDERLINED * limit)
         _draw_legend(page, height + 8, limit, width)
         csv_rows = [
             {"article": article, "position": start + i, "word": word}
@@ -198,9 +200,14 @@ def word_picture(
         return save_figure(figure, folder / name, csv_rows, look.formats)
 
 
-def _draw_word(page: Axes, word: _Placed, colour: tuple[float, float, float]) -> None:
+def _draw_word(
+    page: Axes, word: _Placed, colour: tuple[float, float, float], underlined: bool
+) -> None:
     top = word.line * _LINE
     page.add_patch(Rectangle((word.left, top), word.width, _LINE - 2.5, color=colour, linewidth=0))
+    if underlined:
+        line = (word.left + 1, top + _LINE - 3.4), word.width - 2, 0.6
+        page.add_patch(Rectangle(*line, color=ink_on(colour), linewidth=0))
     style: dict[str, Any] = {"weight": "bold"} if word.heading else {}
     page.text(
         word.left + word.width / 2,

@@ -55,7 +55,7 @@ def identity(run: Run, learned: bool = True) -> str:
     """
     config = to_dict(run.config)
     keys = {name: config[name] for name in ("meta", "evaluation", "seed")}
-    for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples"):
+    for name in ("rules", "protocols", "split", "lanes", "max_articles", "resamples", "top_k"):
         keys["evaluation"].pop(name)
     if keys["meta"]["gradient"] in FIRST_ORDER:
         keys["meta"].pop("gradient")

@@ -97,6 +97,7 @@ RANGES = {
     "evaluation.cache_words": Range(1, 10**7),
     "evaluation.lanes": _LANES,
     "evaluation.max_articles": Range(0, 10**9),
+    "evaluation.top_k": Range(0, 1000),
     "evaluation.budget": Range(1, 10**4),
     "evaluation.tune_words": _SOME_WORDS,
     "evaluation.resamples": Range(1, 10**6),

@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "protocols": "evaluation.protocols",
         "split": "evaluation.split",
         "max-articles": "evaluation.max_articles",
+        "top-k": "evaluation.top_k",
         "budget": "evaluation.budget",
         "draw": "draw",
     },

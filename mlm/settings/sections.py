@@ -207,6 +207,8 @@ class EvaluationConfig:
     """Articles scored side by side; results do not depend on it."""
     max_articles: int = 0
     """Score only the first so many articles; 0 = all."""
+    top_k: int = 0
+    """Also store the so many likeliest pieces before each of the first 20,000 words; 0 = none."""
     budget: int = 8
     """Settings of a rule that are tried on validation, per protocol."""
     tune_words: int = 4_000

@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,91 +20,35 @@ from mlm.base.names import CACHE, STATIC, rule_label, rule_order
 from mlm.base.processes import ranks
 from mlm.base.terminal import detail, note, say, stands_out
 from mlm.kernels import switches
+from mlm.page.top_k import FILE, Expected, top_k_rows, write_top_k
 from mlm.reader.model import Protocol, TrainedModel
-from mlm.reading.scoring import Scores, check_finite, word_losses
+from mlm.reading.lanes import Details
+from mlm.reading.scoring import Scores, check_finite, joined_details
 from mlm.report.evaluation import (
     evaluate_rows,
     merge_evaluation,
     read_evaluation,
     write_evaluation,
 )
-from mlm.report.losses import LossTable, column_name, write_losses
+from mlm.report.losses import column_name, write_losses
 from mlm.report.tables import Row, format_totals
 from mlm.runs.identity import identity
 from mlm.runs.rules import check_learned, current_identity
 from mlm.runs.run import Run, open_run
+from mlm.runs.split_text import SplitText
 from mlm.settings.config import Config
 from mlm.stages.checks import tell_shared
 from mlm.stages.fit import fitted, lengths_of_file
 from mlm.stages.plan import StagePlan
 from mlm.store.lock import only_writer
 from mlm.text.corpora import NAMED, open_corpus, results_name
-from mlm.text.tokens import TokenFile, encode_split, source_hash
-from mlm.text.vocabulary import Vocabulary
+from mlm.text.tokens import encode_split, source_hash
 from mlm.training.kept_progress import KeptProgress
 
 WHOLE = "whole"
 """What results call the split of a text that is not divided into splits."""
 SCORES = "evaluation"
 """The stage whose progress is kept."""
-
-
-@dataclass(frozen=True)
-class SplitText:
-    """The articles of a split that have words, as tokens of the run's own vocabulary."""
-
-    split: str
-    file: TokenFile
-    vocabulary: Vocabulary
-    chosen: list[int]
-    """Places of the articles in the split."""
-    mark: str
-    """Hash of their content: rows of other text are others."""
-
-    @property
-    def articles(self) -> list[np.ndarray]:
-        """Tokens of every article."""
-        return [np.asarray(self.file.article(a), dtype=np.int64) for a in self.chosen]
-
-    @property
-    def titles(self) -> list[str]:
-        """Title of every article."""
-        return [self.file.titles[a] for a in self.chosen]
-
-    @property
-    def words_A(self) -> list[int]:
-        """Words of every article."""
-        return [int(self.file.words[a]) for a in self.chosen]
-
-    @property
-    def unknown_A(self) -> list[int]:
-        """Unknown words of every article."""
-        return [len(self.file.unknown_in(a).at) for a in self.chosen]
-
-    def word_losses(self, nll: Sequence[np.ndarray]) -> np.ndarray:
-        """(N,) nats of all words, from those of every article's tokens.
-
-        An unknown word costs its token and its spelling (`mlm.spelling.spelling_nats`).
-        """
-        parts = []
-        for a, tokens, nll_T in zip(self.chosen, self.articles, nll, strict=True):
-            unknown = self.file.unknown_in(a)
-            paid_T = nll_T.copy()
-            paid_T[unknown.at] += unknown.nats()
-            parts.append(word_losses(paid_T, tokens, self.vocabulary.starts_word))
-        return np.concatenate(parts)
-
-    def table(self, losses: dict[str, np.ndarray]) -> LossTable:
-        """The losses of all words, by column, beside the words."""
-        words = [word for tokens in self.articles for word in self.vocabulary.words(tokens)]
-        return LossTable(
-            split=self.split,
-            article_N=np.repeat(self.chosen, self.words_A).astype(np.int32),
-            position_N=np.concatenate([np.arange(n) for n in self.words_A]).astype(np.int32),
-            word_N=np.array(words, dtype=object),
-            titles=dict(zip(self.chosen, self.titles, strict=True)),
-            losses=losses,
-        )
 
 
 def _is_another(run: Run, corpus: str) -> bool:
@@ -160,6 +103,8 @@ class RuleScores(NamedTuple):
     """How often the guard reset a lane."""
     told: str = ""
     """What is said of the guard."""
+    details: Details | None = None
+    """Of the first pieces of words, where they are asked for (`SplitText.wanted`)."""
 
 
 def _resets_told(scores: Scores, name: str, protocol: str, titles: list[str]) -> str:
@@ -188,14 +133,15 @@ def _score_pass(
     ready = [model.ready(name, protocol) for name in names]
     title = None if run.quiet else f"{rule_label(names[-1])}, {protocol}"
     titles = text.titles
-    lanes = run.config.evaluation.lanes
-    scores = model.losses(text.articles, names[-1], protocol, lanes, title)
+    lanes, wanted = run.config.evaluation.lanes, text.wanted(run.config.evaluation.top_k)
+    scores = model.losses(text.articles, names[-1], protocol, lanes, title, wanted)
     told = _resets_told(scores, names[0], protocol, titles)
     for name, one in zip(names, ready, strict=True):
         mine = scores.cached[0] if one.cache else scores
         check_finite(mine, name, protocol, titles)
         losses_N, resets = text.word_losses(mine.nll), len(scores.flushes)
-        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets, told)
+        details = joined_details(mine.details) if wanted else None
+        yield RuleScores(name, losses_N, mine.seconds, one.setting, resets, told, details)
         told = ""
 
 
@@ -230,20 +176,28 @@ class _Finished:
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, rest = {}, []
         for (name, protocol), found in self.scores.items():
-            tensors[column_name(name, protocol)] = torch.from_numpy(found.losses_N)
+            column = column_name(name, protocol)
+            tensors[column] = torch.from_numpy(found.losses_N)
+            for part, numbers in found.details._asdict().items() if found.details else ():
+                tensors[f"{column}/{part}"] = torch.from_numpy(numbers)
             rest.append([name, protocol, found.seconds, found.setting, found.resets])
         return tensors, {"scores": rest}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         for name, protocol, *rest in about["scores"]:
-            losses_N = tensors[column_name(name, protocol)].numpy()
-            self.scores[name, protocol] = RuleScores(name, losses_N, *rest)
+            column = column_name(name, protocol)
+            parts = [tensors.get(f"{column}/{part}") for part in Details._fields]
+            known = [part.numpy() for part in parts if part is not None]
+            details = Details(*known) if known else None
+            losses_N = tensors[column].numpy()
+            self.scores[name, protocol] = RuleScores(name, losses_N, *rest, details=details)
 
 
 def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
     """Where what has been scored of a text is kept; what the scores depend on is its identity."""
     rules = [run.folder.checkpoint(n.removesuffix(CACHE)) for n in run.config.evaluation.rules]
-    digest = hashlib.sha256(json.dumps([identity(run), text.split, text.chosen]).encode())
+    asked = [identity(run), text.split, text.chosen, run.config.evaluation.top_k]
+    digest = hashlib.sha256(json.dumps(asked).encode())
     for tokens in text.articles:
         digest.update(tokens.tobytes())
     for file in (run.folder.checkpoint("memory"), *sorted(set(rules))):
@@ -368,6 +322,7 @@ def _written(
     existing = _of_now(run, existing, text)
     kept = {(r["split"], column_name(r["rule"], r["protocol"])) for r in existing if "rule" in r}
     write_losses(folder / "losses.parquet", table, kept)
+    _write_top_k(run, folder, text, scores, kept)
     rows = evaluate_rows(
         table,
         corpus=readable(Path(corpus).name),
@@ -382,6 +337,45 @@ def _written(
     rows = merge_evaluation(existing, _marked(run, rows, text))
     write_evaluation(folder, rows)
     return rows
+
+
+def _expected(d: Details) -> Expected:
+    """What the rows of `top_k.parquet` say of them."""
+    return Expected(d.rank, d.entropy, d.pieces, np.exp(-d.best))
+
+
+def _write_top_k(
+    run: Run,
+    folder: Path,
+    text: SplitText,
+    scores: Mapping[tuple[str, str], RuleScores],
+    kept: Collection[tuple[str, str]],
+) -> None:
+    """Write what was expected before the words, if it is asked for; a note says what goes.
+
+    Rows that are there stay if those of their rule and of static in `kept`, by split and column of
+    losses, do.
+    """
+
+    def stands(split: str, rule: str, protocol: str) -> bool:
+        return all((split, column_name(name, protocol)) in kept for name in (STATIC, rule))
+
+    new = []
+    wanted = text.wanted(run.config.evaluation.top_k)
+    if wanted:
+        placed, names = text.placed(wanted), text.vocabulary.pieces
+        for (rule, protocol), found in scores.items():
+            before, after = scores[STATIC, protocol].details, found.details
+            if rule != STATIC and before and after:
+                of = text.split, rule, protocol
+                new.append(top_k_rows(of, placed, _expected(before), _expected(after), names))
+    gone = write_top_k(folder / FILE, new, stands)
+    if gone:
+        told = ", ".join(f"{rule_label(rule)} ({s}, {p})" for s, rule, p in sorted(gone))
+        note(
+            f"{folder / FILE}: likeliest pieces stored with other settings, or of another "
+            f"rule or text, go: {told}; --top-k stores them again"
+        )
 
 
 def forget_scores(folder: Path) -> None:

@@ -22,6 +22,7 @@ from mlm.models.extension import Extension, Extent, Need
 from mlm.models.low_rank import DIRECTIONS, LOW, base_of
 from mlm.models.recurrent import BaseModel, RecurrentLM
 from mlm.models.snail import SnailShape
+from mlm.page.top_k import TOP_K_WORDS
 from mlm.reading.meta_gradient import snapshot_spacing
 from mlm.rules.family import HAND_MADE_RULES
 from mlm.rules.gates import LinearGates
@@ -424,8 +425,19 @@ def scoring(sizes: RunSizes) -> list[Phase]:
             work = work.plus(sizes.adapting_work(tuned, chosen.budget, 6.0))
     if caches:
         total += _cache_bytes(sizes)
+    if chosen.top_k:
+        total += _top_k_bytes(sizes, columns, caches)
     work = work.plus(sizes.static_work(text.tokens, chosen.lanes, config.adapt.update_every, 1.0))
     return [Phase("evaluation", base + total, work, "evaluation.lanes")]
+
+
+def _top_k_bytes(sizes: RunSizes, columns: int, caches: bool) -> float:
+    """Log-probabilities of a segment's tokens with what they come from, and what is kept."""
+    chosen, steps = sizes.config.evaluation, sizes.config.adapt.update_every
+    lanes = min(chosen.lanes, sizes.scored.articles)
+    copies = 7 if caches else 3
+    kept = min(TOP_K_WORDS, sizes.scored.words) * columns * (100.0 + 40 * chosen.top_k)
+    return FLOAT * copies * lanes * steps * sizes.shape.vocabulary + kept
 
 
 def _cache_bytes(sizes: RunSizes) -> float:

@@ -168,6 +168,14 @@ class Vocabulary(ABC):
             pending.append(int(token))
         return [*words, self._word(pending)] if pending else words
 
+    @cached_property
+    def pieces(self) -> list[str]:
+        """Every token's spelling, a leading space where it begins a word."""
+        return [
+            (" " if self.starts_word[token] else "") + "".join(self.words([token]))
+            for token in range(self.size)
+        ]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`: words joined by single spaces, `<eos>` as a newline."""
         lines: list[list[str]] = [[]]

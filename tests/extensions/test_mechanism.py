@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from worlds import EOS, TinyBase, articles, segments, tiny_base, with_extensions
+from worlds import (
+    EOS,
+    TinyBase,
+    agree,
+    articles,
+    segments,
+    tiny_base,
+    with_extensions,
+    written_out,
+)
 
 import mlm
 from mlm.base.names import PROTOCOLS
@@ -25,7 +34,7 @@ from mlm.models.extension import Extension, Outcome, Told
 from mlm.models.language_model import Weights
 from mlm.reading.meta_gradient import MetaGradient, meta_gradient
 from mlm.reading.pes import Evolution
-from mlm.reading.scoring import score_articles, score_protocol, score_stream
+from mlm.reading.scoring import Wanted, score_articles, score_protocol, score_stream
 from mlm.reading.second_order import second_order
 from mlm.reading.step import begin, read, score_segment
 from mlm.rules.family import start_at
@@ -120,6 +129,17 @@ def _sums(base: AdaptationBase, bound: Bound, pieces: Sequence[Segment]) -> Iter
         found = reader.extras[OWN.name]
         assert isinstance(found, Sums)
         yield found
+
+
+@pytest.mark.parametrize("kind", ["static", "rms"])
+def test_what_was_expected_holds_the_extension(kind: str) -> None:
+    base, (article,) = _base(), articles((23,))
+    rule, at = None if kind == "static" else _bound(base), np.array([3, 7, 8, 19])
+    (found,) = score_articles(base, rule, [article], EOS, 1, wanted=Wanted([at], 3)).details
+    (want,) = written_out(base, rule, article, at)
+    agree(found, want, article[at])
+    (plain,) = written_out(with_extensions(base), rule, article, at)
+    assert np.abs(plain - want).max() > 0.01
 
 
 def test_static_reading_adds_what_it_says(engine: str) -> None:

@@ -66,13 +66,13 @@ def file(table: LossTable, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "protocol": "article",
         "article": 0,
         "position": 20,
-        "pieces": ["wo", "rd"],
+        "pieces": [" wo", "rd"],
         "rank_before": 1234,
         "rank_after": 2,
         "entropy_before": 3.0,
         "entropy_after": 1.0,
-        "pieces_before": ["the", "of"],
-        "pieces_after": ["wo", "a"],
+        "pieces_before": [" the", "of"],
+        "pieces_after": [" wo", " a"],
         "probabilities_before": [0.5, 0.25],
         "probabilities_after": [0.75, 0.125],
     }
@@ -226,7 +226,7 @@ def test_the_occurrences_of_a_word_are_counted_and_drawn(opened: Open, table: Lo
 def test_what_was_expected_is_shown_where_it_is_stored(opened: Open):
     tab = opened("#word=21")
     text = tab.inner_text("#word")
-    for part in ("wo · rd", "1,234", "the 50.0 %", "wo 75.0 %", "3.00", "1.00"):
+    for part in ("wo · rd", "1,234", "the 50.0 %", "…of 25.0 %", "wo 75.0 %", "3.00", "1.00"):
         assert part in text, part
     tab.keyboard.press("ArrowRight")
     assert "Expected there" not in tab.inner_text("#word")

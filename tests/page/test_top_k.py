@@ -11,8 +11,10 @@ import pytest
 from fake_run import made_up_losses
 
 from mlm.base.errors import UserError
+from mlm.page.folder import draw_run
 from mlm.page.page import WordLossPage
 from mlm.page.top_k import SCHEMA, TopK, write_top_k
+from mlm.report.losses import write_losses
 
 
 def row(article: int, position: int, split: str = "valid", **changes) -> dict:
@@ -35,6 +37,14 @@ def row(article: int, position: int, split: str = "valid", **changes) -> dict:
     return usual | changes
 
 
+def always(*of: str) -> bool:
+    return True
+
+
+def never(*of: str) -> bool:
+    return False
+
+
 def table_of(*rows: dict) -> pa.Table:
     return pa.Table.from_pylist(list(rows), schema=SCHEMA)
 
@@ -42,9 +52,9 @@ def table_of(*rows: dict) -> pa.Table:
 def test_rows_of_a_split_come_back_in_order_and_others_stay(tmp_path: Path):
     path = tmp_path / "top_k.parquet"
     assert TopK.load(path, "valid") is None
-    write_top_k(path, "valid", table_of(row(1, 0), row(0, 2), row(0, 1)))
-    write_top_k(path, "test", table_of(row(0, 0, "test")))
-    write_top_k(path, "valid", table_of(row(1, 5), row(0, 3)))
+    assert write_top_k(path, [table_of(row(1, 0), row(0, 2), row(0, 1))], never) == set()
+    assert write_top_k(path, [table_of(row(0, 0, "test"))], always) == set()
+    assert write_top_k(path, [table_of(row(1, 5), row(0, 3))], always) == set()
     found = TopK.load(path, "valid")
     assert found is not None
     assert (found.rule, found.protocol) == ("rms", "article")
@@ -53,12 +63,47 @@ def test_rows_of_a_split_come_back_in_order_and_others_stay(tmp_path: Path):
     assert TopK.load(path, "train") is None
 
 
+def test_rows_that_do_not_stand_any_more_go(tmp_path: Path):
+    path = tmp_path / "top_k.parquet"
+    assert write_top_k(path, [], never) == set()
+    assert not path.exists()
+    sgd, stream = row(0, 0, rule="sgd"), row(0, 0, protocol="stream")
+    write_top_k(path, [table_of(one) for one in (row(0, 0), sgd, stream)], always)
+    before = path.read_bytes()
+    assert write_top_k(path, [], always) == set()
+    assert path.read_bytes() == before
+    new = [table_of(row(0, 4, protocol="stream"))]
+    gone = write_top_k(path, new, lambda split, rule, protocol: rule == "rms")
+    assert gone == {("valid", "sgd", "article")}
+    found = [TopK.load(path, "valid", ("rms", p)) for p in ("article", "stream")]
+    assert [one and one.rows["position"].to_pylist() for one in found] == [[0], [4]]
+    assert write_top_k(path, [], never) == {("valid", "rms", p) for p in ("article", "stream")}
+    assert not path.exists()
+
+
+def test_the_rule_that_the_page_opens_on_comes_first(tmp_path: Path):
+    path = tmp_path / "top_k.parquet"
+    rules = ("three_levels", "rms", "sgd")
+    write_top_k(path, [table_of(row(0, 0, rule=rule)) for rule in rules], always)
+    for first, want in ((("rms", "article"), "rms"), (("rms", "stream"), "sgd")):
+        found = TopK.load(path, "valid", first)
+        assert found is not None
+        assert found.rule == want
+    table = made_up_losses([["a", "b", "c"]])
+    table.losses["three_levels"] = table.losses["rms"] - 1
+    write_losses(tmp_path / "losses.parquet", table)
+    (page,) = draw_run(tmp_path, only=("page",))
+    assert '"rule": "three_levels"' in page.read_text(encoding="utf-8")
+
+
 def test_a_file_that_is_no_such_table_is_refused(tmp_path: Path):
     path = tmp_path / "top_k.parquet"
     path.write_bytes(b"PAR1 nonsense")
     with pytest.raises(UserError, match=r"evaluate\.py with --top-k again"):
         TopK.load(path, "valid")
-    write_top_k(path, "valid", table_of(row(0, 0)))  # replaced
+    assert write_top_k(path, [], always) == set()
+    assert path.read_bytes() == b"PAR1 nonsense", "left alone, where there is nothing new"
+    write_top_k(path, [table_of(row(0, 0))], always)  # replaced
     assert TopK.load(path, "valid") is not None
 
 

@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command, Finished
-from worlds import EOS, articles, tiny_base
+from worlds import EOS, agree, articles, tiny_base, written_out
 
 from mlm.base.names import PROTOCOLS
 from mlm.models.base import AdaptationBase
+from mlm.reading import lanes as reading_lanes
 from mlm.reading.cache import Cache, CacheSetting
-from mlm.reading.scoring import Scores, score_articles, score_protocol, score_stream
+from mlm.reading.scoring import (
+    Scores,
+    Wanted,
+    _put_together,
+    score_articles,
+    score_protocol,
+    score_stream,
+)
 from mlm.report.losses import LossTable
 from mlm.rules.hand_made import SGD
 from mlm.rules.protocol import Bound
@@ -151,6 +159,54 @@ def test_articles_without_a_token_have_no_losses(kind: str) -> None:
     scores = score_articles(base, some, articles((0, 0)), EOS, 2, cache=settings)
     assert [len(nll) for nll in (*scores.nll, *scores.cached[0].nll)] == [0] * 4
     assert scores.total == 0
+
+
+CACHES = (CacheSetting(0.3, 0.1, 9), CacheSetting(1.0, 0.5, 3))
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("kind", ["static", "sgd"])
+@pytest.mark.parametrize("cutoffs", [(), (4, 9)])
+def test_what_was_expected_is_what_every_token_would_have_cost(
+    protocol: str, kind: str, cutoffs: tuple[int, ...], monkeypatch
+) -> None:
+    """Of some tokens, with caches and an adaptive softmax, a few rows at a time."""
+    monkeypatch.setattr(reading_lanes, "_AT_ONCE", 40)
+    base = tiny_base(DYNAMIC, cutoffs=cutoffs)
+    rule = None if kind == "static" else SGD().bind({"rate": torch.tensor(0.3).double()}, base)
+    texts = articles((11, 0, 23, 1))
+    at = [np.array(places, int) for places in ([0, 3, 4, 10], [], [2, 9, 22], [])]
+    more = (base, rule, texts, EOS, protocol, 2, None, CACHES)
+    scores, plain = score_protocol(*more, Wanted(at, 3)), score_protocol(*more)
+    assert [list(one.details) for one in (plain, *plain.cached)] == [[]] * 3
+    for column, (one, other) in enumerate(
+        zip((scores, *scores.cached), (plain, *plain.cached), strict=True)
+    ):
+        np.testing.assert_array_equal(np.concatenate(one.nll), np.concatenate(other.nll))
+        assert [len(found.rank) for found in one.details] == [4, 0, 3, 0]
+        for place, (text, own) in enumerate(zip(texts, at, strict=True)):
+            before = texts[:place] if protocol == "stream" else []
+            whole, begin = np.concatenate([*before, text]), sum(map(len, before))
+            if len(own):
+                want = written_out(base, rule, whole, begin + own, CACHES)[column]
+                agree(one.details[place], want, text[own])
+
+
+def test_processes_put_together_what_was_expected_by_article() -> None:
+    base, rule = _world(rate=0.3, limit=50.0)
+    texts = articles((11, 23, 7))
+    at = [np.array(places) for places in ([0, 4], [2, 9, 22], [6])]
+    whole = score_articles(base, rule, texts, EOS, 3, None, CACHES, Wanted(at, 2))
+    parts = [
+        (mine, score_articles(base, rule, [texts[a] for a in mine], EOS, 2, None, CACHES, own))
+        for mine in ([2, 0], [1])
+        for own in [Wanted([at[a] for a in mine], 2)]
+    ]
+    found = _put_together(parts, 3)
+    for one, other in zip((found, *found.cached), (whole, *whole.cached), strict=True):
+        for mine, theirs in zip(one.details, other.details, strict=True):
+            for a, b in zip(mine, theirs, strict=True):
+                np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.slow

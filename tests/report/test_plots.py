@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_run import made_up_losses, made_up_words, make_run
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from mlm.base.errors import UserError
 from mlm.base.names import RULES
@@ -284,6 +286,38 @@ def test_the_ink_flips_with_the_background():
 
 
 # ---------------------------------------------------------------- all of them
+
+
+@pytest.mark.parametrize("width", ["text", "column"])
+def test_no_label_is_cut_or_lies_under_another(
+    width: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    drawn: dict[str, Figure] = {}
+
+    def keep(figure: Figure, path: Path, **how: object) -> None:
+        figure.draw_without_rendering()
+        drawn[Path(path).name] = figure
+        Path(path).write_bytes(b"drawn")
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    rules = ("static", "sgd", "rms", "two_levels", "three_levels")
+    make_run(tmp_path, rules=rules, lengths=(1300, 350, 2350), resamples=9)
+    draw_all(tmp_path, look=Look(width=WIDTHS[width], formats=("png",)))
+    assert len(drawn) == 6
+    for name, figure in drawn.items():
+        inches, slack = figure.get_tightbbox(), 0.03  # markers of lines without a point lie at 0
+        assert min(inches.x0, inches.y0) > -slack, name
+        assert inches.x1 < figure.get_figwidth() + slack, name
+        assert inches.y1 < figure.get_figheight() + slack, name
+        labels = [figure.get_supxlabel(), *(one.xaxis.label.get_text() for one in figure.axes)]
+        labels += [one.get_title("left") for one in figure.axes]
+        texts = [text for text in figure.findobj(Text) if text.get_text() in set(labels) - {""}]
+        texts += [t for axes in figure.axes for t in axes.texts if t.get_text()]
+        assert texts or "words" in name
+        for legend in figure.legends:
+            box = legend.get_window_extent()
+            under = [t.get_text() for t in texts if t.get_window_extent().overlaps(box)]
+            assert not under, name
 
 
 @pytest.mark.slow

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
+from conftest import Command, Finished
 from tiny import tiny_config, write_corpus
 
+from mlm.base.errors import UserError
+from mlm.page.folder import draw_run
+from mlm.page.top_k import TopK
+from mlm.reader import model
 from mlm.report.evaluation import read_evaluation
+from mlm.report.losses import LossTable, write_losses
 from mlm.runs.run import open_run
 from mlm.settings.config import Config
 from mlm.spelling import spelling_nats
@@ -99,3 +111,143 @@ def test_the_perplexity_of_validation_holds_the_spelling(whole_words: Config) ->
     last = [row for row in RunFolder(whole_words.out).rows() if row["stage"] == "lm"][-1]
     whole = (last["valid_loss"] * text.tokens + text.spelling) / text.words
     assert last["valid_word_perplexity"] == pytest.approx(math.exp(min(50, whole)))
+
+
+# -- what was expected before every word ----------------------------------------------------------
+
+RULES = ("static", "rms", "rms+cache", "three_levels")
+ASKED = ("--rules", *RULES, "--protocols", "article", "--no-draw")
+
+
+def whose(folder: Path) -> set[tuple[str, str]]:
+    """Rules and protocols of the rows of top_k.parquet."""
+    rows = pq.read_table(folder / "top_k.parquet", columns=["rule", "protocol"]).to_pylist()
+    return {(row["rule"], row["protocol"]) for row in rows}
+
+
+@pytest.fixture(scope="module")
+def expected(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose likeliest pieces are stored."""
+    folder = finished.copy(tmp_path_factory.mktemp("expected") / "run")
+    config = dataclasses.replace(
+        finished.config,
+        out=folder,
+        stages=("evaluate",),
+        evaluation=dataclasses.replace(finished.config.evaluation, rules=RULES, top_k=400),
+    )
+    stage_evaluate(open_run(config, quiet=True))
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["article", "stream"])
+@pytest.mark.parametrize("rule", RULES[1:])
+def test_the_probability_of_a_word_is_that_of_its_loss(
+    expected: Path, rule: str, protocol: str
+) -> None:
+    """Of all words that are one piece; with K as large as the vocabulary every rank is there."""
+    table = LossTable.load(expected / "losses.parquet")
+    found = TopK.load(expected / "top_k.parquet", table.split, (rule, protocol))
+    assert found is not None
+    assert (found.rule, found.protocol) == (rule, protocol)
+    rows = found.rows
+    np.testing.assert_array_equal(rows["article"].to_numpy(), table.article_N)
+    np.testing.assert_array_equal(rows["position"].to_numpy(), table.position_N)
+    own = rows["pieces"].to_pylist()
+    assert ["".join(pieces).strip() for pieces in own] == table.word_N.tolist()
+    one_N = np.array([len(pieces) == 1 for pieces in own])
+    assert one_N.sum() > 100
+    first_N1 = np.array([[pieces[0]] for pieces in own])
+    for time, name in (("before", "static"), ("after", rule)):
+        chance_NV = np.array(rows[f"probabilities_{time}"].to_pylist())
+        assert (np.diff(chance_NV) <= 0).all()
+        np.testing.assert_allclose(chance_NV.sum(1), 1, atol=1e-4)
+        at_N1 = rows[f"rank_{time}"].to_numpy()[:, None] - 1
+        pieces_NV = np.array(rows[f"pieces_{time}"].to_pylist())
+        np.testing.assert_array_equal(np.take_along_axis(pieces_NV, at_N1, 1), first_N1)
+        chance_N = np.take_along_axis(chance_NV, at_N1, 1)[:, 0]
+        entropy_N = -(chance_NV * np.log(chance_NV)).sum(1)
+        np.testing.assert_allclose(rows[f"entropy_{time}"].to_numpy(), entropy_N, atol=1e-3)
+        losses_N = table.loss(name, protocol)
+        np.testing.assert_allclose(np.exp(-losses_N[one_N]), chance_N[one_N], rtol=1e-3)
+        assert (np.exp(-losses_N) < chance_N * 1.001).all()
+
+
+def test_likeliest_pieces_are_kept_or_go_with_their_rule(
+    finished: Finished, expected: Path, command: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(expected, folder)
+    every = {(rule, protocol) for rule in RULES[1:] for protocol in ("article", "stream")}
+    assert whose(folder) == every
+    before = pq.read_table(folder / "top_k.parquet")
+    words = ("--rules", "rms", "--protocols", "stream", "--no-draw")
+    assert command("evaluate", folder, *words).code == 0
+    assert pq.read_table(folder / "top_k.parquet").equals(before), "nothing else is known now"
+    assert command("evaluate", folder, *words, "--top-k", 2).code == 0
+    assert whose(folder) == every
+    found = TopK.load(folder / "top_k.parquet", "valid", ("rms", "stream"))
+    assert found is not None
+    assert {len(row) for row in found.rows["pieces_after"].to_pylist()} == {2}
+    outcome = command("evaluate", folder, *words, "--max-articles", 1)
+    assert "top_k.parquet: likeliest pieces stored with other settings" in outcome.err + outcome.out
+    assert not (folder / "top_k.parquet").exists()
+
+
+def test_more_pieces_than_the_range_allows_are_refused(
+    finished: Finished, command: Command
+) -> None:
+    error = command("evaluate", finished.folder, "--top-k", 1001).error
+    assert "--top-k is 1001; it must be at least 0 and at most 1,000" in error
+
+
+def test_an_interrupted_evaluation_keeps_the_likeliest_pieces(
+    finished: Finished,
+    expected: Path,
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, words = finished.copy(tmp_path / "run"), (*ASKED, "--top-k", 400)
+    original, read = model.score_protocol, list[int]()
+
+    def reading(*words: object, **named: object) -> object:
+        if len(read) == 2:
+            raise UserError("the machine stops")
+        read.append(1)
+        return original(*words, **named)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "score_protocol", reading)
+        assert "the machine stops" in command("evaluate", folder, *words).error
+    assert not (folder / "top_k.parquet").exists()
+    read.clear()
+    monkeypatch.setattr(
+        model, "score_protocol", lambda *w, **n: read.append(1) or original(*w, **n)
+    )
+    assert command("evaluate", folder, *words).code == 0
+    assert len(read) == 1, "three readings serve four rules, and two were kept"
+    found, whole = (pq.read_table(f / "top_k.parquet") for f in (folder, expected))
+    assert found.num_rows
+    assert found.equals(whole.filter(pc.field("protocol") == "article"))
+
+
+def test_the_page_shows_what_was_expected(expected: Path, tmp_path: Path) -> None:
+    """The rows of the rule that it opens on, word by word."""
+    table = LossTable.load(expected / "losses.parquet")
+    losses = {n: loss_N for n, loss_N in table.losses.items() if "two_levels" not in n}
+    write_losses(tmp_path / "losses.parquet", dataclasses.replace(table, losses=losses))
+    shutil.copy(expected / "top_k.parquet", tmp_path)
+    (page,) = draw_run(tmp_path, only=("page",))
+    text = re.search(r'id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.DOTALL)
+    assert text
+    data = json.loads(text[1])
+    pair, shown = data["protocols"][0]["pairs"][0], data["top_k"]
+    assert (shown["rule"], shown["protocol"]) == (pair[0], "article")
+    assert pair == ["three_levels", "static"]
+    found = TopK.load(expected / "top_k.parquet", "valid", ("three_levels", "article"))
+    assert found is not None
+    rank_N = np.frombuffer(base64.b64decode(shown["rank_after"]), "<u4")
+    np.testing.assert_array_equal(rank_N, found.rows["rank_after"].to_numpy())
+    best_N = np.frombuffer(base64.b64decode(shown["best_before"]["values"]), "<i4")
+    best = [shown["pieces"][i] for i in best_N[:: shown["best_before"]["width"]]]
+    assert best == [row[0] for row in found.rows["pieces_before"].to_pylist()]

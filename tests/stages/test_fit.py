@@ -112,6 +112,7 @@ def test_more_of_anything_needs_more() -> None:
         {"evaluation__lanes": 32},
         {"adapt__dynamic": "all"},
         {"evaluation__rules": ("rms+cache",), "evaluation__cache_words": 10**7},
+        {"evaluation__top_k": 5},
     ):
         assert scoring(_sizes("small", **changes))[0].bytes > scoring(least)[0].bytes
 
