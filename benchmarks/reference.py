@@ -124,6 +124,9 @@ CURES = {
     "…: … values of … for … words": "Give one value for each word.",
     "…: … losses of …, … words": "Give one loss for each word.",
     "note: … is damaged (…); what it held is tuned again": "Nothing is to be done.",
+    "note: …: likeliest pieces stored with other settings, or of another rule or text, go: …": (
+        "Evaluate again with `--top-k` to have them back."
+    ),
     "note: …: results with other settings, or of another rule or text, go: …": (
         "Evaluate again with those rules to have their rows back."
     ),

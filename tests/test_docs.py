@@ -140,7 +140,7 @@ def test_every_file_of_a_run_is_on_its_page(finished: Finished) -> None:
     names = [file.relative_to(finished.folder).as_posix() for file in files]
     assert [n for n in names if not any(fnmatch.fnmatch(n, p) for p in patterns)] == []
     unused = [p for p in patterns if not any(fnmatch.fnmatch(n, p) for n in names)]
-    assert unused == ["unfinished_*.safetensors", "on-CORPUS/"]
+    assert unused == ["unfinished_*.safetensors", "top_k.parquet", "on-CORPUS/"]
 
 
 def test_every_page_and_room_is_in_the_navigation() -> None:

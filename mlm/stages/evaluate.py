@@ -374,7 +374,7 @@ def _write_top_k(
         told = ", ".join(f"{rule_label(rule)} ({s}, {p})" for s, rule, p in sorted(gone))
         note(
             f"{folder / FILE}: likeliest pieces stored with other settings, or of another "
-            f"rule or text, go: {told}; --top-k stores them again"
+            f"rule or text, go: {told}"
         )
 
 
