@@ -82,7 +82,7 @@ def test_a_rule_of_another_m_is_not_read_and_its_rows_go(
     words = ("--rules", "static", "two_levels", "--protocols", "article", "--no-draw")
     outcome = command("evaluate", folder, *words)
     assert outcome.code == 0, outcome.err
-    assert "note: results made with other settings" in outcome.err
+    assert ": results with other settings, or of another rule or text, go: " in outcome.err
     assert "SGD dynamic evaluation (valid, article)" in outcome.err
     assert set(totals(folder)) == {("valid", "article", rule) for rule in ("static", "two_levels")}
     kinds = {(row["rule"], row.get("against")) for row in read_evaluation(folder)}
