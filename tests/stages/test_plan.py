@@ -58,6 +58,7 @@ def test_a_damaged_checkpoint_is_left_to_the_stage(finished: Finished, tmp_path:
     assert done_before(run) == {"lm": Done()}
 
 
+@pytest.mark.slow  # every picture is drawn
 def test_commands_end_with_page_tables_and_figures(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:
