@@ -33,10 +33,11 @@ from benchmarks.output import HOME
 from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
 from mlm.base.names import CACHE, LEARNED, PROTOCOLS, STATIC, rule_label
+from mlm.base.terminal import say
 from mlm.reader.model import Protocol, TrainedModel
 from mlm.report.evaluation import RESAMPLES, perplexity
 from mlm.report.losses import LossTable, column_name, write_losses
-from mlm.runs.run import say, split_training
+from mlm.runs.run import split_training
 from mlm.runs.split_text import SplitText
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import TokenFile, encode_split
@@ -374,14 +375,13 @@ def main() -> None:
     table, weights = all_losses(model, grams, texts, options)
     write_losses(options.out / "losses.parquet", table, valid=())
     scored = texts.scored
-    size = sum(int(scored.file.bytes[a]) for a in scored.chosen)
     about: dict[str, Any] = {
         "training words": texts.words,
         "tuning words": sum(texts.tuned.words_A),
         "articles": len(scored.chosen),
         "words": len(table.word_N),
     }
-    rows = rows_of(table, weights, size, options.resamples)
+    rows = rows_of(table, weights, sum(scored.bytes_A), options.resamples)
     record("kneser_ney", rows, without_paths(options), **about)
 
 

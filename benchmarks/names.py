@@ -33,6 +33,7 @@ from benchmarks.output import HOME
 from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
 from mlm.base.names import CACHE, EOS, RULES, STATIC
+from mlm.base.terminal import say
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
 from mlm.report.evaluation import POSITION_RESAMPLES, interval_of
 from mlm.report.losses import LossTable
@@ -45,7 +46,6 @@ from mlm.report.occurrences import (
     measured,
     within,
 )
-from mlm.runs.run import say
 from mlm.text.corpora import open_corpus
 from mlm.text.tokens import UNK, limited
 

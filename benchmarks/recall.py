@@ -47,10 +47,10 @@ from benchmarks.recall_picture import draw
 from benchmarks.rows import prepare
 from benchmarks.timing import record
 from mlm.base.errors import run_cli
+from mlm.base.terminal import say
 from mlm.kernels.switches import computing
 from mlm.reader.model import TrainedModel
 from mlm.reading.scoring import busy_segments
-from mlm.runs.run import say
 from mlm.settings.checks import validate
 from mlm.settings.config import Config
 from mlm.settings.flags import replaced

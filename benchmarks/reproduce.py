@@ -32,7 +32,7 @@ import tyro
 from benchmarks.output import HOME
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
-from mlm.runs.run import say
+from mlm.base.terminal import say
 from mlm.store.released import find_model
 from mlm.text.corpora import open_corpus
 
@@ -74,12 +74,12 @@ class Table:
     what: str
     command: str
     """Words behind `python -m`; names in braces stand for options, and {to} for its folder."""
-    minutes: int | None
-    """On two cores, with the released model; None = not measured."""
-    gb: int | None
-    """Memory at most."""
     page: str
     """Folder of the page that shows it."""
+    minutes: int | None = None
+    """On two cores, with the released model; None = not measured."""
+    gb: int | None = None
+    """Memory at most."""
     needs: tuple[str, ...] = ()
     """Options that name texts or a run."""
     after: tuple[str, ...] = ()
@@ -146,8 +146,6 @@ TABLES: dict[str, Table] = {
     "parts": Table(
         "what each part of the rule brings",
         "benchmarks.parts {run} --threads {threads} --out {to}",
-        minutes=None,
-        gb=None,
         page="results/claim",
         needs=("run",),
         after=("claim",),
@@ -156,8 +154,6 @@ TABLES: dict[str, Table] = {
     "claim_speed": Table(
         "the time of each rule over static scoring",
         "benchmarks.claim_speed {run} --out {to}",
-        minutes=None,
-        gb=None,
         page="results/claim",
         needs=("run",),
         after=("claim",),
@@ -167,7 +163,6 @@ TABLES: dict[str, Table] = {
         "every way to learn to remember",
         "benchmarks.rules {run} --out {to}",
         minutes=120,
-        gb=None,
         page="results/rules",
         needs=("run",),
         apart=TRAINS,
@@ -175,8 +170,6 @@ TABLES: dict[str, Table] = {
     "pareto": Table(
         "gain against time and memory, by the weights that adapt",
         "benchmarks.pareto {run} --out {to}",
-        minutes=None,
-        gb=None,
         page="results/engine",
         needs=("run",),
         apart=TRAINS,
@@ -184,24 +177,18 @@ TABLES: dict[str, Table] = {
     "ceiling": Table(
         "the engine against ordinary training",
         "benchmarks.ceiling --size S --out {to}",
-        minutes=None,
-        gb=None,
         page="results/engine",
         apart=SPEED,
     ),
     "growth": Table(
         "how time and memory grow with the sizes",
         "benchmarks.growth --out {to}",
-        minutes=None,
-        gb=None,
         page="results/engine",
         apart=SPEED,
     ),
     "busy": Table(
         "the engine on a busy machine",
         "benchmarks.busy --size S --out {to}",
-        minutes=None,
-        gb=None,
         page="results/engine",
         apart=SPEED,
     ),

@@ -361,7 +361,7 @@ class Fuzz:
     def _call(self, script: str, words: list[str]) -> tuple[int, str, str]:
         """A script's `main` up to where its work begins."""
         out, err, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-        stops = dict.fromkeys(("stage_lm", "stage_meta", "stage_evaluate", "draw"))
+        stops = dict.fromkeys(("stage_lm", "stage_meta"))
         old = {name: getattr(order, name) for name in stops}
         run = evaluate.stage_evaluate, evaluate.draw, audit.audit, Figure.savefig
         sys.argv = [f"{script.split('.')[-1]}.py", *words]
@@ -369,8 +369,8 @@ class Fuzz:
         code = 0
         try:
             order.stage_lm = order.stage_meta = _nothing
-            order.stage_evaluate = evaluate.stage_evaluate = _no_rows
-            order.draw = evaluate.draw = _no_paths
+            evaluate.stage_evaluate = _no_rows
+            evaluate.draw = _no_paths
             Figure.savefig = _nothing
             audit.audit = _no_checks
             with (

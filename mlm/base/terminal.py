@@ -30,9 +30,7 @@ def say(text: str) -> None:
 
 def detail(text: str) -> None:
     """A line about the stage that is going on."""
-    from tqdm import tqdm
-
-    tqdm.write(INDENT + plain(text), file=sys.stderr)
+    say(INDENT + text)
 
 
 _NOTED: set[str] = set()

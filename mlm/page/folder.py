@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlm.page.page import WORD_LIMIT, opening_pairs, write_page
+from mlm.page.page import WORD_LIMIT, write_page
 from mlm.page.top_k import FILE, TopK
-from mlm.report.losses import LossTable
+from mlm.report.losses import LossTable, opening_pairs
 from mlm.report.plots import draw_all
 
 

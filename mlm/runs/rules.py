@@ -153,13 +153,12 @@ def _tuned(run: Run, key: str, trials: Trials) -> dict[str, float]:
 
 def _watched(run: Run, title: str, progress: Progress, trials: Trials) -> list[Trial]:
     """The trials of a search, which the person at the terminal watches."""
-    evaluation, best = run.config.evaluation, math.inf
-    text = run.validation_text(evaluation.tune_words)
+    text, best = run.judged_text, math.inf
 
     def reached() -> str:
         return f"perplexity {text.word_perplexity(best / text.tokens):.1f} per word"
 
-    with progress_bar(f"tuning {title}", evaluation.budget, quiet=run.quiet) as bar:
+    with progress_bar(f"tuning {title}", run.config.evaluation.budget, quiet=run.quiet) as bar:
 
         def on_trial(trial: Trial) -> None:
             nonlocal best

@@ -175,9 +175,14 @@ class Run:
         return as_text(file, range(len(file)), self.data.vocabulary.eos_id, max_words)
 
     @cached_property
+    def judged_text(self) -> Text:
+        """The beginning of the validation split that rules and their settings are judged on."""
+        return self.validation_text(self.config.evaluation.tune_words)
+
+    @cached_property
     def tune_text(self) -> TuneText:
-        """What every rule's settings are judged on."""
-        text = self.validation_text(self.config.evaluation.tune_words)
+        """`judged_text` as tuning reads it."""
+        text = self.judged_text
         return TuneText(text.articles, text.eos, self.config.evaluation.lanes)
 
     @cached_property

@@ -42,6 +42,11 @@ class SplitText:
         return [int(self.file.words[a]) for a in self.chosen]
 
     @property
+    def bytes_A(self) -> list[int]:
+        """Bytes of every article."""
+        return [int(self.file.bytes[a]) for a in self.chosen]
+
+    @property
     def unknown_A(self) -> list[int]:
         """Unknown words of every article."""
         return [len(self.file.unknown_in(a).at) for a in self.chosen]

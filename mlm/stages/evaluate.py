@@ -329,7 +329,7 @@ def _written(
         words_per_second={key: sum(text.words_A) / s.seconds for key, s in scores.items()},
         settings={key: found.setting for key, found in scores.items()},
         resets={key: found.resets for key, found in scores.items()},
-        bytes_A=[int(text.file.bytes[a]) for a in text.chosen],
+        bytes_A=text.bytes_A,
         unknown_A=text.unknown_A,
         resamples=evaluation.resamples,
         seed=run.config.seed,
@@ -404,6 +404,26 @@ def draw(folder: Path, split: str | None = None) -> list[Path]:
     return ranks().on_first(lambda: draw_run(folder, split)) or []
 
 
+def score_and_draw(run: Run, plan: StagePlan, corpus: str | None = None) -> None:
+    """The last two stages, as far as they are chosen; print what there is to read."""
+    folder, rows, drawn, split = run.folder.path, [], [], None
+    scores = plan.begin("evaluate")
+    if scores:
+        folder, rows = stage_evaluate(run, corpus)
+        split = run.config.evaluation.split
+        split = split if any(row["split"] == split for row in rows) else WHOLE
+    draws = False
+    try:
+        draws = plan.begin("draw")
+        if draws:
+            drawn = draw(folder, split)
+    finally:
+        if scores or draws:
+            show(folder, rows, drawn)
+    if scores:
+        forget_scores(folder)
+
+
 def evaluate_run(
     config: Config, corpus: str | None, pictures: bool, results: Path | None = None
 ) -> None:
@@ -414,13 +434,4 @@ def evaluate_run(
     stages = ("evaluate", "draw")
     plan = StagePlan(stages, stages[: 1 + pictures], takes, "--no-draw")
     plan.announce(results_folder(run, corpus or config.corpus))
-    plan.begin("evaluate")
-    folder, rows = stage_evaluate(run, corpus)
-    drawn = []
-    try:
-        if plan.begin("draw"):
-            split = config.evaluation.split
-            drawn = draw(folder, split if any(row["split"] == split for row in rows) else WHOLE)
-    finally:
-        show(folder, rows, drawn)
-    forget_scores(folder)
+    score_and_draw(run, plan, corpus)

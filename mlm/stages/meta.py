@@ -43,8 +43,7 @@ def stage_meta(run: Run) -> None:
     With --resume, rules that are trained stay as they are.
     """
     base, meta = build_base(run), run.config.meta
-    text, tune_text = meta_text(run), run.tune_text
-    judged = run.validation_text(run.config.evaluation.tune_words)
+    text, tune_text, judged = meta_text(run), run.tune_text, run.judged_text
     static = static_of(base, tune_text, run.config.evaluation.protocols)
     mark = identity(run)
     made_with = checkpoint_mark(run.folder, "memory")
@@ -139,8 +138,8 @@ def _learned_by_extensions(
             continue
         able = base.with_weights(found)
         gained = validation_gain(able, rule, parameters, run.tune_text, static)
-        judged = run.validation_text(run.config.evaluation.tune_words)
-        row = {"extension": extension.name, EXTENSION_GAIN: gained * judged.tokens_per_word}
+        per_word = gained * run.judged_text.tokens_per_word
+        row = {"extension": extension.name, EXTENSION_GAIN: per_word}
         folder = dataclasses.replace(run.folder, mark=identity(run))
         folder.log(stage="meta", rule=rule.name, step=trainer.step, **row)
         if gained > gain:

@@ -7,7 +7,7 @@ from mlm.runs.rules import check_learned
 from mlm.runs.run import Run, marks_of, open_run, threads_of
 from mlm.settings.config import Config
 from mlm.stages.checks import check_folder, check_plan, check_text, remove_results
-from mlm.stages.evaluate import draw, forget_scores, show, stage_evaluate
+from mlm.stages.evaluate import score_and_draw
 from mlm.stages.fit import fitted, with_recorded_choices
 from mlm.stages.language_model import stage_lm
 from mlm.stages.meta import stage_meta
@@ -48,23 +48,8 @@ def _run(run: Run) -> Run:
     use_threads(threads_of(config, first=False))
     if plan.begin("meta"):
         stage_meta(run)
-    _results(run, plan)
+    score_and_draw(run, plan)
     return run
-
-
-def _results(run: Run, plan: StagePlan) -> None:
-    """The last stages: scores and pictures; print what there is to read."""
-    folder, stages, rows, drawn = run.folder.path, run.config.stages, [], []
-    if plan.begin("evaluate"):
-        folder, rows = stage_evaluate(run)
-    try:
-        if plan.begin("draw"):
-            drawn = draw(folder, run.config.evaluation.split if "evaluate" in stages else None)
-    finally:
-        if {"evaluate", "draw"} & {*stages}:
-            show(folder, rows, drawn)
-    if "evaluate" in stages:
-        forget_scores(folder)
 
 
 def _check_models(run: Run) -> None:

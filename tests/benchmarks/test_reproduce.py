@@ -12,10 +12,10 @@ from benchmarks import reproduce
 from benchmarks.reproduce import TABLES, Options, Table, chosen, command, made
 
 TOY = {
-    "first": Table("a", "timeit -n 1 -r 1 pass", 1, 1, "results/a", needs=("stories",)),
-    "second": Table("b", "timeit -n 1 -r 1 pass", 2, 1, "results/b", after=("first",)),
-    "broken": Table("c", "timeit -n none {to}", 3, None, "results/c"),
-    "apart": Table("d", "timeit -n 1 -r 1 pass", None, None, "results/d", apart="trains rules"),
+    "first": Table("a", "timeit -n 1 -r 1 pass", "results/a", 1, 1, needs=("stories",)),
+    "second": Table("b", "timeit -n 1 -r 1 pass", "results/b", 2, 1, after=("first",)),
+    "broken": Table("c", "timeit -n none {to}", "results/c", 3),
+    "apart": Table("d", "timeit -n 1 -r 1 pass", "results/d", apart="trains rules"),
 }
 
 

@@ -111,7 +111,7 @@ def test_text_that_stands_in_the_training_text_is_told(
     with pytest.MonkeyPatch.context() as now:
         now.setattr("mlm.stages.order.stage_lm", lambda run: None)
         now.setattr("mlm.stages.order.stage_meta", lambda run: None)
-        now.setattr("mlm.stages.order.stage_evaluate", lambda run: (run.folder.path, []))
+        now.setattr("mlm.stages.evaluate.stage_evaluate", lambda run, _: (run.folder.path, []))
         err = command("train", *words, "--stages", "lm", "meta", "evaluate").err
         assert "1 of the 5 articles of split valid stand in the training text, too, such as " in err
         assert repr(first.title) in err
