@@ -107,10 +107,12 @@ def save_base(
     Args:
         identity: names what it was made from.
         made_with: the extensions that it depends on.
-        packed: in less space, less exactly (`mlm.store.compact`).
+        packed: in less space, less exactly (`mlm.store.compact`); the Fisher coarsely, since it is
+            an estimate and only scales steps.
     """
     tensors = {f"theta_0/{n}": w for n, w in base.weights.items()}
-    tensors |= {f"rms/{n}": r for n, r in base.rms.items()}
+    fisher = {f"rms/{n}": r for n, r in base.rms.items()}
+    tensors |= fisher
     about = {
         "shape": _record(base.model),
         "vocabulary": vocabulary_hash,
@@ -120,7 +122,7 @@ def save_base(
         "identity": identity,
         "made_with": list(made_with),
     }
-    save_tensors(path, tensors, about, packed=tensors if packed else ())
+    save_tensors(path, tensors, about, packed=tensors if packed else (), coarse=fisher)
 
 
 def load_base(

@@ -38,6 +38,7 @@ def save_tensors(
     about: dict[str, Any],
     of_model: bool = False,
     packed: Collection[str] = (),
+    coarse: Collection[str] = (),
     keep_previous: bool = False,
 ) -> None:
     """Write tensors and a JSON description to a safetensors file, atomically.
@@ -48,12 +49,13 @@ def save_tensors(
     Args:
         of_model: it depends on nothing but the language model (`mlm.store.versions`).
         packed: names of those to keep in less space, less exactly (`mlm.store.compact`).
+        coarse: names of those among them that are kept in eight bits.
         keep_previous: the file that is there stays, as `previous(path)`.
 
     Raises:
         UserError: what is read back differs from what was written.
     """
-    own = (path, tensors, about, of_model, packed, keep_previous)
+    own = (path, tensors, about, of_model, packed, coarse, keep_previous)
     ranks().on_first(lambda: _save(*own))
 
 
@@ -63,13 +65,16 @@ def _save(
     about: dict[str, Any],
     of_model: bool,
     packed: Collection[str],
+    coarse: Collection[str],
     keep_previous: bool,
 ) -> None:
     """What `save_tensors` does, in one process."""
     plain = dict(tensors)
     about = {**about, **written_now(of_model, plain), CHECKSUM: BLANK}
     if packed:
-        less, about["packing"] = pack({n: plain.pop(n).detach().cpu() for n in packed})
+        less, about["packing"] = pack(
+            {n: plain.pop(n).detach().cpu() for n in packed}, coarse
+        )
         plain |= less
     with atomic_path(path) as temporary:
         write_signed(temporary, plain, about)

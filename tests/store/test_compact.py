@@ -59,6 +59,43 @@ def test_packing_twice_changes_nothing() -> None:
     assert torch.equal(unpack(*pack(once))["w"], once["w"])
 
 
+def fisher(octaves: float = 8.0) -> torch.Tensor:
+    """Positive numbers that lie within so many octaves, and a zero."""
+    tensor = torch.exp2(torch.linspace(-octaves - 3, -3, 5000))
+    tensor[7] = 0
+    return tensor
+
+
+def test_coarse_numbers_take_eight_bits() -> None:
+    """Their logarithms are kept, so that small and large ones lose the same share."""
+    tensor = fisher()
+    stored, packing = pack({"rms": tensor, "w": tensor}, coarse=["rms"])
+    assert stored["rms"].dtype == torch.uint8
+    assert stored["w"].dtype == torch.float16
+    again = unpack(stored, packing)["rms"]
+    assert again.dtype == torch.float32
+    assert again[7] == 0
+    assert float(((again - tensor).abs()[tensor > 0] / tensor[tensor > 0]).max()) < 0.012
+    twice = unpack(*pack({"rms": again}, coarse=["rms"]))["rms"]
+    torch.testing.assert_close(twice, again, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [fisher(60), -fisher(), numbers()],
+    ids=["octaves", "negative", "both signs"],
+)
+def test_eight_bits_are_refused_where_they_are_too_few(tensor: torch.Tensor) -> None:
+    again = unpack(*pack({"w": tensor}, coarse=["w"]))["w"]
+    kept = tensor.abs() > float(tensor.abs().max()) * 2**-25
+    torch.testing.assert_close(again[kept], tensor[kept], rtol=ERROR, atol=0)
+
+
+def test_two_coarse_numbers_are_kept() -> None:
+    tensor = torch.tensor([0.0, 0.3, 0.0])
+    torch.testing.assert_close(unpack(*pack({"w": tensor}, coarse=["w"]))["w"], tensor)
+
+
 def test_files_keep_some_tensors_in_less_space(tmp_path: Path) -> None:
     """Only those that are named; who reads the file notices nothing."""
     tensors = {"large": numbers(), "steps": numbers(number=3), "zeros": torch.zeros(4, 4)}
