@@ -10,16 +10,25 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-#: Files of tests that take longest, the longest first: no process is left with one of them when
-#: all others are done. The first two begin together: the second does without what is shared, which
-#: the first makes meanwhile.
+#: Files of tests that come first, so that no process is left with a long one when all others are
+#: done. The first makes what is shared; the next ones, which other processes begin with meanwhile,
+#: do without that, and without kernels, which are compiled once for all on a new machine.
 LONGEST = (
     "cli/test_bad_input.py",
     "report/test_plots.py",
+    "test_package.py",
+    "text/test_tokens.py",
     "reading/test_meta_gradient.py",
-    "test_readme.py",
+    "benchmarks/test_gpu_parts.py",
+    "runs/test_run.py",
     "stages/test_several_processes.py",
     "stages/test_interruptions.py",
+    "test_readme.py",
+    "test_fuzz.py",
+    "golden/test_golden.py",
+    "settings/test_pairs.py",
+    "reading/test_guard.py",
+    "extensions/test_boundaries.py",
 )
 
 
