@@ -117,7 +117,6 @@ function drawCurve() {
   const width = Math.max(10, Math.ceil(article().words / 80));
   $("curve-note").textContent = `${view.unit} per word gained over ${ruleNamed(view.against).label}, mean of about ${count(Math.min(article().words, width * SMOOTHED))} words. The line is where you are.`;
   drawCurveKey(names);
-  drawPlace();
 }
 
 function addCurve(chart, points, name, y) {

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from mlm.base.errors import UserError
 from mlm.base.names import EOS, rule_label
 from mlm.report.drawing import drawable
 from mlm.report.losses import LossTable
-from mlm.report.word_picture import UNDERLINED, colour_range, word_colour
+from mlm.report.word_picture import UNDERLINED, colour_range, passage_rows, word_colour
 
 _RESET = "\x1b[0m"
 
@@ -22,24 +21,19 @@ def passage_in_colours(
     width: int = 80,
     colours: bool = True,
 ) -> str:
-    """Return `words` words of an article from position `start`, ready to print.
+    """Return `words` words of the article with index `article` from position `start` (from 0),
+    ready to print.
 
     Blue and underlined: `pair[0]` predicts the word better than `pair[1]`; red: worse. The range is
     that of the whole split. Without `colours`, `+` and `-` behind a word say the same of large
     gains and losses. Lines have `width` columns. Raises `UserError` if the article has no such
     words or a rule was not measured.
     """
-    rows = table.rows(article)
-    length = rows.stop - rows.start
-    if not 0 <= start < length:
-        raise UserError(
-            f"article {article} has {length:,} words; it has no word {start}; choose one before"
-        )
+    here = passage_rows(table, article, start, words)
     gain_N = table.loss(pair[1], protocol) - table.loss(pair[0], protocol)
     limit = colour_range(gain_N)
-    here = range(rows.start + start, min(rows.start + start + words, rows.stop))
     lines, used = [""], 0
-    for row in here:
+    for row in range(here.start, here.stop):
         word = str(table.word_N[row])
         if word == EOS:
             if lines[-1]:
@@ -53,8 +47,8 @@ def passage_in_colours(
         lines[-1] += " " * bool(used) + shown
         used += columns + bool(used)
     head = (
-        f"{drawable(table.title(article))}, from word {start + 1:,}: {rule_label(pair[0])} against "
-        f"{rule_label(pair[1])}, protocol {protocol}"
+        f"{table.number(article)}. {drawable(table.title(article))}, from word {start + 1:,}: "
+        f"{rule_label(pair[0])} against {rule_label(pair[1])}, protocol {protocol}"
     )
     ends = [
         _painted(f"{sign}{limit:g}", float(f"{sign}{limit}"), limit, colours)[0] for sign in "-+"

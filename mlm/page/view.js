@@ -86,7 +86,8 @@ function show(changes, all = false) {
     drawStrip();
   }
   if (changed("article", "pinned", "over", "protocol", "rule", "against", "unit", "markup")) showWord();
-  if (changed("article") && view.pinned < 0) window.scrollTo(0, 0);
+  if (changed("article") && view.pinned < 0) { window.scrollTo(0, 0); windowMoved(); }
+  if (changed("article", "pinned", "protocol", "rule", "against", "unit", "markup", "table", "theme")) drawPlace();
   keepAddress();
 }
 

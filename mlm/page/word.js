@@ -37,7 +37,7 @@ function markWord() {
 
 function showWord() {
   const place = chosenPlace();
-  if (view.over < 0) { markWord(); drawPlace(); }
+  if (view.over < 0) markWord();
   drawMarks();
   showHits();
   const parts = place < 0 ? articleSummary() : wordSummary(place);
@@ -69,12 +69,13 @@ function articleSummary() {
 /** Words new to the article and words seen before: how many, and what they gain. */
 function noveltyRows() {
   const isNew = new Uint8Array(article().words), sums = [0, 0], counts = [0, 0];
+  const steps = gainSteps();
   for (const places of occurrences.values()) isNew[places[0]] = 1;
-  for (let place = 0; place < isNew.length; place++) {
-    sums[isNew[place]] += gainAt(place);
+  for (let place = 0; place < steps.length; place++) {
+    sums[isNew[place]] += steps[place];
     counts[isNew[place]] += 1;
   }
-  const row = (name, i) => [name, count(counts[i]), counts[i] ? change(sums[i] / counts[i], 3) : ""];
+  const row = (name, i) => [name, count(counts[i]), counts[i] ? change(sums[i] / data.scale / counts[i], 3) : ""];
   return [row("new to the article", 1), row("seen before", 0)];
 }
 

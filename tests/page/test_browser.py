@@ -185,7 +185,7 @@ def test_words_have_the_colours_of_the_pictures_and_gains_a_line(opened: Open, t
     gain_N = table.loss("static", "article") - table.loss("three_levels", "article")
     limit = colour_range(gain_N)
     shown = tab.evaluate(
-        "Array.from(document.querySelectorAll('.w')).filter((w) => w.style.length).slice(0, 80)"
+        "Array.from(document.querySelectorAll('.w')).filter((w) => w.shade).slice(0, 80)"
         ".map((w) => { const c = document.createElement('canvas').getContext('2d');"
         " c.fillStyle = getComputedStyle(w).backgroundColor; c.fillRect(0, 0, 1, 1);"
         " return [w.place, Array.from(c.getImageData(0, 0, 1, 1).data).slice(0, 3),"
