@@ -76,6 +76,7 @@ function openSettings(open) {
 function openSheet(open) {
   $("panel").classList.toggle("up", open);
   $("sheet").setAttribute("aria-expanded", String(open));
+  if (open && isShown(view.pinned)) bringIntoSight(view.pinned);
 }
 
 function onControls() {

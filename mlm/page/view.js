@@ -152,9 +152,8 @@ function chooseProtocol(protocol) {
 /** What the chosen rules and the protocol are, where their names stand. */
 function showMeaning() {
   const parts = [...new Set([view.rule, view.against])].map(ruleNamed).filter((rule) => rule.about);
-  const nodes = parts.flatMap((rule) => [make("b", {}, rule.label), `: ${rule.about}. `]);
-  if (PROTOCOL_MEANING[view.protocol]) nodes.push(make("b", {}, `protocol ${view.protocol}`), `: ${PROTOCOL_MEANING[view.protocol]}.`);
-  $("about").replaceChildren(...nodes);
+  $("about").replaceChildren(...parts.map((rule) => make("span", {}, make("b", {}, rule.label), `: ${rule.about}`)));
+  $("protocol-about").textContent = PROTOCOL_MEANING[view.protocol] || "";
 }
 
 function showNotices() {
