@@ -50,9 +50,7 @@ def passage_in_colours(
     ends = [_painted(f"{x:+g}", x, limit, colours) for x in (-limit, limit)]
     legend = Text(" to ").join(ends).append(" nats gained per word")
     system = "truecolor" if colours else None
-    console = Console(
-        file=io.StringIO(), width=width, color_system=system, force_terminal=colours
-    )
+    console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=colours)
     shown = [Text(head), Text(), *text.wrap(console, width), Text(), legend]
     with console.capture() as capture:
         for line in shown:

@@ -70,5 +70,5 @@ def test_lines_keep_within_the_width(letters: str):
 
 
 def test_a_passage_that_is_not_there_is_refused():
-    with pytest.raises(UserError, match="article 1 of .* has 6 words; it has no word 7: choose"):
+    with pytest.raises(UserError, match=r"article 1 of .* has 6 words; it has no word 7: choose"):
         shown(6)

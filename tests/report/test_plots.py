@@ -267,7 +267,9 @@ def test_the_word_picture_is_safe_for_any_word(tmp_path: Path):
 
 def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
-    with pytest.raises(UserError, match=r"article 2 of split 'valid' has 350 words; it has no word 351"):
+    with pytest.raises(
+        UserError, match=r"article 2 of split 'valid' has 350 words; it has no word 351"
+    ):
         word_picture(table, tmp_path, article=1, start=350, pair=("rms", "static"))
     paths = word_picture(table, tmp_path, article=1, start=340, pair=("rms", "static"))
     rows = read_csv(paths[-1])
