@@ -47,8 +47,11 @@ def passage_in_colours(
         f"{table.number(article)}. {drawable(table.title(article))}, from word {start + 1:,}: "
         f"{rule_label(pair[0])} against {rule_label(pair[1])}, protocol {protocol}"
     )
-    ends = [_painted(f"{x:+g}", x, limit, colours) for x in (-limit, limit)]
-    legend = Text(" to ").join(ends).append(" nats gained per word")
+    if colours:
+        ends = [_painted(f"{x:+g}", x, limit, colours) for x in (-limit, limit)]
+        legend = Text(" to ").join(ends).append(" nats gained per word")
+    else:
+        legend = Text(f"+ gained, - lost {UNDERLINED * limit:g} nats or more")
     system = "truecolor" if colours else None
     console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=colours)
     shown = [Text(head), Text(), *text.wrap(console, width), Text(), legend]

@@ -45,6 +45,7 @@ def test_without_colours_a_sign_says_the_same():
     plain = shown(colours=False)
     assert "\x1b" not in plain
     assert "good+ bad- same\n" in plain
+    assert plain.endswith("\n+ gained, - lost 0.5 nats or more")
 
 
 def test_control_characters_of_a_text_never_reach_the_terminal():
