@@ -164,6 +164,10 @@ CURES = {
     ),
     "--lm.init …: …": "The message ends with it.",
     "no learned rule can start as … does": "Start from a rule of this program.",
+    "--ngram-embeddings.contexts is …; they are learned by a language model that goes on from "
+    "another one (--lm.init), as usual or with --lm.through learned": (
+        "Name that run with `--lm.init`, or set the contexts to 0."
+    ),
     "… is …; …": "The message ends with what it must be.",
     "--learned-basis.words goes with --meta.learn rule only": "Use that.",
     "… goes with --meta.learn rule only": "Use that.",
