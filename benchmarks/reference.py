@@ -103,6 +103,8 @@ def _part(node: ast.expr) -> str:
 
 SAID = ("UserError", "DamagedFile", "DamagedCheckpoint", "note")
 """What messages are given to."""
+COLLECT = re.compile(r"problem|^_(types|numbers|values|stage_\d)$|^check_options$")
+"""Functions that collect what is said together, in one message."""
 
 
 ASKS = re.compile(
@@ -162,6 +164,16 @@ CURES = {
     ),
     "--lm.init …: …": "The message ends with it.",
     "no learned rule can start as … does": "Start from a rule of this program.",
+    "--ngram-embeddings.contexts is …; they are learned by a language model that goes on from "
+    "another one (--lm.init), as usual or with --lm.through learned": (
+        "Name that run with `--lm.init`, or set the contexts to 0."
+    ),
+    "… is …; …": "The message ends with what it must be.",
+    "--learned-basis.words goes with --meta.learn rule only": "Use that.",
+    "… goes with --meta.learn rule only": "Use that.",
+    "--meta.gradient is …; --intra-segment.on goes with reverse, checkpoint or forward": (
+        "Use one of these, or leave the extension out."
+    ),
     "… has no word in it; nothing to read": "Give a text with words.",
 }
 """What to do about messages that do not say so themselves."""
@@ -179,6 +191,21 @@ def messages(folder: Path) -> Iterator[tuple[Path, str]]:
                     if text is not None:
                         text = f"note: {text}" if name == "note" else text
                         yield file, " ".join(text.split())
+                case ast.FunctionDef(name=name) if COLLECT.search(name):
+                    for text in filter(None, map(_template, _collected(node))):
+                        yield file, " ".join(text.split())
+
+
+def _collected(function: ast.FunctionDef) -> Iterator[ast.expr]:
+    """What a function adds to a list, or returns in one."""
+    for node in ast.walk(function):
+        match node:
+            case ast.Call(ast.Attribute(_, "append"), [first]):
+                yield first
+            case ast.AugAssign(value=ast.List(several) | ast.Tuple(several)):
+                yield from several
+            case ast.Return(ast.List(several) | ast.Tuple(several)):
+                yield from several
 
 
 def errors_table(*folders: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One tiny run, trained once for the whole session, and the scripts as functions."""
+"""Tiny runs, trained once for the whole session, and the scripts as functions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import pytest
 import torch
+from shared import longest_first, made_once
 from tiny import tiny_config, write_corpus
 
 from mlm import kernels
@@ -33,6 +34,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # pytest was started in the background
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests that take longest come first."""
+    longest_first(items)
 
 
 class Outcome(NamedTuple):
@@ -110,15 +116,21 @@ class Finished(NamedTuple):
         return Path(shutil.copytree(self.folder, target))
 
 
+def _finished_config(home: Path) -> Config:
+    return tiny_config(home / "toy", home / "run")
+
+
+def _make_finished(home: Path) -> None:
+    write_corpus(home / "toy")
+    run_stages(_finished_config(home), quiet=True)
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Finished:
     """The tiny run: all four stages on the tiny corpus."""
-    home = tmp_path_factory.mktemp("finished")
-    corpus = write_corpus(home / "toy")
-    config = tiny_config(corpus, home / "run")
-    run_stages(config, quiet=True)
+    home = made_once(tmp_path_factory, worker_id, "finished", _make_finished)
     cached = sorted(file.name for file in (home / "cache").rglob("*.tokens"))
-    return Finished(config, home / "run", corpus, cached)
+    return Finished(_finished_config(home), home / "run", home / "toy", cached)
 
 
 @pytest.fixture
@@ -132,12 +144,7 @@ def contents() -> Callable[[Path], dict[str, bytes]]:
     return read
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
-    """A tiny trained model with every extension that learned rules read with."""
-    from mlm.reader import load
-
-    home = tmp_path_factory.mktemp("reader")
+def _make_model(home: Path) -> None:
     config = tiny_config(
         write_corpus(home / "toy"),
         home / "run",
@@ -157,4 +164,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TrainedModel:
         extensions__surprise_weighting__share=0.25,
     )
     run_stages(config, quiet=True)
-    return load(home / "run")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> TrainedModel:
+    """A tiny trained model with every extension that learned rules read with."""
+    from mlm.reader import load
+
+    return load(made_once(tmp_path_factory, worker_id, "reader", _make_model) / "run")

@@ -56,7 +56,8 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def changed(value: Any, what: list[tuple[str, int, Any]]) -> Any:
     """A JSON value with changes."""
     value = copy.deepcopy(value)
-    for how, where, new in copy.deepcopy(what):
+    for how, where, new in what:
+        new = copy.deepcopy(new)  # of its own: a list added to itself has no end
         found = places(value)
         if not found:
             return new

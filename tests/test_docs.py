@@ -12,7 +12,7 @@ import pytest
 from conftest import Command, Finished
 
 from benchmarks.readme import ROOT
-from benchmarks.reference import ASKS, CURES, messages
+from benchmarks.reference import ASKS, CURES, SAID, messages
 from mlm.cli.flags import settings_of
 from mlm.models.extension import Extension
 from mlm.settings.config import Config
@@ -118,6 +118,24 @@ def test_every_message_is_on_the_page_of_errors() -> None:
     read = {ROOT / path for marker in markers for path in marker.split()}
     raising = {file for file, _ in messages(ROOT / "mlm")}
     assert [f for f in raising if not read & {f, *f.parents}] == []
+
+
+def test_messages_of_settings_and_of_damage_are_collected() -> None:
+    found = {text for _, text in messages(ROOT / "mlm")}
+    assert "… names … twice; name each once" in found
+    assert "--learned-basis.words goes with --meta.learn rule only" in found
+    assert "… is damaged (…); delete it and run its stage again…" in found
+
+
+def test_no_message_is_made_where_nobody_collects_it() -> None:
+    """Its text stands where it is raised, or is a join of what functions of `COLLECT` found."""
+    for file in (ROOT / "mlm").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(ast.Name(name), [first, *_]) if name in SAID:
+                    text = ast.unparse(first)
+                    literal = isinstance(first, ast.Constant | ast.JoinedStr)
+                    assert literal or text.startswith("'; '.join("), (file, node.lineno)
 
 
 def test_every_message_says_what_to_do() -> None:

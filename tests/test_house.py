@@ -118,6 +118,7 @@ def test_tests_mirror_the_rooms() -> None:
         "package",
         "readme",
         "results",
+        "shared",
     }
     assert {path.stem.removeprefix("test_") for path in TESTS.glob("test_*.py")} <= about_all
 

@@ -57,9 +57,8 @@ RELEASED = tuple(
 
 
 class Installed(NamedTuple):
-    """A wheel and an environment of its own that holds nothing else."""
+    """An environment of its own that holds the wheel and nothing else."""
 
-    wheel: Path
     python: Path
     command: Path
 
@@ -78,13 +77,17 @@ class Installed(NamedTuple):
         return done.stdout if code == 0 else done.stderr
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel, built from a copy of the sources and installed; no network is needed.
+def pip(*words: object) -> None:
+    """Run pip, which asks nobody for anything."""
+    quiet = ("--disable-pip-version-check", "--no-cache-dir")
+    offline = ("--no-index", "--no-deps", "--quiet")
+    command = (sys.executable, "-m", "pip", *quiet, *words, *offline)
+    subprocess.run([str(word) for word in command], check=True)
 
-    The environment sees the libraries of this one, but none of its path files, which might lead
-    to the checkout.
-    """
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the sources; no network is needed."""
     home = tmp_path_factory.mktemp("package")
     source = home / "source"
     for name in ("mlm", "tests", "benchmarks", "examples", "data"):
@@ -95,25 +98,30 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     for name in (*RELEASED, "mlm/released/stand-in/losses.parquet"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text("{}", encoding="utf-8")
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir")
-    offline = ("--no-index", "--no-deps", "--quiet")
-    build = ("wheel", source, "--no-build-isolation", "--wheel-dir", home, *offline)
-    subprocess.run([*pip, *build], check=True)
-    (wheel,) = home.glob("*.whl")
+    pip("wheel", source, "--no-build-isolation", "--wheel-dir", home)
+    (made,) = home.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path) -> Installed:
+    """It sees the libraries of this environment, but none of its path files, which might lead to
+    the checkout."""
+    home = wheel.parent
     venv.create(home / "venv", with_pip=False)
     python = home / "venv" / "bin" / "python"
-    subprocess.run([*pip, "--python", python, "install", wheel, *offline], check=True)
+    pip("--python", python, "install", wheel)
     (packages,) = (home / "venv" / "lib").glob("*/site-packages")
     (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    return Installed(wheel, python, python.with_name("mlm"))
+    return Installed(python, python.with_name("mlm"))
 
 
-def test_wheel_holds_the_package(installed: Installed) -> None:
+def test_wheel_holds_the_package(wheel: Path) -> None:
     """Every file of mlm/, the mark of types and the licence; nothing else of the project.
 
     Of released models what reading needs.
     """
-    with zipfile.ZipFile(installed.wheel) as archive:
+    with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
         about = {name.partition(".dist-info/")[2] for name in archive.namelist()}
     files = (path.relative_to(ROOT) for path in (ROOT / "mlm").rglob("*") if path.is_file())
@@ -121,7 +129,7 @@ def test_wheel_holds_the_package(installed: Installed) -> None:
     assert found == expected | set(RELEASED)
     assert {"mlm/py.typed", "mlm/cli/train.py", "mlm/__main__.py"} <= found
     assert "licenses/LICENSE" in about
-    assert f"mlm-{mlm.__version__}-" in installed.wheel.name
+    assert f"mlm-{mlm.__version__}-" in wheel.name
 
 
 @pytest.mark.slow

@@ -60,12 +60,18 @@ def corpus_text(articles: int, seed: int, sentences: int = 24) -> str:
 
 
 def write_corpus(
-    folder: Path, train: int = 12, valid: int = 4, test: int = 4, seed: int = 0
+    folder: Path,
+    train: int = 12,
+    valid: int = 4,
+    test: int = 4,
+    seed: int = 0,
+    sentences: int = 24,
 ) -> Path:
-    """Write `train.txt`, `valid.txt` and `test.txt`; return the folder."""
+    """Write `train.txt`, `valid.txt` and `test.txt` of so many articles; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for k, (split, number) in enumerate({"train": train, "valid": valid, "test": test}.items()):
-        (folder / f"{split}.txt").write_text(corpus_text(number, 10 * seed + k), encoding="utf-8")
+        text = corpus_text(number, 10 * seed + k, sentences)
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8")
     return folder
 
 

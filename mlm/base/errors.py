@@ -181,6 +181,24 @@ def _run(main: Callable[[], None]) -> None:
             message = f"cannot use{where}: {error.strerror}. Check the path and its permissions"
         _tell(f"error: {message}")
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200] or "no more can be had"
+        _tell(
+            f"error: out of memory ({said}). Use fewer lanes (--lanes, --meta.lanes, "
+            "--evaluation.lanes), a smaller model, or a machine with more memory; everything saved "
+            "so far is kept"
+        )
+        raise SystemExit(1) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether numpy or PyTorch, on the CPU or on a GPU (`torch.OutOfMemoryError`), got none."""
+    text = f"{type(error).__name__} {error}"
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("OutOfMemoryError", "can't allocate memory")
+    )
 
 
 def _tell(line: str) -> None:

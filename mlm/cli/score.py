@@ -221,6 +221,32 @@ def _writers(
     return found
 
 
+def lanes_that_fit(model: TrainedModel, rules: Sequence[str], lanes: int) -> int:
+    """As many of `lanes` as there is memory for; a note if these are fewer.
+
+    A lane of a rule has its weights, and what the rule remembers, four times (before, after, spare,
+    reset), and their gradient.
+    """
+    from mlm.base.terminal import note
+    from mlm.stages.machine import SHARE, free_bytes
+
+    each, free = 0.0, None
+    for rule in rules:
+        base, bound, *_ = model.ready(rule, "article")
+        if bound is not None:
+            start = base.start()
+            each += sum(w.nbytes for w in start.values())
+            each += 4 * sum(w.nbytes for w in bound.start().values())
+            free = free_bytes(next(iter(start.values())).device)
+    found = lanes if free is None else min(lanes, max(1, int(SHARE * free / each)))
+    if found < lanes:
+        note(
+            f"{found} documents side by side instead of {lanes}, which need more than three "
+            "quarters of the free memory; results are the same"
+        )
+    return found
+
+
 class Reading:
     """Documents on their way through a model: one after the other, or side by side.
 
@@ -294,7 +320,8 @@ class Reading:
         if not self._held:
             return
         texts, self._held = self._held, []
-        lanes = min(self.options.lanes, len(texts))
+        rules = [self.how["rule"], *self.how["also"]]
+        lanes = lanes_that_fit(self.model, rules, min(self.options.lanes, len(texts)))
         self._write(self.model.score_many(texts, lanes=lanes, form=self._form, **self.how))
         self._documents += len(texts)
         self.bar.update(sum(len(text.encode()) for text in texts))

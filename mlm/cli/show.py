@@ -26,13 +26,13 @@ class Options:
     """The split to show; by default `valid`, else the first that was evaluated."""
     articles: int = 8
     """How many successive articles figure 2 shows."""
-    first: int = 0
-    """The place of figure 2's first article in the split, counted from 0."""
+    first: int = 1
+    """The number of figure 2's first article, counted from 1 as on the page."""
     protocol: Literal["article", "stream"] | None = None
     """The protocol to show; by default `stream` in figure 2, `article` in pictures of words."""
     passage: tuple[int, int] | None = None
-    """An article's index and a word's position, counted from 0: draw the text from there, for
-    papers."""
+    """The numbers of an article and of a word in it, counted from 1 as on the page: draw the text
+    from there, for papers."""
     rule: str | None = None
     """The rule to show in figure 2, in pictures of words and in the terminal; by default the best
     learned one."""
@@ -90,15 +90,11 @@ def _passage(options: Options) -> str:
             f"--protocol {protocol}: it was not measured on split {table.split!r}; present: "
             f"{', '.join(present)}"
         )
-    if not 0 <= options.first < len(table.articles):
-        raise UserError(
-            f"--first {options.first}: there are {len(table.articles)} articles; choose one of them"
-        )
-    article, start = options.passage or (table.articles[options.first], 0)
+    number, word = options.passage or (options.first, 1)
     return passage_in_colours(
         table,
-        article,
-        start,
+        table.numbered(number),
+        word - 1,
         pair=compared(table, protocol, (options.rule, options.against)),
         protocol=protocol,
         width=min(100, shutil.get_terminal_size().columns),

@@ -17,17 +17,15 @@ function addAxis(chart, frame, steps, y, digits = null) {
   }
 }
 
-/** The word's loss at every occurrence, under both rules of the pair. */
+/** The word's loss at every occurrence, under both rules of the pair: a key and a chart. */
 function occurrenceChart(all, at) {
-  const frame = { left: 30, right: 316, top: 20, bottom: 118 };
+  const frame = { left: 30, right: 316, top: 8, bottom: 118 };
   const names = [...new Set([view.against, view.rule])];
   const series = names.map((name) => all.map((place) => inUnit(lossAt(name, place))));
   const high = Math.max(0.1, ...series.map((values) => values.reduce((a, b) => Math.max(a, b), 0)));
   const x = (i) => frame.left + 8 + (frame.right - frame.left - 16) * (all.length === 1 ? 0.5 : i / (all.length - 1));
   const steps = axisSteps(0, high * 1.04), y = (v) => frame.bottom - (frame.bottom - frame.top) * v / (high * 1.04);
   const chart = makeSvg("svg", { class: "chart", viewBox: "0 0 322 146", role: "img", "aria-label": occurrenceLabel(all, series, names) });
-  chart.append(makeSvg("text", { x: 2, y: 10 }, `loss, ${view.unit}`));
-  addKey(chart, names, frame.right);
   addAxis(chart, frame, steps, y);
   chart.append(makeSvg("line", { x1: x(at), x2: x(at), y1: frame.top, y2: frame.bottom, stroke: "var(--focus)", "stroke-width": 1.5 }));
   for (const [i, name] of names.entries()) addSeries(chart, series[i].map((v, k) => [x(k), y(v)]), name, at);
@@ -39,7 +37,17 @@ function occurrenceChart(all, at) {
     pin(all[Math.max(0, Math.min(all.length - 1, Math.round(share * (all.length - 1))))]);
   });
   chart.style.cursor = "pointer";
-  return chart;
+  return [keyOf(names), chart];
+}
+
+/** What the axis measures, and the line of each rule. */
+function keyOf(names) {
+  const rules = names.map((name) => {
+    const line = make("i", name === view.rule ? { class: "bold" } : {});
+    line.style.borderColor = lineColour(name);
+    return make("span", {}, line, ruleNamed(name).label);
+  });
+  return make("div", { class: "key", "aria-hidden": "true" }, make("span", {}, `loss, ${view.unit}`), make("div", {}, ...rules));
 }
 
 function occurrenceLabel(all, series, names) {
@@ -50,16 +58,6 @@ function occurrenceLabel(all, series, names) {
 /** A colour of a rule that can be seen on both papers. */
 function lineColour(name) {
   return name === "static" || ruleNamed(name).colour === "#000000" ? "var(--ink)" : `color-mix(in srgb, ${ruleNamed(name).colour} var(--rule-share), white)`;
-}
-
-function addKey(chart, names, right) {
-  let end = right;
-  for (const name of names) {
-    const text = makeSvg("text", { x: end, y: 10, "text-anchor": "end" }, ruleNamed(name).label);
-    const width = ruleNamed(name).label.length * 5.6;
-    chart.append(text, makeSvg("line", { x1: end - width - 18, x2: end - width - 5, y1: 6.5, y2: 6.5, stroke: lineColour(name), "stroke-width": name === view.rule ? 3 : 1.6 }));
-    end -= width + 28;
-  }
 }
 
 function addSeries(chart, points, name, at) {
@@ -115,9 +113,8 @@ function drawCurve() {
   chart.append(makeSvg("line", { id: "curve-here", y1: CURVE.top, y2: CURVE.bottom, stroke: "var(--focus)", "stroke-width": 1.5 }));
   $("curve").replaceChildren(chart);
   const width = Math.max(10, Math.ceil(article().words / 80));
-  $("curve-note").textContent = `${view.unit} per word gained over ${ruleNamed(view.against).label}, mean of about ${count(Math.min(article().words, width * SMOOTHED))} words. The line is where you are.`;
+  $("curve-note").textContent = `Over ${ruleNamed(view.against).label}, means of about ${count(Math.min(article().words, width * SMOOTHED))} words. The line is where you are.`;
   drawCurveKey(names);
-  drawPlace();
 }
 
 function addCurve(chart, points, name, y) {

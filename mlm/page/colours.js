@@ -39,15 +39,27 @@ function withinRange() {
   return withinSteps[Math.min(65535, Math.floor(limit * data.scale + 1e-6))] / words.length;
 }
 
-/** Give a word's element the colour and the line of its gain. */
+const SHADES = 100; // of each colour: finer than screens show
+
+/** A class for every shade: words of one shade share their style, which is quick to work out. */
+function makeShades() {
+  const sheet = new CSSStyleSheet(), rules = [];
+  for (const [letter, end] of [["b", "--better"], ["r", "--worse"]]) {
+    for (let i = 1; i <= SHADES; i++) rules.push(`.${letter}${i} { background-color: color-mix(in srgb, var(${end}) ${100 * i / SHADES}%, var(--paper)); }`);
+  }
+  sheet.replaceSync(rules.join(""));
+  document.adoptedStyleSheets = [sheet];
+}
+
+/** Give a word's element the colour of its gain, and a line where that is large. */
 function colourWord(node, gain) {
-  const kind = gain > 0 ? "gain" : gain < 0 ? "loss" : "";
+  const shade = gain === 0 ? 0 : Math.max(1, Math.round(SHADES * share(gain, limit)));
   const large = Math.abs(gain) >= limit * data.underlined;
-  node.style.setProperty("--s", share(gain, limit).toFixed(3));
-  node.classList.toggle("gain", kind === "gain");
-  node.classList.toggle("loss", kind === "loss");
-  node.classList.toggle("line", large && kind === "gain");
-  node.classList.toggle("lose", large && kind === "loss");
+  const names = (gain > 0 ? "b" : "r") + shade + (!large ? "" : gain > 0 ? " line" : " lose");
+  if (names === node.shade) return;
+  if (node.shade) node.classList.remove(...node.shade.split(" "));
+  node.classList.add(...names.split(" "));
+  node.shade = names;
 }
 
 /** The same colour as numbers, for what is drawn: [red, green, blue]. */

@@ -4,16 +4,24 @@ const $ = (id) => document.getElementById(id);
 const data = JSON.parse($("data").textContent);
 const BITS = Math.LOG2E; // bits in a nat
 
+/** Numbers from base64, by the browser itself where it can. */
 function unpack(text, Kind) {
+  if (Uint8Array.fromBase64) return new Kind(Uint8Array.fromBase64(text).buffer);
   const signs = atob(text), bytes = new Uint8Array(signs.length);
   for (let i = 0; i < signs.length; i++) bytes[i] = signs.charCodeAt(i);
   return new Kind(bytes.buffer);
 }
 
+/** A rule whose losses are unpacked when they are first asked for. */
+function unpackedLate(rule) {
+  let losses = null;
+  return { ...rule, get losses() { return (losses ??= unpack(rule.losses, Uint16Array)); } };
+}
+
 const words = unpack(data.words, Uint32Array); // numbers in data.vocabulary
 const protocols = new Map(data.protocols.map((protocol) => [protocol.name, {
   pairs: protocol.pairs,
-  rules: new Map(protocol.rules.map((rule) => [rule.name, { ...rule, losses: unpack(rule.losses, Uint16Array) }])),
+  rules: new Map(protocol.rules.map((rule) => [rule.name, unpackedLate(rule)])),
 }]));
 const PROTOCOL_MEANING = {
   article: "weights start anew at each article",
@@ -54,9 +62,8 @@ function countOccurrences() {
   occurrences = new Map();
   const { start, words: length } = article();
   for (let place = 0; place < length; place++) {
-    const word = words[start + place];
-    if (!occurrences.has(word)) occurrences.set(word, []);
-    occurrences.get(word).push(place);
+    const word = words[start + place], places = occurrences.get(word);
+    if (places) places.push(place); else occurrences.set(word, [place]);
   }
 }
 
@@ -84,11 +91,19 @@ function gainAt(place) {
   return (other[row] - mine[row]) / data.scale;
 }
 
+/** The same for every word of the article, in steps of 1 / data.scale nats. */
+function gainSteps() {
+  const { start, words: length } = article(), steps = new Int32Array(length);
+  const high = other, low = mine; // local: read 300,000 times
+  for (let place = 0; place < length; place++) steps[place] = high[start + place] - low[start + place];
+  return steps;
+}
+
 /** Nats gained in all by a rule on some rows of the file. */
 function gainOf(name, from, to) {
-  const losses = ruleNamed(name).losses;
+  const losses = ruleNamed(name).losses, against = other;
   let sum = 0;
-  for (let row = from; row < to; row++) sum += other[row] - losses[row];
+  for (let row = from; row < to; row++) sum += against[row] - losses[row];
   return sum / data.scale;
 }
 

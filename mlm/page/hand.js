@@ -51,7 +51,7 @@ function onArrow(event) {
   const inText = $("text").contains(event.target);
   if (!inText && (view.pinned < 0 || event.target.closest("#panel, #top"))) return;
   event.preventDefault();
-  if (!isShown(view.pinned)) { pin(nextShown(placesInWindow()[0], 1)); return; }
+  if (!isShown(view.pinned)) { windowMoved(); pin(nextShown(placesInWindow()[0], 1)); return; }
   const step = event.key === "ArrowRight" || event.key === "ArrowDown" ? 1 : -1;
   const across = event.key === "ArrowRight" || event.key === "ArrowLeft";
   pin(across ? nextShown(view.pinned + step, step) : onNextLine(view.pinned, step));
@@ -71,12 +71,12 @@ function openSettings(open) {
   $("settings").hidden = !open;
   document.body.classList.toggle("open", open);
   $("settings-button").setAttribute("aria-expanded", String(open));
-  measure();
 }
 
 function openSheet(open) {
   $("panel").classList.toggle("up", open);
   $("sheet").setAttribute("aria-expanded", String(open));
+  if (open && isShown(view.pinned)) bringIntoSight(view.pinned);
 }
 
 function onControls() {
@@ -110,10 +110,12 @@ function onControls() {
 /** The panel stays below the header, however high that is. */
 function measure() {
   document.documentElement.style.setProperty("--head", $("top").offsetHeight + "px");
+  onScroll();
 }
 
 let waiting = false;
 function onScroll() {
+  windowMoved();
   if (waiting) return;
   waiting = true;
   requestAnimationFrame(() => { waiting = false; drawPlace(); });
@@ -122,7 +124,8 @@ function onScroll() {
 function onWindow() {
   document.addEventListener("keydown", onKey);
   window.addEventListener("scroll", onScroll, { passive: true });
-  window.addEventListener("resize", () => { measure(); onScroll(); });
+  window.addEventListener("resize", onScroll);
+  new ResizeObserver(measure).observe($("top"));
   window.addEventListener("hashchange", () => { if (location.hash !== addressOf()) { show(viewOf(location.hash)); showControls(); if (view.pinned >= 0) pin(view.pinned); } });
   window.addEventListener("beforeprint", paintAll);
   systemDark.addEventListener("change", () => { setTheme(); drawStrip(); });
@@ -130,14 +133,13 @@ function onWindow() {
 
 /** The first drawing: everything changes from nothing. */
 function begin() {
+  makeShades();
   fill($("article"), data.articles.map((a, i) => [String(i), `${a.letter}. ${a.title} (${count(a.of)} words)`]), "0");
   onPointer();
   onControls();
   onWindow();
   const first = viewOf(location.hash);
   show({ ...first, pinned: -1 }, true);
-  measure();
-  drawPlace();
   if (first.pinned >= 0) pin(first.pinned);
 }
 begin();

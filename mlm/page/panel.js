@@ -5,20 +5,23 @@ let extremes = { gain: [], loss: [] }; // places, the largest first
 
 /** The words on show that gain and lose most. */
 function findExtremes() {
-  const gains = Float32Array.from(blockAt, (block, place) => (block < 0 ? 0 : gainAt(place)));
-  extremes = { gain: largest(gains, 1), loss: largest(gains, -1) };
+  const steps = gainSteps();
+  for (let place = 0; place < steps.length; place++) if (blockAt[place] < 0) steps[place] = 0;
+  extremes = { gain: largest(steps, 1), loss: largest(steps, -1) };
 }
 
-/** Places of the largest values times `sign`, in order, as far as they are above 0.005. */
-function largest(values, sign) {
+/** Places of the largest values times `sign`, in order, as far as they are above 0.005 nats. */
+function largest(steps, sign) {
   const found = [];
-  for (let place = 0; place < values.length; place++) {
-    const value = sign * values[place];
-    if (value <= 0.005 || (found.length === LARGEST && value <= sign * values[found[LARGEST - 1]])) continue;
+  let least = 0.005 * data.scale; // what the next one must exceed
+  for (let place = 0; place < steps.length; place++) {
+    const value = sign * steps[place];
+    if (value <= least) continue;
     let at = found.length;
-    while (at > 0 && sign * values[found[at - 1]] < value) at--;
+    while (at > 0 && sign * steps[found[at - 1]] < value) at--;
     found.splice(at, 0, place);
     found.length = Math.min(found.length, LARGEST);
+    if (found.length === LARGEST) least = sign * steps[found[LARGEST - 1]];
   }
   return found;
 }
@@ -112,8 +115,8 @@ function tablePager(pages, from, to) {
     node.addEventListener("click", () => {
       tablePage = page;
       showTable();
-      drawPlace();
       window.scrollTo(0, 0);
+      drawPlace();
       for (const other of $("table").querySelectorAll("button")) if (other.textContent === label && !other.disabled) other.focus();
     });
     return node;

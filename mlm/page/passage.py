@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from mlm.base.errors import UserError
+import io
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
 from mlm.base.names import EOS, rule_label
 from mlm.report.drawing import drawable
 from mlm.report.losses import LossTable
-from mlm.report.word_picture import UNDERLINED, colour_range, word_colour
-
-_RESET = "\x1b[0m"
+from mlm.report.word_picture import UNDERLINED, colour_range, passage_rows, word_colour
 
 
 def passage_in_colours(
@@ -22,52 +25,48 @@ def passage_in_colours(
     width: int = 80,
     colours: bool = True,
 ) -> str:
-    """Return `words` words of an article from position `start`, ready to print.
+    """Return `words` words of the article with index `article` from position `start` (from 0),
+    ready to print.
 
     Blue and underlined: `pair[0]` predicts the word better than `pair[1]`; red: worse. The range is
     that of the whole split. Without `colours`, `+` and `-` behind a word say the same of large
     gains and losses. Lines have `width` columns. Raises `UserError` if the article has no such
     words or a rule was not measured.
     """
-    rows = table.rows(article)
-    length = rows.stop - rows.start
-    if not 0 <= start < length:
-        raise UserError(
-            f"article {article} has {length:,} words; it has no word {start}; choose one before"
-        )
+    here = passage_rows(table, article, start, words)
     gain_N = table.loss(pair[1], protocol) - table.loss(pair[0], protocol)
     limit = colour_range(gain_N)
-    here = range(rows.start + start, min(rows.start + start + words, rows.stop))
-    lines, used = [""], 0
-    for row in here:
-        word = str(table.word_N[row])
-        if word == EOS:
-            if lines[-1]:
-                lines.append("")
-            used = 0
-            continue
-        shown, columns = _painted(drawable(word), float(gain_N[row]), limit, colours)
-        if used and used + columns + 1 > width:
-            lines.append("")
-            used = 0
-        lines[-1] += " " * bool(used) + shown
-        used += columns + bool(used)
+    text = Text()
+    for word, gain in zip(table.word_N[here], gain_N[here], strict=True):
+        ends_line = word == EOS
+        if text.plain and not text.plain.endswith("\n"):
+            text.append("\n" if ends_line else " ")
+        if not ends_line:
+            text.append_text(_painted(drawable(str(word)), float(gain), limit, colours))
     head = (
-        f"{drawable(table.title(article))}, from word {start + 1:,}: {rule_label(pair[0])} against "
-        f"{rule_label(pair[1])}, protocol {protocol}"
+        f"{table.number(article)}. {drawable(table.title(article))}, from word {start + 1:,}: "
+        f"{rule_label(pair[0])} against {rule_label(pair[1])}, protocol {protocol}"
     )
-    ends = [
-        _painted(f"{sign}{limit:g}", float(f"{sign}{limit}"), limit, colours)[0] for sign in "-+"
-    ]
-    return "\n".join([head, "", *lines, "", f"{ends[0]} to {ends[1]} nats gained per word"])
+    if colours:
+        ends = [_painted(f"{x:+g}", x, limit, colours) for x in (-limit, limit)]
+        legend = Text(" to ").join(ends).append(" nats gained per word")
+    else:
+        legend = Text(f"+ gained, - lost {UNDERLINED * limit:g} nats or more")
+    system = "truecolor" if colours else None
+    console = Console(file=io.StringIO(), width=width, color_system=system, force_terminal=colours)
+    shown = [Text(head), Text(), *text.wrap(console, width), Text(), legend]
+    with console.capture() as capture:
+        for line in shown:
+            line.rstrip()
+            console.print(line, soft_wrap=True)
+    return capture.get().rstrip("\n")
 
 
-def _painted(word: str, gain: float, limit: float, colours: bool) -> tuple[str, int]:
-    """The word with its colour, and how many columns it takes."""
+def _painted(word: str, gain: float, limit: float, colours: bool) -> Text:
+    """The word in its colour, or with its sign."""
     large = abs(gain) >= UNDERLINED * limit
     if not colours:
-        shown = word + ("+" if gain > 0 else "-") * large
-        return shown, len(shown)
+        return Text(word + ("+" if gain > 0 else "-") * large)
     red, green, blue = (round(255 * part) for part in word_colour(gain, limit))
-    line = ";4" if large and gain > 0 else ""
-    return f"\x1b[38;2;0;0;0;48;2;{red};{green};{blue}{line}m{word}{_RESET}", len(word)
+    line = large and gain > 0
+    return Text(word, Style(color="#000000", bgcolor=f"rgb({red},{green},{blue})", underline=line))

@@ -50,6 +50,7 @@ function download(blob, ending) {
 
 /** What the window shows of the text, as rectangles, lines and words to draw. */
 function sceneOf() {
+  windowMoved();
   const [from, to] = placesInWindow(), frame = $("text").getBoundingClientRect();
   const top = spanAt(from).getBoundingClientRect().top, shapes = [], dark = isDark();
   const head = 58, pad = 24, ink = dark ? "#e9eaee" : "#1b1c1f", word = dark ? "#ffffff" : "#000000";

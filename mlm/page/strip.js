@@ -83,6 +83,7 @@ function goTo(place) {
   const near = nearestShown(at);
   sought = at;
   if (near >= 0) spanAt(near).scrollIntoView({ block: "center" });
+  windowMoved();
   drawPlace();
 }
 

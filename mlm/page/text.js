@@ -21,6 +21,7 @@ function linesOf({ words: length }) {
 
 /** The level of a heading line ` = = X = = `; 0 for any other line. */
 function headingLevel(line) {
+  if (spelled(wordAt(line[0])) !== "=") return 0;
   const text = line.map((place) => spelled(wordAt(place))).filter((word) => word !== "↵");
   if (text.length < 3) return 0;
   let level = 0;
@@ -57,6 +58,7 @@ function layText() {
   }
   $("text").replaceChildren(...nodes);
   for (const block of blocks) watcher.observe(block.node);
+  windowMoved();
   const missing = article().of - article().words;
   if (missing > 0) $("text").append(make("p", {}, `… cut here: ${count(missing)} further words of this article are not in this file.`));
   $("hidden-note").textContent = view.markup ? "" : "Not shown, though every loss counts: line ends, and the = of headings. Settings show them.";
@@ -154,8 +156,18 @@ function onNextLine(place, step) {
   return best;
 }
 
-/** The first and the last place that the window shows. */
+let inWindow = null; // what `placesInWindow` found; null = text or window have moved since
+
+function windowMoved() {
+  inWindow = null;
+}
+
+/** The first and the last place that the window shows. Found once, because it waits for a layout. */
 function placesInWindow() {
+  return (inWindow ??= findInWindow());
+}
+
+function findInWindow() {
   const top = $("top").getBoundingClientRect().bottom, bottom = window.innerHeight;
   const first = firstBlock((box) => box.bottom > top), after = firstBlock((box) => box.top >= bottom);
   if (first >= blocks.length) return [blockAt.length - 1, blockAt.length - 1];

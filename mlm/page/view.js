@@ -86,7 +86,8 @@ function show(changes, all = false) {
     drawStrip();
   }
   if (changed("article", "pinned", "over", "protocol", "rule", "against", "unit", "markup")) showWord();
-  if (changed("article") && view.pinned < 0) window.scrollTo(0, 0);
+  if (changed("article") && view.pinned < 0) { window.scrollTo(0, 0); windowMoved(); }
+  if (changed("article", "pinned", "protocol", "rule", "against", "unit", "markup", "table", "theme")) drawPlace();
   keepAddress();
 }
 
@@ -151,9 +152,8 @@ function chooseProtocol(protocol) {
 /** What the chosen rules and the protocol are, where their names stand. */
 function showMeaning() {
   const parts = [...new Set([view.rule, view.against])].map(ruleNamed).filter((rule) => rule.about);
-  const nodes = parts.flatMap((rule) => [make("b", {}, rule.label), `: ${rule.about}. `]);
-  if (PROTOCOL_MEANING[view.protocol]) nodes.push(make("b", {}, `protocol ${view.protocol}`), `: ${PROTOCOL_MEANING[view.protocol]}.`);
-  $("about").replaceChildren(...nodes);
+  $("about").replaceChildren(...parts.map((rule) => make("span", {}, make("b", {}, rule.label), `: ${rule.about}`)));
+  $("protocol-about").textContent = PROTOCOL_MEANING[view.protocol] || "";
 }
 
 function showNotices() {

@@ -6,10 +6,16 @@ const chosenPlace = () => (view.over >= 0 ? view.over : view.pinned);
 function pin(place) {
   if (!isShown(place)) return;
   show({ pinned: place, over: -1 });
+  bringIntoSight(place);
+  $("aloud").textContent = toldAloud(place);
+}
+
+/** Scroll if the header, the window's end or the sheet of a phone hides a word. */
+function bringIntoSight(place) {
   const box = spanAt(place).getBoundingClientRect(), top = $("top").getBoundingClientRect().bottom;
   const low = window.innerHeight - (isPhone() ? $("panel").offsetHeight : 0);
-  if (box.top < top + 10 || box.bottom > low - 10) spanAt(place).scrollIntoView({ block: "center" });
-  $("aloud").textContent = toldAloud(place);
+  if (box.top >= top + 10 && box.bottom <= low - 10) return;
+  window.scrollBy(0, (box.top + box.bottom) / 2 - (top + low) / 2);
 }
 
 function unpin() {
@@ -37,7 +43,7 @@ function markWord() {
 
 function showWord() {
   const place = chosenPlace();
-  if (view.over < 0) { markWord(); drawPlace(); }
+  if (view.over < 0) markWord();
   drawMarks();
   showHits();
   const parts = place < 0 ? articleSummary() : wordSummary(place);
@@ -69,12 +75,13 @@ function articleSummary() {
 /** Words new to the article and words seen before: how many, and what they gain. */
 function noveltyRows() {
   const isNew = new Uint8Array(article().words), sums = [0, 0], counts = [0, 0];
+  const steps = gainSteps();
   for (const places of occurrences.values()) isNew[places[0]] = 1;
-  for (let place = 0; place < isNew.length; place++) {
-    sums[isNew[place]] += gainAt(place);
+  for (let place = 0; place < steps.length; place++) {
+    sums[isNew[place]] += steps[place];
     counts[isNew[place]] += 1;
   }
-  const row = (name, i) => [name, count(counts[i]), counts[i] ? change(sums[i] / counts[i], 3) : ""];
+  const row = (name, i) => [name, count(counts[i]), counts[i] ? change(sums[i] / data.scale / counts[i], 3) : ""];
   return [row("new to the article", 1), row("seen before", 0)];
 }
 
@@ -114,7 +121,7 @@ function wordSummary(place) {
     make("p", { class: "place" }, `word ${count(place + 1)} of ${count(article().words)} · ${times}`),
     make("p", { class: "lead" }, make("b", {}, `${change(gain)} ${view.unit}`), `: ${timesLikely(gain)} under ${ruleNamed(view.rule).label} ${Math.abs(gain) < 0.005 || gain > 0 ? "as" : "than"} under ${ruleNamed(view.against).label}`),
   ];
-  if (all.length > 1) parts.push(occurrenceChart(all, at), occurrenceSteps(all, at));
+  if (all.length > 1) parts.push(...occurrenceChart(all, at), occurrenceSteps(all, at));
   parts.push(make("h3", {}, "Losses, all rules"), tableOf(["", view.unit, "gained"], rows, bold));
   return [...parts, ...expected(article().start + place)];
 }

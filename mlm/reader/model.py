@@ -167,7 +167,7 @@ class TrainedModel(HubModel):
         names, about = self._asked(rule, also, protocol, form, stats)
         tracks = {c: self.track(name, protocol, 1) for c, name in names.items()}
         if memory is not None:
-            self._remember(Path(memory), tracks, about)
+            self._remember(Path(memory), tracks, names, about)
         of = schema(list(names.values()), stats, about)
         return DocumentReader(
             tracks,
@@ -288,7 +288,14 @@ class TrainedModel(HubModel):
             starts = torch.from_numpy(self.vocabulary.starts_word).to(self._run.device)
             return Track(own, cache, starts)
 
-    def _remember(self, path: Path, tracks: Mapping[str, Track], about: dict[str, Any]) -> None:
+    def _remember(
+        self,
+        path: Path,
+        tracks: Mapping[str, Track],
+        names: Mapping[str, str],
+        about: dict[str, Any],
+    ) -> None:
+        """Let the rules of these `names` begin with what a file holds of their columns."""
         tensors, found = load_tensors(path, "give a file that a reader has saved")
         of = found.get("memory")
         if not isinstance(of, dict):
@@ -296,12 +303,18 @@ class TrainedModel(HubModel):
         if of.get("vocabulary") != about["vocabulary"]:
             raise UserError(f"{path} was saved with another model ({of.get('model')})")
         for name, track in tracks.items():
-            own = {n.removeprefix(f"{name}/"): t for n, t in tensors.items() if f"{name}/" in n}
             rule = of.get("rule") if name == MAIN else None
             if rule is not None and rule != about["rule"]:
                 raise UserError(
                     f"{path} holds what rule {rule} learned, but the rule asked for is "
                     f"{about['rule']}; ask for {rule}"
+                )
+            start = f"{name}/"
+            own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+            if not own and names[name].removesuffix(CACHE) != STATIC:
+                raise UserError(
+                    f"{path} holds nothing that rule {names[name]} learned; leave it out, or "
+                    "save a memory with it"
                 )
             track.remember(own)
 

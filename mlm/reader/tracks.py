@@ -146,11 +146,14 @@ class Track:
         if isinstance(self.fresh, StaticLanes):
             return
         like = self.fresh.reader
-        missing = like.tensors().keys() - tensors.keys()
-        odd = [n for n, w in like.weights.items() if tensors[f"weights/{n}"].shape != w.shape]
-        if missing or odd:
+        odd = sorted(like.tensors().keys() - tensors.keys())
+        for name, weights in () if odd else like.weights.items():
+            found = tensors[f"weights/{name}"]
+            if (found.shape, found.dtype) != (weights.shape, weights.dtype):
+                odd.append(name)
+        if odd:
             raise UserError(
-                f"the memory does not fit this rule ({', '.join(sorted(missing) or odd)}); load it "
+                f"the memory does not fit this rule ({', '.join(odd)}); load it "
                 "with the model and the rule that it was saved with"
             )
         self.fresh.begin(like.of(tensors))

@@ -153,13 +153,14 @@ def figure2(
     folder: Path,
     *,
     articles: int = 8,
-    first: int = 0,
+    first: int = 1,
     protocol: str | None = None,
     pair: tuple[str | None, str | None] = (None, None),
     suffix: str = "",
     look: Look = PAPER,
 ) -> list[Path]:
-    """Draw the gain over `articles` successive articles; return the paths written.
+    """Draw the gain over `articles` successive articles from number `first`, counted from 1;
+    return the paths written.
 
     Panels are those of `panels_of`, under an upper one's words. One dot of the first rule per 200
     words, a triangle at the edge for one outside the axes; lines are centred moving averages of 8
@@ -173,12 +174,8 @@ def figure2(
             f"{table.source}: protocol {protocol!r} was not measured on split {table.split!r}; "
             f"present: {', '.join(present)}"
         )
-    chosen = table.articles[first : first + articles]
-    if not chosen or first < 0:
-        raise UserError(
-            f"no article to draw: {articles} articles from number {first} of the "
-            f"{len(table.articles)} in split {table.split!r}; choose others"
-        )
+    start = table.articles.index(table.numbered(first))
+    chosen = table.articles[start : start + articles]
     rule, against = compared(table, protocol, pair)
     panels = panels_of(table.rules(protocol), rule, against)
     rules = sorted({against, *(r for p in panels for r in (*p.rules, p.against))}, key=rule_order)
@@ -337,7 +334,7 @@ def _csv_rows(
     return [
         {
             "letter": letter(place),
-            "article": chosen[place],
+            "article": table.number(chosen[place]),
             "title": table.title(chosen[place]),
             "from": int(points.from_P[point]),
             "to": int(points.to_P[point]),

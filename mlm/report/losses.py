@@ -121,17 +121,40 @@ class LossTable:
         return np.repeat(np.arange(len(self.start_A)), self.words_A)
 
     def title(self, article: int) -> str:
-        """Return an article's title, or `article 7` if it has none."""
-        return self.titles.get(article) or f"article {article}"
+        """Return an article's title, or `article 7` with its number if it has none."""
+        return self.titles.get(article) or f"article {self.number(article)}"
+
+    def number(self, article: int) -> int:
+        """Return the number that readers see of the article with index `article`: its place among
+        the articles present, from 1. `KeyError` if there is none."""
+        return self._place[article] + 1
+
+    def numbered(self, number: int) -> int:
+        """Return the index of the `number`-th article present, counted from 1.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not 1 <= number <= len(self.articles):
+            raise UserError(
+                f"split {self.split!r} has no article {number}; its articles are numbered 1 to "
+                f"{len(self.articles)}"
+            )
+        return self.articles[number - 1]
+
+    @functools.cached_property
+    def _place(self) -> dict[int, int]:
+        """The place of every article among those present, by its index."""
+        return {article: place for place, article in enumerate(self.articles)}
 
     def rows(self, article: int) -> slice:
         """Return the rows of the article with index `article`; `UserError` if there is none."""
-        if article not in self.articles:
+        if article not in self._place:
             raise UserError(
-                f"split {self.split!r} has no article {article}; its {len(self.articles)} articles "
-                f"are numbered {self.articles[0]} to {self.articles[-1]}"
+                f"split {self.split!r} has no article with the index {article}; ask for one of "
+                f"{self.articles[0]} to {self.articles[-1]}"
             )
-        place = self.articles.index(article)
+        place = self._place[article]
         start = int(self.start_A[place])
         return slice(start, start + int(self.words_A[place]))
 

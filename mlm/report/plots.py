@@ -34,7 +34,7 @@ from mlm.report.occurrences import (
     first_loss_label,
     recurrence_rows,
 )
-from mlm.report.word_picture import check_words, word_picture
+from mlm.report.word_picture import passage_rows, word_picture
 
 __all__ = [
     "draw_all",
@@ -54,7 +54,7 @@ def draw_all(
     split: str | None = None,
     articles: int = 8,
     *,
-    first: int = 0,
+    first: int = 1,
     protocol: str | None = None,
     passage: tuple[int, int] | None = None,
     pair: tuple[str | None, str | None] = (None, None),
@@ -64,9 +64,10 @@ def draw_all(
 ) -> list[Path]:
     """Draw every picture of a run from its folder; return the paths written.
 
-    Into `figures/`: figure2 (`articles` successive articles, from the `first`-th), words_start and
+    Into `figures/`: figure2 (`articles` successive articles from number `first`), words_start and
     words_middle (of the longest of them), gain_by_occurrence, gain_by_position and, if the run has
-    `metrics.jsonl`, training. `passage` (article, position) draws those words too.
+    `metrics.jsonl`, training. `passage` (the numbers of an article and of a word) draws the words
+    from there too. Articles and words are counted from 1.
     `protocol` None draws figure2 from `stream`, the words from `article`, as far as measured;
     `pair` None compares the best learned rule with static. `only` names the pictures to draw.
     `beside` makes more of the table and the suffix of its files, by name.
@@ -79,11 +80,12 @@ def draw_all(
     table = LossTable.load(path, split)
     for measured in table.compared_protocols():
         compared(table, measured, pair)
+    start = table.articles.index(table.numbered(first))
+    among = table.articles[start : start + articles]
     if passage is not None:  # before anything is drawn
-        check_words(table, *passage)
+        passage_rows(table, table.numbered(passage[0]), passage[1] - 1, 1)
     suffix = "" if table.split == default_split(splits(path)) else f"_{table.split}"
     folder = run_dir / "figures"
-    among = table.articles[first : first + articles]
     words = {"protocol": protocol, "passage": passage, "pair": pair}
     draw = {
         "figure2": lambda: figure2(
@@ -134,13 +136,15 @@ def word_pictures(
     look: Look = PAPER,
 ) -> list[Path]:
     """Draw the start and the middle of the longest article in `among` (before and after the
-    weights have learned from it) and a `passage` (article, position); return the paths."""
+    weights have learned from it) and a `passage` (the numbers, from 1, of an article and of a
+    word); return the paths."""
     protocol = protocol or table.compared_protocols()[0]
     article = max(among, key=lambda index: table.rows(index).stop - table.rows(index).start)
     length = table.rows(article).stop - table.rows(article).start
     wanted = [("words_start", article, 0), ("words_middle", article, length // 2)]
     if passage is not None:
-        wanted.append((f"words_{passage[0]}_{passage[1]}", *passage))
+        number, word = passage
+        wanted.append((f"words_{number}_{word}", table.numbered(number), word - 1))
     return [
         path
         for name, index, start in wanted

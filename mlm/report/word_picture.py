@@ -130,20 +130,20 @@ def _place_words(words: Sequence[str], width_pt: float) -> list[_Placed]:
     return placed
 
 
-def check_words(table: LossTable, article: int, start: int) -> slice:
-    """The rows of an article, if it has words from position `start` on.
+def passage_rows(table: LossTable, article: int, start: int, words: int) -> slice:
+    """The rows of `words` words of an article from position `start` on, fewer at its end.
 
     Raises:
-        UserError: there is no such article or word.
+        UserError: there is no such word; the message counts articles and words from 1.
     """
     rows = table.rows(article)
     length = rows.stop - rows.start
     if not 0 <= start < length:
         raise UserError(
-            f"article {article} of split {table.split!r} has {length:,} words; cannot draw from "
-            f"word {start}: choose one from 0 to {length - 1}"
+            f"article {table.number(article)} of split {table.split!r} has {length:,} words; it "
+            f"has no word {start + 1}: choose one from 1 to {length}"
         )
-    return rows
+    return slice(rows.start + start, min(rows.start + start + words, rows.stop))
 
 
 def word_picture(
@@ -158,15 +158,14 @@ def word_picture(
     name: str = "words",
     look: Look = PAPER,
 ) -> list[Path]:
-    """Draw `words` words of an article from position `start`, each coloured by the loss of
-    `pair[1]` minus that of `pair[0]` (nats gained); return the paths of `name` and its
-    numbers.
+    """Draw `words` words of the article with index `article` from position `start` (from 0), each
+    coloured by the loss of `pair[1]` minus that of `pair[0]` (nats gained); return the paths of
+    `name` and its numbers, which count articles and words from 1.
 
     The colour range is that of the whole split, so that pictures compare. `UserError` if the
     article has no such words or a rule was not measured.
     """
-    rows = check_words(table, article, start)
-    here = slice(rows.start + start, min(rows.start + start + words, rows.stop))
+    here = passage_rows(table, article, start, words)
     rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
     limit = colour_range(against_N - rule_N)
     gain = (against_N - rule_N)[here]
@@ -192,7 +191,7 @@ def word_picture(
             _draw_word(page, word, word_colour(float(value), limit), value >= UNDERLINED * limit)
         _draw_legend(page, height + 8, limit, width)
         csv_rows = [
-            {"article": article, "position": start + i, "word": word}
+            {"article": table.number(article), "place": start + i + 1, "word": word}
             | {pair[0]: float(rule_N[here][i]), pair[1]: float(against_N[here][i])}
             | {"gain": float(gain[i])}
             for i, word in enumerate(drawn)

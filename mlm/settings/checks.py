@@ -112,8 +112,8 @@ OPTIONS = {
     "lanes": _LANES,
     "audit_words": _SOME_WORDS,
     "articles": Range(1, 10**6),
-    "first": Range(0, 10**9),
-    "passage": Range(0, 10**9),
+    "first": Range(1, 10**9),
+    "passage": Range(1, 10**9),
     "page_words": Range(1, 10**9),
 }
 """What the numbers may be that are options of a command, and no settings."""

@@ -29,10 +29,9 @@ from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import UpdateRule
 from mlm.runs.rules import rule_to_train
 from mlm.settings.config import Config
+from mlm.training.fisher import FISHER_LANES
 
 FLOAT = 4
-FISHER_LANES = 16
-"""Of `mlm.training.fisher`."""
 MODES = ("reverse", "checkpoint", "forward")
 """First-order meta-gradients, fastest first."""
 

@@ -150,11 +150,11 @@ def _keep(path: Path) -> None:
 
 def damaged(path: Path, why: object) -> DamagedCheckpoint:
     """The message about a file whose content cannot be right, with the ways out."""
-    before, text = previous(path), f"{path} is damaged ({why}); delete it and run its stage again"
+    before, other = previous(path), ""
     with suppress(OSError, ValueError, KeyError, TypeError):
         _checked(before)
-        text += f", or put the checkpoint before it in its place: {before}"
-    return DamagedCheckpoint(text)
+        other = f", or put the checkpoint before it in its place: {before}"
+    return DamagedCheckpoint(f"{path} is damaged ({why}); delete it and run its stage again{other}")
 
 
 @contextmanager

@@ -24,6 +24,10 @@ from mlm.models.language_model import Weights
 from mlm.reading.step import begin, carry_extras, open_articles, score_segment
 from mlm.text.streams import LaneStream, Segment, Text
 
+FISHER_LANES = 16
+"""Lanes of an estimate. No setting: the first words of text are those of so many articles, so the
+number of lanes decides what is read."""
+
 
 def smooth_fisher(fisher: Tensor, prior: float) -> Tensor:
     """The Fisher of a tensor, a share `prior` of every entry replaced by the tensor's mean.
@@ -109,7 +113,7 @@ def estimate_fisher(
     base: AdaptationBase,
     text: Text,
     words: int,
-    lanes: int = 16,
+    lanes: int = FISHER_LANES,
     quiet: bool = True,
     prior: float = 0.0,
     progress: Progress = NOTHING_KEPT,

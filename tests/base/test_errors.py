@@ -6,8 +6,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
+import numpy as np
 import pytest
+import torch
 
 from mlm.base.errors import Terminated, command_of, going_on, run_cli, uninterrupted
 
@@ -96,3 +99,35 @@ def test_commands_are_named_as_they_are_started(
     monkeypatch.setattr(sys, "argv", [started, "x"])
     assert (command_of("train"), command_of("show")) == (train, show)
     assert command_of("export") == "mlm export"
+
+
+def _by_numpy() -> None:
+    np.empty(1 << 58, np.uint8)
+
+
+def _by_torch() -> None:
+    torch.empty(1 << 58, dtype=torch.uint8)
+
+
+def _by_a_gpu() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("work", [_by_numpy, _by_torch, _by_a_gpu])
+def test_no_memory_left_is_one_line(
+    work: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_cli(work)
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory (")
+    assert "--evaluation.lanes" in line
+
+
+def test_another_error_of_the_run_time_keeps_its_traceback() -> None:
+    def work() -> None:
+        raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_cli(work)

@@ -928,7 +928,12 @@ def test_ctrl_c_in_a_real_process(finished: Finished, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (("train.py", "--corpus", "/nowhere/at/all"), 1, "error: no corpus"),
+        pytest.param(  # tests/kernels/test_processor.py has another message of this script
+            ("train.py", "--corpus", "/nowhere/at/all"),
+            1,
+            "error: no corpus",
+            marks=pytest.mark.slow,
+        ),
         (("evaluate.py", "/nowhere/at/all"), 1, "error: /nowhere/at/all is no run folder"),
     ],
 )

@@ -21,6 +21,7 @@ from conftest import Command, Finished, Outcome
 
 import mlm
 from mlm.cli import inputs
+from mlm.stages import machine
 from mlm.text.vocabulary import WordVocabulary
 
 LETTER = """Dear Ba,
@@ -166,6 +167,19 @@ def test_long_documents_and_small_chunks_change_nothing(
     mixed, alone = (pq.read_table(tmp_path / f"{name}.parquet") for name in "ca")
     assert mixed["doc_id"].equals(alone["doc_id"])
     assert mixed["surprisal"].to_numpy() == pytest.approx(alone["surprisal"].to_numpy(), abs=1e-3)
+
+
+def test_documents_are_read_side_by_side_as_far_as_memory_goes(
+    score: Any, letter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (letter, letter, letter, "--rules", "three_levels", "rms", "--out")
+    assert "side by side" not in score(*words, tmp_path / "many.parquet").err
+    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000.0)
+    done = score(*words, tmp_path / "few.parquet")
+    assert done.code == 0
+    assert "note: 1 documents side by side instead of 3" in done.err
+    few, many = (bits_of(tmp_path / f"{name}.parquet") for name in ("few", "many"))
+    np.testing.assert_allclose(few, many, rtol=1e-5)
 
 
 def test_in_protocol_stream_the_second_file_profits(

@@ -185,7 +185,7 @@ def test_words_have_the_colours_of_the_pictures_and_gains_a_line(opened: Open, t
     gain_N = table.loss("static", "article") - table.loss("three_levels", "article")
     limit = colour_range(gain_N)
     shown = tab.evaluate(
-        "Array.from(document.querySelectorAll('.w')).filter((w) => w.style.length).slice(0, 80)"
+        "Array.from(document.querySelectorAll('.w')).filter((w) => w.shade).slice(0, 80)"
         ".map((w) => { const c = document.createElement('canvas').getContext('2d');"
         " c.fillStyle = getComputedStyle(w).backgroundColor; c.fillRect(0, 0, 1, 1);"
         " return [w.place, Array.from(c.getImageData(0, 0, 1, 1).data).slice(0, 3),"
@@ -371,6 +371,34 @@ def test_rules_protocols_units_and_the_range_are_chosen(opened: Open):
     assert address(tab)["rule"] == "static"
 
 
+def test_explanations_and_keys_are_whole_lines(opened: Open):
+    """No last line of a rule's explanation is a lone word, and a chart's key covers no axis."""
+    lines = (
+        "Array.from(document.querySelectorAll('#protocol-about, #about span')).map((node) => {"
+        " const range = document.createRange(), rows = new Map();"
+        " range.selectNodeContents(node);"
+        " for (const box of range.getClientRects()) {"
+        "   const row = Math.round(box.bottom / 4), had = rows.get(row) || [Infinity, 0];"
+        "   rows.set(row, [Math.min(had[0], box.left), Math.max(had[1], box.right)]); }"
+        " return Array.from(rows.values(), ([left, right]) => right - left); })"
+    )
+    for width in (1440, 1100, 390):
+        tab = opened("#rule=rms&against=sgd&word=30", viewport={"width": width, "height": 900})
+        if width == 390:
+            tab.click("#settings-button")
+        seen = [rows for rows in tab.evaluate(lines) if len(rows) > 1]
+        assert all(rows[-1] > 0.4 * max(rows) for rows in seen), (width, seen)
+        key = tab.evaluate(
+            "Array.from(document.querySelectorAll('.key > *'), (part) => {"
+            " const box = part.getBoundingClientRect(); return [box.left, box.right, box.top]; })"
+        )
+        if width != 390:
+            (_, right, top), (left, _, next_top) = key
+            assert right < left or top < next_top
+            header, panel = (tab.locator(name).bounding_box() for name in ("#top", "#panel"))
+            assert panel["y"] == pytest.approx(header["y"] + header["height"], abs=1)
+
+
 def test_a_rule_against_itself_is_told_and_not_a_blank_page(opened: Open):
     tab = opened()
     tab.select_option("#against", "three_levels")
@@ -524,11 +552,13 @@ def test_a_phone_shows_the_text_first_and_the_panel_as_a_sheet(opened: Open):
     assert tab.is_visible("#text")
     assert not tab.is_visible("#panel-body")
     assert not tab.is_visible("#controls")
-    tab.tap(".w >> nth=20")
+    tab.tap(".w >> nth=90")  # low on the screen
     assert pinned(tab)
     assert tab.inner_text(".w.on") in tab.inner_text("#sheet")
     tab.tap("#sheet")
     assert tab.is_visible("#word")
+    chosen, sheet = (tab.locator(name).bounding_box() for name in (".w.on", "#panel"))
+    assert chosen["y"] + chosen["height"] < sheet["y"]  # the sheet leaves the word in sight
     tab.keyboard.press("Escape")
     assert not tab.is_visible("#panel-body")
     assert pinned(tab)

@@ -48,19 +48,22 @@ def test_the_command_shows_a_passage_in_the_terminal(
     run: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.delenv("NO_COLOR", raising=False)
-    shown = command("visualize", run, "--terminal", "--passage", 1, 3)
+    shown = command("visualize", run, "--terminal", "--passage", 2, 4)
     assert shown.code == 0, shown.err
-    assert "Title 1, from word 4: RMS dynamic evaluation against static" in shown.out
+    assert "2. Title 1, from word 4: RMS dynamic evaluation against static" in shown.out
     assert "\x1b[" not in shown.out  # not a terminal
     assert not (run / "words.html").exists()
     pair = ("--rule", "static", "--against", "rms")
-    turned = command("visualize", run, "--terminal", "--passage", 1, 3, *pair)
+    turned = command("visualize", run, "--terminal", "--passage", 2, 4, *pair)
     assert "from word 4: static against RMS dynamic evaluation" in turned.out
     signs = [re.findall(r"[+-](?=\s)", text.out.rpartition("\n\n")[0]) for text in (shown, turned)]
     assert signs[0]
     assert [{"+": "-", "-": "+"}[sign] for sign in signs[0]] == signs[1]
     for rule, said in (("adam", "--rule adam was not measured"), ("static", "with itself")):
         assert said in command("visualize", run, "--terminal", "--rule", rule).error
-    error = command("visualize", run, "--terminal", "--passage", 1, 50).error
-    assert "article 1 has 50 words" in error
+    error = command("visualize", run, "--terminal", "--passage", 2, 51).error
+    assert "article 2 of split 'valid' has 50 words; it has no word 51" in error
+    first = command("visualize", run, "--terminal", "--first", 2).out
+    assert "2. Title 1, from word 1: " in first
+    assert "numbered 1 to 2" in command("visualize", run, "--terminal", "--first", 3).error
     assert "--page-words" in command("visualize", run, "--page-words", 0).error

@@ -156,11 +156,12 @@ folder.mkdir()
 with table_file(folder / "train-1.parquet") as write:
     write(pa.table({"text": [" = A = ", "", " one two "]}))
 print(next(ParquetDirectory(folder).articles("train")).text.split())
+assert "torch" not in sys.modules
 """
 
 
 def test_arrow_reads_and_writes_names_beyond_ascii_in_every_locale(tmp_path: Path) -> None:
-    """In one whose file names are not UTF-8."""
+    """In one whose file names are not UTF-8. It needs no torch."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     script = tmp_path / "anywhere.py"
     script.write_text(ANYWHERE, encoding="utf-8")

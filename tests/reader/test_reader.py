@@ -17,6 +17,7 @@ from mlm.reader.reader import spell
 from mlm.reading.scoring import score_protocol
 from mlm.runs.rules import ready_rule
 from mlm.spelling import Word
+from mlm.store.tensors import load_tensors, save_tensors
 from mlm.text.vocabulary import WordVocabulary
 
 TEXT = "Badofe, the feku lamo; don't ruti (sa vozu) at 3.5 gi.\n\nNe pi ru: bado feku lamo! " * 4
@@ -147,6 +148,30 @@ def test_a_memory_of_another_rule_is_refused(model: TrainedModel, tmp_path: Path
         model.reader(memory=tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="no memory"):
         model.reader(memory=model._run.folder.checkpoint("memory"))
+
+
+def test_a_memory_without_a_further_rule_is_refused(model: TrainedModel, tmp_path: Path) -> None:
+    reader = model.reader()
+    reader.score(TEXT)
+    path = tmp_path / "memory.safetensors"
+    reader.save(path)
+    with pytest.raises(UserError, match="nothing that rule rms learned"):
+        model.reader(also=RULES, memory=path)
+
+
+def test_a_memory_with_a_tensor_missing_or_of_another_shape_is_refused(
+    model: TrainedModel, tmp_path: Path
+) -> None:
+    reader = model.reader("rms")
+    reader.score(TEXT)
+    path = tmp_path / "memory.safetensors"
+    reader.save(path)
+    tensors, about = load_tensors(path, "")
+    (name, *_) = sorted(n for n in tensors if "/weights/" in n)
+    for change in ({}, {name: tensors[name].flatten()}):
+        save_tensors(path, {n: t for n, t in tensors.items() if n != name} | change, about)
+        with pytest.raises(UserError, match=r"does not fit this rule \("):
+            model.reader("rms", memory=path)
 
 
 def test_a_frozen_reader_learns_nothing_more(model: TrainedModel) -> None:

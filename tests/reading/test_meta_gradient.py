@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import reference
@@ -96,8 +97,18 @@ def _pieces(base: AdaptationBase, number: int = 13, lanes: int = 3):
 # ---------------------------------------------------------------- equal to each other
 
 
-@pytest.mark.parametrize("features", LANE_SETS)
-@pytest.mark.parametrize("scale", SCALES)
+def _fast_gates() -> Iterator[Any]:
+    """Features, scale, engine: all of the first two with one engine, with the other as `slow`.
+
+    With either engine there are gates per tensor and gates for all.
+    """
+    for (f, features), (s, scale) in itertools.product(enumerate(LANE_SETS), enumerate(SCALES)):
+        usual, other = ("compiled", "eager") if (f + s) % 4 in (0, 3) else ("eager", "compiled")
+        yield pytest.param(features, scale, usual)
+        yield pytest.param(features, scale, other, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("features", "scale", "engine"), _fast_gates(), indirect=["engine"])
 def test_modes_agree_for_fast_gates(features, scale: float | None, engine) -> None:
     """None = no FLUSH; 0 and below: FLUSH shut; 900: many a gate is clipped.
 

@@ -145,8 +145,20 @@ def test_another_split_and_rule_and_article_are_refused_by_name(tmp_path: Path):
     table = LossTable.load(path)
     with pytest.raises(UserError, match=r"'rms' was not measured in protocol 'stream'"):
         table.loss("rms", "stream")
-    with pytest.raises(UserError, match=r"no article 9; its 3 articles are numbered 0 to 2"):
+    with pytest.raises(UserError, match=r"no article with the index 9; ask for one of 0 to 2"):
         table.rows(9)
+
+
+def test_readers_count_articles_from_1_whatever_their_indices():
+    table = small_table((10, 20))
+    table = dataclasses.replace(table, article_N=table.article_N * 3 + 4, titles={4: "four", 7: ""})
+    assert [table.numbered(1), table.numbered(2)] == [4, 7]
+    assert [table.number(4), table.number(7)] == [1, 2]
+    assert table.title(7) == "article 2"
+    for number in (0, 3):
+        wanted = rf"no article {number}; its articles are numbered 1 to 2"
+        with pytest.raises(UserError, match=wanted):
+            table.numbered(number)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -113,9 +113,11 @@ def test_figure2_starts_and_ends_where_asked(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
     rows = read_csv(figure2(table, tmp_path, articles=2, first=3, protocol="article")[-1])
     assert {(row["letter"], row["article"]) for row in rows} == {("A", "3"), ("B", "4")}
+    assert rows[0]["title"] == table.title(2)  # the third
     figure2(table, tmp_path, articles=99)
-    with pytest.raises(UserError, match=r"no article to draw: 8 articles from number 10"):
-        figure2(table, tmp_path, first=10)
+    for first in (0, len(table.articles) + 1):
+        with pytest.raises(UserError, match=rf"no article {first}; its articles are numbered 1 to"):
+            figure2(table, tmp_path, first=first)
 
 
 def test_figure2_shows_the_winner_its_rival_and_the_curves_of_the_paper():
@@ -265,10 +267,14 @@ def test_the_word_picture_is_safe_for_any_word(tmp_path: Path):
 
 def test_the_word_picture_refuses_words_that_are_not_there(run: Path, tmp_path: Path):
     table = LossTable.load(run / "losses.parquet")
-    with pytest.raises(UserError, match=r"article 1 of split 'valid' has 350 words"):
+    with pytest.raises(
+        UserError, match=r"article 2 of split 'valid' has 350 words; it has no word 351"
+    ):
         word_picture(table, tmp_path, article=1, start=350, pair=("rms", "static"))
     paths = word_picture(table, tmp_path, article=1, start=340, pair=("rms", "static"))
-    assert len(read_csv(paths[-1])) == 10  # up to the article's end
+    rows = read_csv(paths[-1])
+    assert [(row["article"], row["place"]) for row in rows][::9] == [("2", "341"), ("2", "350")]
+    assert len(rows) == 10  # up to the article's end
 
 
 def test_colours_are_white_at_zero_symmetric_and_clipped():
@@ -322,7 +328,7 @@ def test_no_label_is_cut_or_lies_under_another(
 
 @pytest.mark.slow
 def test_everything_is_drawn_from_the_folder_alone(run: Path):
-    paths = draw_all(run, passage=(3, 100))
+    paths = draw_all(run, passage=(4, 101))
     names = {path.relative_to(run).as_posix() for path in paths}
     stems = [
         "figure2",
@@ -330,7 +336,7 @@ def test_everything_is_drawn_from_the_folder_alone(run: Path):
         "gain_by_position",
         "words_start",
         "words_middle",
-        "words_3_100",
+        "words_4_101",
         "training",
     ]
     assert names == {f"figures/{s}{e}" for s in stems for e in (".png", ".svg", ".pdf", ".csv")}
@@ -404,7 +410,11 @@ def test_the_command_prints_the_paths(tmp_path: Path):
         (["{run}/broken"], "cannot be read"),
         (["{run}", "--articles", "0"], "--articles"),
         (["{run}", "--split", "train"], "no split 'train', only test, valid"),
-        (["{run}", "--first", "50"], "no article to draw"),
+        (["{run}", "--first", "50"], "no article 50; its articles are numbered 1 to"),
+        (["{run}", "--first", "50", "--only", "words"], "no article 50"),
+        (["{run}", "--first", "0"], "--first is 0; it must be at least 1"),
+        (["{run}", "--passage", "99", "1"], "no article 99"),
+        (["{run}", "--passage", "1", "9999"], "it has no word 9999: choose one from 1 to"),
     ],
 )
 def test_the_command_fails_with_one_clear_line(

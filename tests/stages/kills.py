@@ -27,7 +27,7 @@ import sentencepiece  # noqa: F401
 import torch
 import torch._dynamo
 from safetensors.torch import load_file
-from tiny import corpus_text, tiny_config
+from tiny import tiny_config, write_corpus
 
 from mlm.base.errors import run_cli
 from mlm.settings.config import Config
@@ -42,13 +42,8 @@ CODES: dict[int, int] = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, s
 
 def all_parts(home: Path) -> Config:
     """A run of seconds with all the parts of `--rule best`, each of which learns for some steps."""
-    corpus = home / "toy"
-    corpus.mkdir(parents=True)
-    for k, (split, number) in enumerate({"train": 9, "valid": 2}.items()):
-        text = corpus_text(number, k, sentences=9)
-        (corpus / f"{split}.txt").write_text(text, encoding="utf-8")
     return tiny_config(
-        corpus,
+        write_corpus(home / "toy", train=9, valid=2, test=1, sentences=9),
         home / "whole",
         stages=("lm", "meta", "evaluate"),
         text__vocabulary_size=310,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,17 @@ from mlm.settings.presets import settings
 from mlm.stages import fit
 from mlm.stages.fit import Limit, choices, fitted, predicted, shown_seconds, with_recorded_choices
 from mlm.stages.machine import free_bytes, pace, resident_bytes
-from mlm.stages.needs import MODES, Lengths, RunSizes, meta_copies, meta_part, scoring, stage_1
+from mlm.stages.needs import (
+    MODES,
+    Lengths,
+    RunSizes,
+    meta_copies,
+    meta_part,
+    scoring,
+    stage_1,
+    stage_2,
+)
+from mlm.training.fisher import FISHER_LANES, estimate_fisher
 from mlm.training.language_model import shape_of
 
 WIKITEXT_103 = Lengths(103_000_000, 103_000_000, 28_000, 20_000)
@@ -97,6 +108,24 @@ class _WithOwn(RunSizes):
     @property
     def extensions(self) -> tuple[Extension, ...]:
         return vars(self)["extensions"]
+
+
+def test_the_fisher_needs_its_own_lanes_whatever_the_settings() -> None:
+    assert inspect.signature(estimate_fisher).parameters["lanes"].default == FISHER_LANES
+
+    def needed(articles: int = 100, **changes: Any) -> float:
+        sizes = _sizes("small", **changes)
+        text = sizes.held_out._replace(articles=articles)
+        (part,) = (
+            p for p in stage_2(dataclasses.replace(sizes, held_out=text)) if "Fisher" in p.name
+        )
+        assert part.lanes is None
+        return part.bytes
+
+    usual = needed()
+    assert needed(FISHER_LANES - 1) < needed(FISHER_LANES) == usual
+    for name in ("lm__lanes", "meta__lanes", "evaluation__lanes"):
+        assert needed(**{name: 1}) == usual
 
 
 def test_more_of_anything_needs_more() -> None:

@@ -65,14 +65,18 @@ def _small(home: Path) -> Config:
     """All stages in seconds."""
     rules = ("static", "rms", "rms+cache", "three_levels")
     return tiny_config(
-        write_corpus(home / "toy", train=8, valid=3),
+        write_corpus(home / "toy", train=8, valid=3, sentences=12),
         home / "one",
         stages=("lm", "meta", "evaluate"),
         lm__epochs=1.0,
         lm__dropout_hidden=0.2,
         meta__lanes=4,
+        adapt__fisher_words=200,
         meta__rules=("three_levels",),
+        meta__steps=2,
         evaluation__rules=rules,
+        evaluation__budget=2,
+        evaluation__tune_words=60,
     )
 
 
