@@ -48,6 +48,8 @@ class AdaptationBase:
     segment: int
     limit: float = math.inf
     """Nats per token by which a lane may lose more than theta_0 over a segment (the guard)."""
+    guess: float = 0.0
+    """Nats per token that guessing loses; the guard looks at lanes that lose more."""
     extensions: tuple[Extension, ...] = ()
     """What lanes read with besides, in the order in which it is asked."""
 
@@ -77,8 +79,7 @@ class AdaptationBase:
 
     def guarded(self, guard: float, vocabulary_size: int) -> AdaptationBase:
         """The same base with the guard of `--adapt.guard`; 0 = none."""
-        limit = guard * math.log(vocabulary_size) if guard else math.inf
-        return dataclasses.replace(self, limit=limit)
+        return dataclasses.replace(self, limit=guard or math.inf, guess=math.log(vocabulary_size))
 
     def keeping(self, wanted: Callable[[Extension], bool]) -> AdaptationBase:
         """The same base with some of its extensions."""

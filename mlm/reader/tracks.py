@@ -124,7 +124,7 @@ class Track:
         """Documents begin with what was learned, but with no hidden state."""
         assert not isinstance(self.fresh, StaticLanes)
         reader = self.fresh.reader
-        state = reader.state.keep(torch.zeros_like(reader.exploded))
+        state = reader.state.keep(torch.zeros_like(reader.rest, dtype=torch.bool))
         self.fresh.reader = reader._replace(state=state)
         self.fresh_cache, self.remembers = self.cache, True
 

@@ -23,7 +23,7 @@ from mlm.reading.step import (
     Telling,
     begin,
     carry_extras,
-    open_articles,
+    open_lanes,
     prepared,
     step,
 )
@@ -160,8 +160,7 @@ class AdaptingLanes:
     @torch.no_grad()
     def _predict(self, segment: Segment, full: bool) -> tuple[Reader, Telling, Read]:
         """The lanes as they read a segment, what extensions told, and the prediction."""
-        new = segment.new | self.reader.exploded
-        reader = open_articles(self.base, self.rule.start(), self.reader, new)
+        reader, _ = open_lanes(self.base, self.rule.start(), self.reader, segment)
         weights = {**self.base.weights, **reader.weights}
         telling = Telling(self.base, weights, reader.extras, segment)
         share = segment.mask.to(reader.age.dtype) / segment.inputs.shape[1]
@@ -175,7 +174,8 @@ class AdaptingLanes:
         reader, telling, now = self._predict(segment, full)
         nothing = Outcome(torch.zeros_like(now.output), torch.zeros_like(segment.mask))
         extras = carry_extras(self.base, reader.extras, segment, telling.told, nothing)
-        self.reader = reader._replace(state=now.state.detach(), extras=extras)
+        awake = torch.zeros_like(reader.rest)  # weights that rest stay theta_0
+        self.reader = reader._replace(state=now.state.detach(), rest=awake, extras=extras)
         return Predicted(now.nll * segment.mask, now.output, [], now.log_p)
 
 

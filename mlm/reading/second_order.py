@@ -25,6 +25,8 @@ from mlm.reading.step import (
     exploded_lanes,
     find_restart,
     open_articles,
+    open_lanes,
+    rested,
 )
 from mlm.rules.protocol import Parameters, Signal, UpdateRule
 from mlm.text.streams import Segment
@@ -90,15 +92,15 @@ def _unroll(
     loss = penalty = torch.zeros_like(reader.age.sum())
     flushed = 0
     for t, segment in enumerate(segments):
-        reader = _leaves(open_articles(base, start, reader, segment.new | reader.exploded))
-        taught = segment.mask
+        reader = _leaves(open_lanes(base, start, reader, segment)[0])
+        taught, begins = segment.mask, segment.new
         now = _inner(base, reader, segment, taught)
         nll = now.nll
         restart, reader = find_restart(base, reader, segment)
         if restart is not None:
             nobody = torch.zeros_like(segment.new)
             reader = _leaves(open_articles(base, start, reader, nobody, restart.lanes))
-            taught = restart.taught & taught
+            taught, begins = restart.taught & taught, begins | restart.lanes
             now = _inner(base, reader, segment, taught)
             nll = torch.where(restart.follows, now.nll, nll)
         if t:
@@ -111,7 +113,8 @@ def _unroll(
         flushed += int(exploded.sum())
         outcome = Outcome(now.by_added, taught)
         extras = carry_extras(base, reader.extras, segment, now.told, outcome)
-        reader = Reader(theta, now.state, reader.age + 1, exploded, extras)
+        guarded = rested(reader, begins, exploded)
+        reader = Reader(theta, now.state, reader.age + 1, *guarded, extras)
     return loss, penalty, reader, flushed
 
 

@@ -35,20 +35,22 @@ class Reader(NamedTuple):
     """Short-term memory."""
     age: Tensor
     """(B,) updates since the lane's weights were last theta_0."""
-    exploded: Tensor
-    """(B,) lanes that the guard resets (`exploded_lanes`) before the next segment."""
+    rest: Tensor
+    """(B,) segments that the guard has the lane read under theta_0 from here on, int64."""
+    bursts: Tensor
+    """(B,) how often the lane exploded (`exploded_lanes`) in this article, int64."""
     extras: Extras = {}  # noqa: RUF012 (never written)
 
     def select(self, lanes: Tensor) -> Reader:
         """Some of the readers (their indices)."""
         weights = {n: w[lanes] for n, w in self.weights.items()}
         extras = {n: value.select(lanes) for n, value in self.extras.items()}
-        state, age, exploded = self.state.select(lanes), self.age[lanes], self.exploded[lanes]
-        return Reader(weights, state, age, exploded, extras)
+        numbers = (self.age[lanes], self.rest[lanes], self.bursts[lanes])
+        return Reader(weights, self.state.select(lanes), *numbers, extras)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, for files."""
-        tensors = {"age": self.age, "exploded": self.exploded}
+        tensors = {"age": self.age, "rest": self.rest, "bursts": self.bursts}
         parts = {"state": self.state, **{f"extras/{n}": v for n, v in self.extras.items()}}
         for name, value in parts.items():
             tensors |= {f"{name}/{k}": t for k, t in enumerate(value.tensors())}
@@ -91,7 +93,7 @@ class Reader(NamedTuple):
         state = self.state.of(some("state", self.state))
         extras = {n: value.of(some(f"extras/{n}", value)) for n, value in self.extras.items()}
         weights = {n: here[f"weights/{n}"] for n in self.weights}
-        return Reader(weights, state, here["age"], here["exploded"], extras)
+        return Reader(weights, state, here["age"], here["rest"], here["bursts"], extras)
 
 
 def begin_extras(base: AdaptationBase, lanes: int) -> Extras:
@@ -106,8 +108,8 @@ def begin(base: AdaptationBase, lanes: int, rule: Bound | None = None) -> Reader
     state = base.model.initial_state(lanes, some.device, some.dtype)
     age = torch.zeros(lanes, device=some.device, dtype=some.dtype)
     start = base.start() if rule is None else rule.start()
-    none = torch.zeros_like(age, dtype=torch.bool)
-    return Reader(lanes_of(start, lanes), state, age, none, begin_extras(base, lanes))
+    none = torch.zeros_like(age, dtype=torch.int64)
+    return Reader(lanes_of(start, lanes), state, age, none, none, begin_extras(base, lanes))
 
 
 @torch.no_grad()
@@ -144,8 +146,21 @@ def open_articles(
         return reader
     weights = reset_lanes(reader.weights, start, reset_B)
     state, extras = reader.state.keep(~new_B), open_extras(base, reader.extras, new_B, reset_B)
-    age, exploded = reader.age * ~reset_B, reader.exploded & ~reset_B
-    return Reader(weights, state, age, exploded, extras)
+    age = reader.age * ~reset_B
+    return reader._replace(weights=weights, state=state, age=age, extras=extras)
+
+
+def open_lanes(
+    base: AdaptationBase, start: Weights, reader: Reader, segment: Segment
+) -> tuple[Reader, Tensor]:
+    """The reader before a segment, and (B,) the lanes whose weights go back to theta_0 there.
+
+    Lanes that open an article do, and those that rest; a lane that has just exploded loses the
+    hidden state, too.
+    """
+    rests = reader.rest > 0
+    exploded = rests & (reader.age > 1)  # while a lane rests it is one
+    return open_articles(base, start, reader, segment.new | exploded, rests), segment.new | rests
 
 
 class Telling:
@@ -304,14 +319,13 @@ def step(
     (`Restart`). `out` receives the new weights (for speed; it must not be the reader's own);
     `full` asks for the log-probabilities of all tokens (`Scored.log_p`).
 
-    The guard: lanes that explode (`exploded_lanes`) are scored as they are and reset before the
-    next segment; lanes with non-finite weights, or without a finite loss (which shows before any
-    target does), are reset to theta_0 at once and read the segment from there. No other lane
-    notices.
+    The guard: lanes that explode (`exploded_lanes`) are scored as they are, reset before the next
+    segment, and go on under theta_0 for a while (`rested`); lanes with non-finite weights, or
+    without a finite loss (which shows before any target does), are reset to theta_0 at once and
+    read the segment from there. No other lane notices.
     """
     start = rule.start()
-    new = segment.new | reader.exploded
-    reader = open_articles(base, start, reader, new)
+    reader, new = open_lanes(base, start, reader, segment)
     scored = score_segment(base, reader, segment, learn, full=full)
     some = [w for n, w in reader.weights.items() if not n.endswith("/slow")]  # part of the weights
     whole = torch.stack([w.flatten(1).sum(1).isfinite() for w in some]).all(0)
@@ -322,8 +336,9 @@ def step(
         scored = score_segment(base, reader, segment, learn, full=full)
         new = new | broken
     restart, reader = find_restart(base, reader, segment)
-    taught = segment.mask
+    taught, begins = segment.mask, segment.new
     if restart is not None:
+        begins = begins | restart.lanes
         taught = taught & restart.taught
         reader = open_articles(base, start, reader, torch.zeros_like(new), restart.lanes)
         buffers.release(scored.gradients.values())
@@ -335,7 +350,8 @@ def step(
     exploded = exploded_lanes(base, segment, taught, scored.loss, reader.age)
     outcome = Outcome(scored.by_added, taught)
     extras = carry_extras(base, reader.extras, segment, scored.told, outcome)
-    after = Reader(weights, scored.state, reader.age + 1, exploded, extras)
+    guarded = rested(reader, begins, exploded)
+    after = Reader(weights, scored.state, reader.age + 1, *guarded, extras)
     return Step(reader, new, taught, scored, signal, after, broken | exploded)
 
 
@@ -349,24 +365,40 @@ def read_theta_0(
     return base.model.read(base.static, inputs, targets, state, tell=tell, full=full), telling
 
 
+REST, LONGER = 16, 4
+"""Segments that a lane rests after it exploded, and how many times longer after each time more."""
+
+
+def rested(reader: Reader, begins_B: Tensor, exploded_B: Tensor) -> tuple[Tensor, Tensor]:
+    """`Reader.rest` and `Reader.bursts` behind a segment.
+
+    A text on which a rule explodes once makes it explode again: resting longer each time, a lane
+    explodes at most about log4 N times in N segments. Articles that begin (`begins_B`) start anew.
+    """
+    bursts_B = torch.where(begins_B, 0, reader.bursts) + exploded_B
+    left_B = torch.where(begins_B, 0, reader.rest - 1).clamp(min=0)
+    return torch.where(exploded_B, REST * LONGER ** (bursts_B - 1).clamp(min=0), left_B), bursts_B
+
+
 @torch.no_grad()
 def exploded_lanes(
     base: AdaptationBase, segment: Segment, taught: Tensor, loss_B: Tensor, age_B: Tensor
 ) -> Tensor:
     """(B,) lanes that the guard resets behind a segment.
 
-    They have learned something, and lose `base.limit` nats per token more than theta_0 does on the
-    same tokens: text that is hard for the model itself resets nobody. theta_0 reads the segment
-    from an empty hidden state, as the lane would have, had it been reset before. So nothing is
-    carried along, and only lanes that lose more than the limit by themselves cost time.
+    They have learned something, lose more than guessing would (`base.guess`), and `base.limit` nats
+    per token more than theta_0 does on the same tokens: text that is hard for the model itself
+    resets nobody. theta_0 reads the segment from an empty hidden state, as the lane would have, had
+    it been reset before. So nothing is carried along, and only lanes that lose more than guessing
+    cost time.
 
     Args:
         taught: (B, M) the tokens that the loss is of.
         loss_B: mean loss of every lane, nats per token.
         age_B: updates since its weights were theta_0.
     """
-    above = (loss_B > base.limit) & (age_B > 0)
-    if math.isinf(base.limit) or not bool(above.any()):
+    above = (loss_B > base.guess) & (age_B > 0) & (base.limit < math.inf)
+    if not bool(above.any()):
         return above
     home, some = base.of_model(), segment.select(above.cpu().numpy().nonzero()[0])
     lanes = len(some.article)

@@ -118,8 +118,8 @@ class AdaptConfig:
     """Share of the Fisher, 0 to 1, that every weight takes from its tensor's mean. Rare words are
     hardly in a sample: without it RMS steps at their rows are 25 times the others'."""
     guard: float = 3.0
-    """A lane that loses over a segment, per token, so many times ln(vocabulary), the loss of
-    guessing, more than theta_0 loses there starts again from theta_0; 0 = never. Reported."""
+    """A lane that loses over a segment, per token, more than guessing would and so many nats more
+    than theta_0 goes back to theta_0, and learns nothing for a while; 0 = never. Reported."""
     kernels: Literal["auto", "eager"] = "auto"
     """auto = compiled kernels (numba) on a CPU; eager = tensor operations only, same results."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -72,9 +72,7 @@ def _save(
     plain = dict(tensors)
     about = {**about, **written_now(of_model, plain), CHECKSUM: BLANK}
     if packed:
-        less, about["packing"] = pack(
-            {n: plain.pop(n).detach().cpu() for n in packed}, coarse
-        )
+        less, about["packing"] = pack({n: plain.pop(n).detach().cpu() for n in packed}, coarse)
         plain |= less
     with atomic_path(path) as temporary:
         write_signed(temporary, plain, about)

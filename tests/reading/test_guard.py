@@ -18,6 +18,7 @@ from mlm.kernels import buffers
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import Weights
 from mlm.models.recurrent import RecurrentLM, initial_weights
+from mlm.reading import step as reading_step
 from mlm.reading.meta_gradient import GradientMode, MetaGradient, meta_gradient
 from mlm.reading.scoring import score_articles
 from mlm.reading.static import StaticReader
@@ -32,6 +33,7 @@ MODES: tuple[GradientMode, ...] = ("reverse", "checkpoint", "forward")
 DYNAMIC = ("lstm.0.input", "lstm.1.input", "lstm.1.bias", "softmax.bias", "embedding")
 LENGTHS = (200, 17, 200, 200)
 """Long articles, and in one lane a border."""
+ALL = torch.ones(3, dtype=torch.bool)
 BAD = 1
 """The lane that breaks."""
 OTHERS = [0, 2]
@@ -43,6 +45,13 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways to compute; lanes are kept apart above them, so one is enough every day."""
     with kernels.eager() if request.param == "eager" else contextlib.nullcontext():
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane that exploded reads one segment under theta_0: as at an article border."""
+    monkeypatch.setattr(reading_step, "REST", 1)
+    monkeypatch.setattr(reading_step, "LONGER", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +176,7 @@ def _assert_same_reader(got: Reader, want: Reader, lanes: list[int] | None = Non
     for k, (a, b) in enumerate(zip(got.state.tensors(), want.state.tensors(), strict=True)):
         _assert_same(a[lanes], b[lanes], f"state {k}")
     assert torch.equal(got.age[lanes], want.age[lanes])
-    assert torch.equal(got.exploded[lanes], want.exploded[lanes])
+    assert torch.equal(got.rest[lanes], want.rest[lanes])
 
 
 def _assert_same_meta(got: MetaGradient, want: MetaGradient, flushed: int) -> None:
@@ -356,7 +365,8 @@ def test_a_lane_above_the_limit_is_scored_as_it_is_and_reset_after(kind: str, en
     free, first = (step(m, bound, bad, pieces[0]) for m in (base, guarded))
     assert float(free.scored.loss[BAD]) > 6.0 > float(free.scored.loss[OTHERS].max())
     assert torch.equal(first.scored.nll, free.scored.nll)
-    assert first.flushed.tolist() == first.after.exploded.tolist() == [False, True, False]
+    assert first.flushed.tolist() == [False, True, False]
+    assert first.after.rest.tolist() == first.after.bursts.tolist() == [0, 1, 0]
     assert not free.flushed.any()
     second = step(guarded, bound, first.after, pieces[1])
     want = step(base, bound, free.after, _border(pieces, 1)[1])
@@ -381,7 +391,7 @@ def test_a_lane_that_explodes_last_is_reset_in_the_next_unroll() -> None:
     guarded = dataclasses.replace(base, limit=6.0)
     first = _meta(guarded, bound, phi, _worse(reader), pieces[:1])
     assert first.flushed == 1
-    alone = first.reader._replace(exploded=torch.zeros(3, dtype=torch.bool))
+    alone = first.reader._replace(rest=torch.zeros(3, dtype=torch.int64))
     want = _meta(base, bound, phi, alone, _border(pieces[1:], 0))
     _assert_meta(guarded, bound, phi, first.reader, pieces[1:], want, 0)
 
@@ -506,3 +516,60 @@ def test_a_rule_that_diverges_on_an_unseen_script_is_reset() -> None:
     found = score_articles(base, bound, [text], 256, 1)
     assert len(found.flushes) > 10
     assert found.total < wild.total
+
+
+# ---------------------------------------------------------------- rest
+
+
+def _explosions(base: AdaptationBase, bound: Bound, pieces: Sequence[Segment]) -> list[int]:
+    """The segments behind which the bad lane exploded, and those that theta_0 read."""
+    reader, found = begin(base, 3, bound), []
+    for at, piece in enumerate(pieces):
+        now = step(base, bound, reader, piece)
+        if now.flushed[BAD]:
+            found.append(at)
+        reader = now.after
+    return found
+
+
+def test_a_lane_that_explodes_again_rests_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that diverges on a text costs a few segments of it, however long it is."""
+    monkeypatch.setattr(reading_step, "REST", 2)
+    monkeypatch.setattr(reading_step, "LONGER", 3)
+    base = tiny_base(DYNAMIC)
+    bound = SGD().bind({"rate": torch.tensor(60.0, dtype=torch.float64)}, base)
+    pieces = segments(base, (200, 400, 200), 3, 40)
+    assert not any(bool(p.new[BAD]) for p in pieces[1:])
+    guarded = dataclasses.replace(base, limit=3.0)
+    # Read under theta_0, exploded; rests 2 and explodes behind the next, rests 6, 18.
+    assert _explosions(guarded, bound, pieces) == [1, 4, 11, 30]
+    reader = begin(guarded, 3, bound)
+    losses = []
+    for piece in pieces[:11]:
+        now = step(guarded, bound, reader, piece)
+        losses.append(float(now.scored.loss[BAD]))
+        reader = now.after
+    static = StaticReader(base, 3)
+    for at in range(5, 11):
+        now = static.read(pieces[at]._replace(new=ALL) if at == 5 else pieces[at])
+        want = float((now.nll * pieces[at].mask)[BAD].sum() / pieces[at].mask[BAD].sum())
+        assert losses[at] == pytest.approx(want, rel=PRECISION)
+
+
+def test_an_article_that_begins_ends_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_step, "REST", 50)
+    base = tiny_base(DYNAMIC)
+    bound = SGD().bind({"rate": torch.tensor(60.0, dtype=torch.float64)}, base)
+    pieces = _border(segments(base, (200, 400, 200), 3, 20), 10)
+    guarded = dataclasses.replace(base, limit=3.0)
+    assert _explosions(guarded, bound, pieces) == [1, 11]
+
+
+def test_lanes_better_than_guessing_are_not_looked_at() -> None:
+    """Whatever theta_0 loses there: it is not asked, so ordinary text costs no second pass."""
+    base, bound, _, reader, pieces = _world("gates")
+    guarded = dataclasses.replace(base, limit=6.0, guess=1e4)
+    assert not step(guarded, bound, _worse(reader), pieces[0]).flushed.any()
+    seen = base.guarded(3.0, 12)
+    assert (seen.limit, seen.guess) == (3.0, math.log(12))
+    assert base.guarded(0.0, 12).limit == math.inf
