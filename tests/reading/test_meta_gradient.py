@@ -108,7 +108,7 @@ def _fast_gates() -> Iterator[Any]:
         yield pytest.param(features, scale, other, marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("features", "scale", "engine"), _fast_gates(), indirect=["engine"])
+@pytest.mark.parametrize(("features", "scale", "engine"), [*_fast_gates()], indirect=["engine"])
 def test_modes_agree_for_fast_gates(features, scale: float | None, engine) -> None:
     """None = no FLUSH; 0 and below: FLUSH shut; 900: many a gate is clipped.
 
