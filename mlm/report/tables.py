@@ -89,6 +89,13 @@ def _any_reset(totals: Sequence[Row]) -> bool:
     return any(row.get("resets") for row in totals)
 
 
+def _wrapped(text: str) -> list[str]:
+    """`text` in lines of at most 100 characters, none of which ends within brackets."""
+    kept = re.sub(r"\([^()]*\)", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text)
+    lines = textwrap.wrap(kept, 100, subsequent_indent="  ")
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in lines]
+
+
 def format_totals(rows: Sequence[Row], *, bold: bool = False) -> str:
     """Return the totals as a table for the terminal, one block per split and protocol.
 
@@ -127,7 +134,7 @@ def format_totals(rows: Sequence[Row], *, bold: bool = False) -> str:
     if any(_share(row) for row in _of(rows, "total")):
         lines.append("1 article: the share of the gain that comes from the article that gains most")
     for text in rule_texts(names):
-        lines += textwrap.wrap(f"{text.label}: {text.about}", 100, subsequent_indent="  ")
+        lines += _wrapped(f"{text.label}: {text.about}")
     return "\n".join(lines).rstrip()
 
 

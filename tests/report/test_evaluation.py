@@ -532,3 +532,9 @@ def test_the_row_of_the_lowest_loss_is_bold_where_asked_for():
     for line, row in zip(marked, best.values(), strict=True):
         assert line.endswith(PLAIN)
         assert f"{row['word_perplexity']:.2f}" in line
+
+
+def test_an_explanation_in_the_terminal_keeps_its_source_in_one_line():
+    lines = format_totals(rows_of(small_table())).splitlines()
+    assert any(line.endswith("(Krause et al. 2018, eqs. 5 to 8)") for line in lines)
+    assert max(map(len, lines)) <= 100
