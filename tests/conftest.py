@@ -82,6 +82,15 @@ class Command(Protocol):
 
 
 @pytest.fixture
+def awake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lane that exploded reads one segment under theta_0: as at an article border."""
+    from mlm.reading import step
+
+    monkeypatch.setattr(step, "REST", 1)
+    monkeypatch.setattr(step, "LONGER", 1)
+
+
+@pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run a script's `main` as its last lines do (`run_cli`), without a new process."""
 

@@ -29,6 +29,8 @@ from mlm.rules.protocol import Bound, Parameters, UpdateRule, per_lane
 from mlm.settings.sections import AdaptConfig
 from mlm.text.streams import Segment
 
+pytestmark = pytest.mark.usefixtures("awake")
+
 MODES: tuple[GradientMode, ...] = ("reverse", "checkpoint", "forward")
 DYNAMIC = ("lstm.0.input", "lstm.1.input", "lstm.1.bias", "softmax.bias", "embedding")
 LENGTHS = (200, 17, 200, 200)
@@ -45,13 +47,6 @@ def engine(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both ways to compute; lanes are kept apart above them, so one is enough every day."""
     with kernels.eager() if request.param == "eager" else contextlib.nullcontext():
         yield request.param
-
-
-@pytest.fixture(autouse=True)
-def awake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lane that exploded reads one segment under theta_0: as at an article border."""
-    monkeypatch.setattr(reading_step, "REST", 1)
-    monkeypatch.setattr(reading_step, "LONGER", 1)
 
 
 @pytest.fixture(autouse=True)

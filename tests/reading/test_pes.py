@@ -243,6 +243,7 @@ def test_what_is_read_under_theta_0_owes_nothing() -> None:
         assert float(evolution.xi.abs().min()) > 0
 
 
+@pytest.mark.usefixtures("awake")
 def test_a_lane_that_the_guard_resets_forgets_what_it_felt() -> None:
     """A limit that every loss passes: weights are used for one segment, then reset."""
     base = dataclasses.replace(_base(), limit=-math.inf)

@@ -67,6 +67,7 @@ def _beyond(scores: Scores, base: AdaptationBase) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.usefixtures("awake")
 @pytest.mark.parametrize("lanes", [1, 3, 9])
 def test_resets_are_reported_where_they_happen(lanes: int) -> None:
     """A step size too large: a lane explodes, starts again at theta_0 and explodes again."""
@@ -95,6 +96,7 @@ def test_nothing_is_reported_where_nothing_is_reset(protocol: str) -> None:
         assert score_protocol(base, some, articles(LENGTHS), EOS, protocol, 2).flushes == []
 
 
+@pytest.mark.usefixtures("awake")
 def test_resets_in_a_stream_are_reported_in_the_article_they_lie_in() -> None:
     """Also where a segment begins with an article, behind one without a token."""
     base, rule = _world(rate=60.0, limit=4.0)
