@@ -94,9 +94,23 @@ def share_out(kernel: Callable[..., None], number: int, work: int, *arguments: A
 
 
 def jit(function: Any) -> Any:
+    """A kernel, compiled when it is first called, or loaded as it was compiled before."""
+    return _compiled(function, forceinline=False)
+
+
+def inlined(function: Any) -> Any:
+    """A part of kernels, which each of them has in its own code.
+
+    Compiled by itself a part may round otherwise than within a kernel. A process that has compiled
+    it would call that one, and one that has loaded the kernel from numba's cache the kernel's own.
+    """
+    return _compiled(function, forceinline=True)
+
+
+def _compiled(function: Any, forceinline: bool) -> Any:
     if numba is None:
         return function
-    found = numba.njit(**_SETTINGS)(function)
+    found = numba.njit(**_SETTINGS, forceinline=forceinline)(function)
     with contextlib.suppress(RuntimeError):  # no folder to keep the compiled code in
         found._cache = _Cache(function)
     return found
@@ -118,7 +132,7 @@ def compiled_in(function: Any) -> str:
     found: dict[str, str] = {}
     _add_code(function, found)
     _add_code(_exp32, found)  # what `fast_exp` stands for
-    settings = {**_SETTINGS, "fastmath": sorted(_FLAGS)}
+    settings = {**_SETTINGS, "fastmath": sorted(_FLAGS), "parts": "inlined"}
     return hashlib.sha256(repr((settings, sorted(found.items()))).encode()).hexdigest()
 
 
@@ -167,13 +181,13 @@ def _exp32(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@jit
+@inlined
 def widened(bits):
     """The float32 of a bfloat16, which is given as its 16 bits."""
     return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
 
 
-@jit
+@inlined
 def narrowed(x):
     """The bits of the bfloat16 nearest to a finite float32, ties to even."""
     bits = np.float32(x).view(np.uint32)
@@ -183,6 +197,6 @@ def narrowed(x):
 
 if numba is not None:
 
-    @overload(fast_exp, jit_options={"fastmath": _FLAGS})  # type: ignore[call-arg]
+    @overload(fast_exp, jit_options={"fastmath": _FLAGS, "forceinline": True})  # type: ignore[call-arg]
     def _fast_exp(x):
         return _exp32 if x == numba.types.float32 else lambda x: math.exp(x)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlm.kernels.compile import fast_exp, jit
+from mlm.kernels.compile import fast_exp, inlined, jit
 
 
-@jit
+@inlined
 def _squared_distance(x, y):
     total = x.dtype.type(0)
     for k in range(x.shape[0]):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlm.kernels.compile import fast_exp, jit, narrowed, widened
+from mlm.kernels.compile import fast_exp, inlined, jit, narrowed, widened
 
 
-@jit
+@inlined
 def _add_product(weights, x, out):
     """out += W x for W (G, H), G a multiple of 4: eight rows at a time share every load of x."""
     rows = weights.shape[0]
@@ -38,7 +38,7 @@ def _add_product(weights, x, out):
         out[r] += s0
 
 
-@jit
+@inlined
 def _add_transposed(weights, d, out):
     """out += W^T d for W (G, H): eight rows at a time share every load and store of out."""
     rows = weights.shape[0]
@@ -69,7 +69,7 @@ def matrix_vector(lo, hi, weights_BGH, x_BH, out_BG, times):
             _add_product(weights_BGH[lane], x_BH[lane], out_BG[lane])
 
 
-@jit
+@inlined
 def _quarters(a, hidden):
     return a[:hidden], a[hidden : 2 * hidden], a[2 * hidden : 3 * hidden], a[3 * hidden :]
 
@@ -202,7 +202,7 @@ def half_lstm_backward(lo, hi, gates_BG, c_BH, tanh_c_BH, dy_BH, dh_BH, dc_BH, d
             dc[k] = down * f
 
 
-@jit
+@inlined
 def _thirds(a, hidden):
     return a[:hidden], a[hidden : 2 * hidden], a[2 * hidden :]
 

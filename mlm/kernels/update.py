@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlm.kernels.compile import jit
+from mlm.kernels.compile import inlined, jit
 
 TILE = 4096
 """Weights of a tensor worked on together, so that what the lanes share stays in the cache."""
 
 
-@jit
+@inlined
 def _step_tile(theta, gradient, step, a, out):
     for n in range(out.shape[0]):
         out[n] = theta[n] - a * step[n] * gradient[n]
 
 
-@jit
+@inlined
 def _relax_tile(theta, gradient, start, step, z, a, b, out):
     zero, one = out.dtype.type(0), out.dtype.type(1)
     for n in range(out.shape[0]):
@@ -43,19 +43,19 @@ def relax(lo, hi, theta_BN, gradient_BN, start, step, z, step_B, z_B, out_BN):
                 _relax_tile(theta, gradient, start[own], step[own], z[own], a, b, out)
 
 
-@jit
+@inlined
 def _minus_tile(x, y, out):
     for n in range(out.shape[0]):
         out[n] = x[n] - y[n]
 
 
-@jit
+@inlined
 def _plus_tile(x, out):
     for n in range(out.shape[0]):
         out[n] += x[n]
 
 
-@jit
+@inlined
 def _decay_tile(theta, gradient, step, z, a, b, out):
     """`_relax_tile` towards zero."""
     zero, one = out.dtype.type(0), out.dtype.type(1)
@@ -96,7 +96,7 @@ def relax_both(
             _plus_tile(new_slow, out)
 
 
-@jit
+@inlined
 def _pull_step_tile(lam, gradient, step, step_x, own):
     s0 = s1 = lam.dtype.type(0)
     for n in range(lam.shape[0]):
@@ -107,7 +107,7 @@ def _pull_step_tile(lam, gradient, step, step_x, own):
     return s0, s1
 
 
-@jit
+@inlined
 def _pull_flush_tile(lam, theta, start, unit, unit_x, b):
     zero, one = lam.dtype.type(0), lam.dtype.type(1)
     s0 = s1 = zero
@@ -160,7 +160,7 @@ def pull_back(
                     lam[n] += own * gradient[n]
 
 
-@jit
+@inlined
 def _carry_tile(copy, gradient, fisher, keep, move, x):
     """copy <- keep copy + x move; returns <copy, gradient> before, plain and times `fisher`."""
     plain = weighted = copy.dtype.type(0)
@@ -172,13 +172,13 @@ def _carry_tile(copy, gradient, fisher, keep, move, x):
     return plain, weighted
 
 
-@jit
+@inlined
 def _move_tile(gradient, step, a, move):
     for n in range(move.shape[0]):
         move[n] = a * step[n] * gradient[n]
 
 
-@jit
+@inlined
 def _flush_tile(theta, start, unit, b, scale, keep, flush):
     zero, one = keep.dtype.type(0), keep.dtype.type(1)
     for n in range(keep.shape[0]):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlm import kernels
 from mlm.kernels import buffers
-from mlm.kernels.compile import jit
+from mlm.kernels.compile import inlined, jit
 from mlm.kernels.update import TILE
 from mlm.models.language_model import Weights
 from mlm.rules.forward import blocks
@@ -267,20 +267,20 @@ def _pull_compiled(
     return sums.sum((0, 1))
 
 
-@jit
+@inlined
 def _surprise_tile(s, gradient, mu, gain, new):
     for n in range(new.shape[0]):
         new[n] = mu * s[n] + gain * gradient[n]
 
 
-@jit
+@inlined
 def _square_tile(v, gradient, a, new):
     one = new.dtype.type(1)
     for n in range(new.shape[0]):
         new[n] = (one - a) * v[n] + a * gradient[n] * gradient[n]
 
 
-@jit
+@inlined
 def _divide_tile(surprise, v, scale, eps, out):
     for n in range(out.shape[0]):
         out[n] = surprise[n] * scale[n] / (math.sqrt(v[n]) + eps)
@@ -307,7 +307,7 @@ def push_moments(lo, hi, gradient_BN, s_BN, v_BN, scale, numbers_4B, new_s_BN, n
                 _divide_tile(surprise, v, scale[part], eps, out_BN[lane, part])
 
 
-@jit
+@inlined
 def _pull_square_tile(gradient, v, scale, a, eps, move, down, up):
     """Takes `up` back; `move` S -> g~; `down` d g~ -> d S; returns the derivative by a."""
     zero, half, one = up.dtype.type(0), up.dtype.type(0.5), up.dtype.type(1)
@@ -325,7 +325,7 @@ def _pull_square_tile(gradient, v, scale, a, eps, move, down, up):
     return total
 
 
-@jit
+@inlined
 def _pull_surprise_tile(s, mu, down, up):
     """Takes `up` back from d S; returns the derivative by mu."""
     total = up.dtype.type(0)
@@ -336,7 +336,7 @@ def _pull_surprise_tile(s, mu, down, up):
     return total
 
 
-@jit
+@inlined
 def _down_tile(lam, step, b, down):
     for n in range(down.shape[0]):
         down[n] = -b * step[n] * lam[n]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from mlm import kernels
-from mlm.kernels import update
+from mlm.kernels import compile, ngram, recurrent, softmax, update
 from mlm.kernels.compile import compiled_in
 from mlm.rules import moments
 
@@ -75,3 +78,47 @@ def _names(kernel: object) -> tuple[str, ...]:
     """What a kernel takes from its module."""
     function = getattr(kernel, "py_func", None)
     return function.__code__.co_names if function is not None else ()
+
+
+def _compiled(module: ModuleType) -> dict[str, Any]:
+    """The compiled functions that a module names."""
+    return {n: f for n, f in vars(module).items() if hasattr(f, "targetoptions")}
+
+
+@pytest.mark.parametrize("module", [compile, ngram, recurrent, softmax, update, moments])
+def test_what_a_kernel_calls_is_in_its_own_code(module: ModuleType) -> None:
+    """Else it depends on what else the process has compiled how a kernel rounds."""
+    known = _compiled(module)
+    for name, kernel in known.items():
+        for part in set(_names(kernel)) & known.keys():
+            assert known[part].targetoptions["forceinline"], (name, part)
+
+
+ROUNDING = """
+import hashlib, numpy as np
+from mlm.kernels import compile, ngram, recurrent, softmax, update
+draw = np.random.default_rng(0).random
+one, two = (draw((3, 330), np.float32) for _ in range(2))
+rows = [draw(size, np.float32) for size in ((3, 330), (330,), (4, 330), (4, 3))]
+out = np.empty((2, 3, 330), np.float32)
+update.relax_both(0, 1, one, two, *rows, *out)
+print(hashlib.sha256(out.tobytes()).hexdigest(), sum(update.relax_both.stats.cache_hits.values()))
+"""
+
+
+@pytest.mark.slow
+def test_a_kernel_from_the_cache_rounds_as_the_one_just_compiled(tmp_path: Path) -> None:
+    """330 weights: the last of them fill no vector."""
+    said = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", ROUNDING],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(done.stdout.split())
+    assert [hits for _, hits in said] == ["0", "1"]
+    assert said[0][0] == said[1][0]
