@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm.base.errors import UserError
+from mlm.base.names import CACHE, RULES
 from mlm.cli.flags import options_of
 from mlm.cli.inputs import Source, compiled, open_sources
 
@@ -118,6 +119,12 @@ def _check(options: Options) -> None:
         )
     if options.frozen and options.save_memory:
         raise UserError("--frozen learns nothing, so there is nothing for --save-memory to write")
+    odd = [rule for rule in options.rules if rule.removesuffix(CACHE) not in ("best", *RULES)]
+    if odd:
+        raise UserError(
+            f"--rules: no rule {odd[0]!r}; choose from best, {', '.join(RULES)}. "
+            "Files to read come before --rules"
+        )
     if options.page is not None and options.rules[0] == "static":
         raise UserError("--page compares the main rule with static; name another rule first")
 
@@ -221,7 +228,7 @@ def _writers(
     return found
 
 
-def lanes_that_fit(model: TrainedModel, rules: Sequence[str], lanes: int) -> int:
+def lanes_that_fit(model: TrainedModel, rules: Sequence[str], protocol: str, lanes: int) -> int:
     """As many of `lanes` as there is memory for; a note if these are fewer.
 
     A lane of a rule has its weights, and what the rule remembers, four times (before, after, spare,
@@ -232,7 +239,7 @@ def lanes_that_fit(model: TrainedModel, rules: Sequence[str], lanes: int) -> int
 
     each, free = 0.0, None
     for rule in rules:
-        base, bound, *_ = model.ready(rule, "article")
+        base, bound, *_ = model.ready(rule, protocol)
         if bound is not None:
             start = base.start()
             each += sum(w.nbytes for w in start.values())
@@ -321,7 +328,8 @@ class Reading:
             return
         texts, self._held = self._held, []
         rules = [self.how["rule"], *self.how["also"]]
-        lanes = lanes_that_fit(self.model, rules, min(self.options.lanes, len(texts)))
+        most = min(self.options.lanes, len(texts))
+        lanes = lanes_that_fit(self.model, rules, self.options.protocol, most)
         self._write(self.model.score_many(texts, lanes=lanes, form=self._form, **self.how))
         self._documents += len(texts)
         self.bar.update(sum(len(text.encode()) for text in texts))

@@ -310,6 +310,9 @@ def test_invalid_standard_input_names_line_and_byte(
 def test_an_unknown_rule_leaves_no_file(score: Any, letter: Path, tmp_path: Path) -> None:
     outcome = score(letter, "--rules", "fastest", "--out", tmp_path / "w.tsv")
     assert "'fastest'" in outcome.error
+    swallowed = score("--rules", "best", letter).error  # before it waits for standard input
+    assert f"no rule '{letter}'" in swallowed
+    assert "Files to read come before --rules" in swallowed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt"]
 
 

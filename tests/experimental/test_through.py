@@ -191,4 +191,5 @@ def test_a_run_must_be_named(finished: Finished, tmp_path: Path, command: Comman
 
 
 def test_the_guard_is_this_runs_own() -> None:
-    assert through().base().limit == pytest.approx(AdaptConfig().guard * math.log(24))
+    base = through().base()
+    assert (base.limit, base.guess) == (AdaptConfig().guard, pytest.approx(math.log(24)))
