@@ -4,7 +4,9 @@
 
 `torchrun` starts this module once for every number of processes, on the built-in text or another;
 each goes through all stages and notes their seconds. Start-up is not counted: every stage is run
-once before on a fiftieth of the work, which compiles what is compiled. Writes ranks.json.
+once before on a fiftieth of the work, which compiles what is compiled. The first two rows are work
+without any exchange: what two processors of this machine gain at most. Two that share a core, as
+virtual ones often do, may gain nothing there. Writes ranks.json.
 Letters: N processes.
 """
 
@@ -14,12 +16,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import tyro
 
 from benchmarks.output import HOME
@@ -105,6 +109,8 @@ def seconds_of(config: Config) -> dict[str, float]:
         found[name] = time.perf_counter() - start
         return value
 
+    for name, work in (("products", _multiply), ("copies", _copy)):
+        timed(f"{name}, nothing exchanged", lambda w=work: w(ranks().world))
     run: Run = timed("tokenising", lambda: _opened(config))
     with only_writer(run.folder.path):
         run.folder.save_config(config)
@@ -122,6 +128,20 @@ def seconds_of(config: Config) -> dict[str, float]:
     return found
 
 
+def _multiply(processes: int) -> None:
+    """A process's share of a fixed number of matrix products."""
+    matrix = torch.ones(512, 512)
+    for _ in range(400 // processes):
+        matrix @ matrix
+
+
+def _copy(processes: int) -> None:
+    """A process's share of a fixed number of passes over memory."""
+    there, here = torch.zeros(6_000_000), torch.ones(6_000_000)
+    for _ in range(400 // processes):
+        there.copy_(here)
+
+
 def _opened(config: Config) -> Run:
     run = open_run(config, quiet=True)
     assert run.data
@@ -136,13 +156,12 @@ def worker(options: Options, path: Path) -> None:
         write_text(path, json.dumps(found))
 
 
-def started(options: Options, number: int, turn: int) -> dict[str, float]:
+def started(options: Options, number: int, path: Path) -> dict[str, float]:
     """Seconds of every stage in so many processes.
 
     Raises:
         UserError: one of them failed.
     """
-    path = options.out / f"{number}-{turn}.json"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words += [f"--nproc_per_node={number}", "-m", "benchmarks.ranks", "--worker", str(path)]
     for field in dataclasses.fields(options):
@@ -157,9 +176,11 @@ def started(options: Options, number: int, turn: int) -> dict[str, float]:
 def rows(options: Options) -> list[dict[str, Any]]:
     """A row for every stage."""
     taken: dict[int, list[dict[str, float]]] = {number: [] for number in options.processes}
-    for turn in range(options.rounds):
-        for number, found in taken.items():
-            found.append(started(options, number, turn))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=options.out) as place:
+        for turn in range(options.rounds):
+            for number, found in taken.items():
+                found.append(started(options, number, Path(place) / f"{number}-{turn}.json"))
     fewest, found = min(taken), []
     for stage in taken[fewest][0]:
         row: dict[str, Any] = {"stage": stage}

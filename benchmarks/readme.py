@@ -232,7 +232,8 @@ NAMES: dict[str, str] = {
     "mlm.rollout.read": "mlm.reading.step.read",
 }
 """What published files call otherwise than we do today."""
-BLOCK = re.compile(r"<!-- (\w+): ([^>]*?) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- (\w+): ([^>]*?) -->\n(?:(?!<!--).)*<!-- end -->", re.DOTALL)
+"""A marker, what stands in the block now, and its end: no other marker lies between."""
 
 
 def pages(root: Path = ROOT) -> list[str]:
