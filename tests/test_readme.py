@@ -194,7 +194,8 @@ def test_setup_is_what_ci_does() -> None:
 
 
 @pytest.mark.timeout(900)  # thirty commands, on cores that other work may share
-@pytest.mark.parametrize("and_docs", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("and_docs", [False, True], ids=["readme", "docs"])
 def test_every_command_runs(
     and_docs: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -244,6 +244,7 @@ def test_it_learns_in_place_and_only_from_what_is_recalled(engine: str) -> None:
     assert _equal(before, learner.read_out), "nothing is recalled in an article's beginning"
 
 
+@pytest.mark.slow
 def test_a_run_learns_it_and_keeps_it_where_it_gains(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

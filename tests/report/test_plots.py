@@ -156,7 +156,7 @@ def test_every_rule_has_one_dark_style_of_its_own():
         assert rule_style(f"{rule}+cache")["color"] == rule_style(rule)["color"]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", ["text", pytest.param("column", marks=pytest.mark.slow)])
 def test_pictures_fit_a_paper(run: Path, tmp_path: Path, width: str):
     """Their width in inches, letters of 7 and 8 points, text as text."""
     look = Look(WIDTHS[width], ("svg", "pdf"))
@@ -294,7 +294,7 @@ def test_the_ink_flips_with_the_background():
 # ---------------------------------------------------------------- all of them
 
 
-@pytest.mark.parametrize("width", ["text", "column"])
+@pytest.mark.parametrize("width", ["text", pytest.param("column", marks=pytest.mark.slow)])
 def test_no_label_is_cut_or_lies_under_another(
     width: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -359,6 +359,7 @@ def test_drawing_twice_gives_the_same_bytes(run: Path, tmp_path: Path):
             assert one.read_bytes() == two.read_bytes(), one.name
 
 
+@pytest.mark.slow
 def test_a_run_of_one_word_is_drawn(tmp_path: Path):
     make_run(tmp_path, lengths=(1,), rules=("static", "rms"), protocols=("article",))
     assert (tmp_path / "figures/words_start.png") in draw_all(tmp_path)

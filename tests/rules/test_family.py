@@ -692,7 +692,10 @@ def _repetitive(lanes: int = 2) -> TuneText:
     return TuneText([np.tile([3, 7, 7, 1], 25), np.tile([2, 9], 20)], EOS, lanes)
 
 
-@pytest.mark.parametrize("budget", [1, 2, 3, 8, 11])
+@pytest.mark.parametrize(
+    "budget",
+    [1, 2, pytest.param(3, marks=pytest.mark.slow), 8, pytest.param(11, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", HAND_MADE_RULES)
 @pytest.mark.parametrize("protocol", ["article", "stream"])
 def test_tuning_spends_its_budget_on_different_settings(name, budget: int, protocol: str) -> None:

@@ -128,6 +128,7 @@ def moved(finished: Finished, home: Path) -> tuple[Path, Path]:
     return home / "second" / "run", home / "second" / "toy"
 
 
+@pytest.mark.slow
 def test_a_run_and_its_text_may_move(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,6 +274,7 @@ def test_draw_alone(finished: Finished, command: Command, tmp_path: Path) -> Non
     assert (folder / "words.html").read_bytes() == (finished.folder / "words.html").read_bytes()
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_lanes(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:
@@ -325,6 +326,7 @@ def test_words_and_adaptive_softmax(finished: Finished, command: Command, tmp_pa
 
 
 @pytest.mark.skipif(not trains_bfloat16(), reason="oneDNN trains in bfloat16 from AVX-512 on")
+@pytest.mark.slow
 def test_bfloat16_trains_as_well(finished: Finished, tmp_path: Path) -> None:
     """Half precision in the matrix products only: the loss follows float32's."""
     config = tiny_config(
@@ -363,6 +365,7 @@ def test_another_corpus_gets_a_folder_of_its_own(
     assert {name: after[name] for name in before} == before, "the run's own results changed"
 
 
+@pytest.mark.slow
 def test_a_story_is_scored_whole_and_two_of_one_name_have_a_folder_each(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

@@ -200,6 +200,7 @@ def test_more_pieces_than_the_range_allows_are_refused(
     assert "--top-k is 1001; it must be at least 0 and at most 1,000" in error
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_keeps_the_likeliest_pieces(
     finished: Finished,
     expected: Path,

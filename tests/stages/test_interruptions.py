@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     ("stops", "signals"),
     [
-        (2, "KILL TERM"),
+        pytest.param(2, "KILL TERM", marks=pytest.mark.slow),
         pytest.param(200, "KILL", marks=[pytest.mark.slow, pytest.mark.timeout(7200)]),
         pytest.param(50, "TERM INT", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
@@ -126,6 +126,7 @@ def test_the_job_script_goes_on_after_sigterm(tmp_path: Path) -> None:
         assert all(torch.equal(a[n], b[n]) for n in a), name
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_goes_on_reads_only_what_it_has_not_scored(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

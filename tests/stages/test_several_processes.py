@@ -80,6 +80,7 @@ def _small(home: Path) -> Config:
     )
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(tmp_path: Path) -> None:
     """All stages, from text to table."""
     config = _small(tmp_path)

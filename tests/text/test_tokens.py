@@ -377,7 +377,9 @@ def group_members(group: int) -> int:
     return 1
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "stop", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_stopping_leaves_no_process_and_no_half_file(tmp_path: Path, stop: signal.Signals) -> None:
     """Ctrl-C reaches the whole group; a kill only the parent."""
     with script(tmp_path, "endless", "script.py") as process:
