@@ -78,7 +78,8 @@ def _codes(tensor: Tensor, ends: Sequence[float]) -> Tensor:
 
 def _levels(ends: Sequence[float]) -> Tensor:
     """Zero, and the numbers (LEVELS,) that eight bits stand for besides."""
-    logarithms = torch.linspace(*ends, LEVELS, dtype=torch.float64)
+    low, high = ends
+    logarithms = torch.linspace(low, high, LEVELS, dtype=torch.float64)
     return torch.cat([torch.zeros(1), logarithms.exp2().float()])
 
 
