@@ -181,7 +181,7 @@ def figure2(
     rules = sorted({against, *(r for p in panels for r in (*p.rules, p.against))}, key=rule_order)
     points = window_points(table, protocol, rules, chosen)
     columns = 1 if look.narrow else 2
-    key = 0.14 * (math.ceil(len(chosen) / columns) + 4 - columns)
+    key = 0.155 * (math.ceil(len(chosen) / columns) + (4 if columns == 1 else 2.5))
     with project_style():
         lines = math.ceil(len(panels[0].rules) / (columns + 1))
         heights = [1.25 if len(p.rules) > 1 else 0.9 for p in panels]
@@ -293,15 +293,17 @@ def _draw_key(
     panel.axis("off")
     rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
     per_column = math.ceil(len(chosen) / columns)
-    text = {"va": "center", "fontsize": 7, "parse_math": False}
+    text = {"va": "center", "fontsize": 8, "parse_math": False}
     panel.set_xlim(0, columns)
-    panel.set_ylim(per_column - 0.5, -2 - 3 / (columns + 1))
     notes = [
-        f"Dots: {WINDOW} words (▲▼ beyond). Lines: mean of {SMOOTHED} dots in an article.",
+        f"Dots: {WINDOW} words (▲▼ beyond).",
+        f"Lines: mean of {SMOOTHED} dots in an article.",
         "Below: perplexity gained in an article's halves.",
     ]
-    for place, note in enumerate([" ".join(notes)] if columns > 1 else notes):
-        panel.text(0, place - 1 - len(notes[columns - 1 :]), note, color=_GREY, **text)
+    notes = [" ".join(notes)] if columns > 1 else notes
+    panel.set_ylim(per_column - 0.5, -2 - max(1, len(notes) - 0.5))
+    for place, note in enumerate(notes):
+        panel.text(0, place - 1 - len(notes), note, color=_GREY, **text)
     for column in range(min(columns, len(chosen))):
         panel.text(column + 0.6, -0.8, "words", ha="right", color=_GREY, **text)
         panel.text(column + 0.97, -0.8, "1st → 2nd half", ha="right", color=_GREY, **text)

@@ -270,7 +270,7 @@ def _draw_occurrences(panel: Axes, rows: Sequence[dict[str, Any]], rules: Sequen
         low = [static[row["from"]] - high for row, (_, high) in zip(mine, bounds, strict=True)]
         high = [static[row["from"]] - low for row, (low, _) in zip(mine, bounds, strict=True)]
         panel.fill_between(places, low, high, color=style["color"], alpha=0.14, linewidth=0)
-    panel.set_xticks(range(len(starts)), [_bin_tick(*ends) for ends in OCCURRENCES], fontsize=7)
+    panel.set_xticks(range(len(starts)), [_bin_tick(*ends) for ends in OCCURRENCES])
 
 
 def _bin_tick(start: int, stop: int | None) -> str:
@@ -319,7 +319,7 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
     panel.xaxis.set_major_locator(FixedLocator(edges))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    panel.tick_params(axis="x", labelsize=7)
+    panel.tick_params(axis="x", labelsize=8)
     panel.set_xlabel("position, words (grey: articles as long)")
     for b, centre in zip(bins, _bin_centres(bins), strict=True):
         panel.annotate(
@@ -329,7 +329,7 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
-            fontsize=7,
+            fontsize=8,
             color="#555555",
         )
 
