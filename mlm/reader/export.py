@@ -148,8 +148,9 @@ def _write(run: Run, target: RunFolder, wanted: Sequence[str], card: Card) -> No
     ]
     write_text(target.path / "README.md", _readme(copy, card, facts, rules, totals_markdown(rows)))
     record = run.folder.load_record()
-    command = re.sub(r"[^\s=]*[/\\]", "", record["command"])
-    record |= {"config": to_dict(config), "command": command}
+    for told in (record, *record.get("history", ())):
+        told["command"] = re.sub(r"[^\s=]*[/\\]", "", told["command"])
+    record["config"] = to_dict(config)
     record[RELEASE] = {"title": card.title, "licence": card.licence, "training": facts}
     write_text(target.config_file, sign_files(target.path, record))
 

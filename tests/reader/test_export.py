@@ -160,10 +160,12 @@ def test_the_command_is_told_without_paths(finished: Finished, tmp_path: Path) -
     folder = finished.copy(tmp_path / "run")
     record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     record["command"] = "train.py --corpus=/home/me/texts/wiki --out ../runs/a --seed 3"
+    record["history"] = [{"command": "train.py --out /home/me/runs/a --resume", "dirty": False}]
     (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
     made = export(folder, tmp_path / "model", ["static"])
     again = json.loads((made / "config.json").read_text(encoding="utf-8"))
     assert again["command"] == "train.py --corpus=wiki --out a --seed 3"
+    assert again["history"] == [{"command": "train.py --out a --resume", "dirty": False}]
     assert again["commit"] == record["commit"]
     assert again["versions"] == record["versions"]
 
