@@ -293,7 +293,7 @@ def _draw_key(
     panel.axis("off")
     rule_N, against_N = (table.loss(rule, protocol) for rule in pair)
     per_column = math.ceil(len(chosen) / columns)
-    text = {"va": "center", "fontsize": 8, "parse_math": False}
+    text = {"va": "center", "parse_math": False}
     panel.set_xlim(0, columns)
     notes = [
         f"Dots: {WINDOW} words (▲▼ beyond).",

@@ -319,7 +319,6 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
     panel.xaxis.set_major_locator(FixedLocator(edges))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
-    panel.tick_params(axis="x", labelsize=8)
     panel.set_xlabel("position, words (grey: articles as long)")
     for b, centre in zip(bins, _bin_centres(bins), strict=True):
         panel.annotate(
@@ -329,7 +328,6 @@ def _position_axis(panel: Axes, bins: Sequence[PositionBin]) -> None:
             xytext=(0, 3),
             textcoords="offset points",
             ha="center",
-            fontsize=8,
             color="#555555",
         )
 

@@ -231,7 +231,7 @@ def _draw_legend(page: Axes, top: float, limit: float, width: float) -> None:
     page.add_patch(
         Rectangle((left, top), length, 8, fill=False, edgecolor="#8a8a8a", linewidth=0.5)
     )
-    text: dict[str, Any] = {"fontsize": 8, "va": "center"}
+    text: dict[str, Any] = {"va": "center"}
     page.text(left - 5, top + 4, "worse", ha="right", **text)
     page.text(left + length + 5, top + 4, "better", ha="left", **text)
     for share in (-1, -0.5, 0, 0.5, 1):

@@ -44,8 +44,8 @@ def pack(
             stored[name] = tensor
         elif tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
             constants[name] = [float(tensor.flatten()[0]), list(tensor.shape)]
-        elif name in coarse and (ends := _ends(tensor)):
-            stored[name], logarithms[name] = _codes(tensor, ends), ends
+        elif name in coarse and (found := _coarse(tensor)):
+            stored[name], logarithms[name] = found
         else:
             exponent = _exponent(tensor)
             half = torch.ldexp(tensor, torch.tensor(exponent)).half()
@@ -56,28 +56,25 @@ def pack(
     return stored, {"scales": scales, "constants": constants, "logarithms": logarithms}
 
 
-def _ends(tensor: Tensor) -> list[float] | None:
-    """Binary logarithms of the smallest and the largest number that eight bits tell apart.
+def _coarse(tensor: Tensor) -> tuple[Tensor, list[float]] | None:
+    """Each number as its place among `_levels`, uint8, and the ends of these.
 
     None where a number is negative, none is positive, or the steps between would be too wide.
     """
-    positive = tensor[tensor > 0].double().log2()
+    logarithms = tensor.double().log2()
+    positive = logarithms[tensor > 0]
     if not positive.numel() or bool((tensor < 0).any()):
         return None
-    ends = [float(positive.min()), float(positive.max())]
-    again = _levels(ends)[_codes(tensor, ends).long()]
-    return ends if _is_exact(tensor, again, COARSE) else None
-
-
-def _codes(tensor: Tensor, ends: Sequence[float]) -> Tensor:
-    """Each number as its place among `_levels`, uint8."""
-    low, high = ends
-    places = (tensor.double().log2() - low) / ((high - low) or 1.0) * (LEVELS - 1) + 1
-    return torch.where(tensor > 0, places.round().clamp(1, LEVELS), 0).to(torch.uint8)
+    low, high = float(positive.min()), float(positive.max())
+    places = ((logarithms - low) / ((high - low) or 1.0) * (LEVELS - 1) + 1).round()
+    codes = torch.where(tensor > 0, places.clamp(1, LEVELS), 0).to(torch.uint8)
+    again = _levels([low, high])[codes.long()]
+    return (codes, [low, high]) if _is_exact(tensor, again, COARSE) else None
 
 
 def _levels(ends: Sequence[float]) -> Tensor:
-    """Zero, and the numbers (LEVELS,) that eight bits stand for besides."""
+    """Zero, and the numbers (LEVELS,) that eight bits stand for besides; `ends` are the binary
+    logarithms of the first and the last."""
     low, high = ends
     logarithms = torch.linspace(low, high, LEVELS, dtype=torch.float64)
     return torch.cat([torch.zeros(1), logarithms.exp2().float()])
