@@ -33,11 +33,11 @@ from benchmarks.timing import versions
 from benchmarks.wikitext103_shape import write
 from mlm.base.errors import run_cli
 from mlm.base.files import write_text
+from mlm.runs.machine import resident_bytes
 from mlm.runs.run import open_run
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.stages.fit import predicted, seconds, sizes_of
-from mlm.stages.machine import resident_bytes
 from mlm.stages.order import run_stages
 from mlm.store.run_folder import commit, machine
 

@@ -39,7 +39,8 @@ class HarnessLM(LM):
         pretrained: what `mlm.load` takes, or what it has given.
         rule: how the weights are rewritten; `static` for not at all.
         form: how the texts are written.
-        batch_size: documents read side by side, which changes only the speed.
+        batch_size: documents read side by side, which changes only the speed; None or `auto` = as
+            many as fit (`lanes` of `TrainedModel.score_many`).
         device: where to compute.
     """
 
@@ -48,7 +49,7 @@ class HarnessLM(LM):
         pretrained: str | TrainedModel,
         rule: str = "best",
         form: Any = "plain",
-        batch_size: int | str = 16,
+        batch_size: int | str | None = None,
         device: Any = "auto",
         **_: Any,
     ) -> None:
@@ -56,7 +57,7 @@ class HarnessLM(LM):
         known = not isinstance(pretrained, str)
         self.model = pretrained if known else load(pretrained, device=device)
         self.rule, self.form = rule, form
-        self.lanes = int(batch_size) if str(batch_size).isdigit() else 16  # else it is "auto"
+        self.lanes = int(batch_size) if str(batch_size).isdigit() else None
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False

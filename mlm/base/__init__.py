@@ -13,6 +13,7 @@ from mlm.base.files import MARK, atomic_path, leftovers, naming, parse_json, rea
 from mlm.base.kinds import as_kind, kinds, shown, type_problem
 from mlm.base.lazy import lazily
 from mlm.base.names import (
+    BEST,
     CACHE,
     EOS,
     HAND_MADE,
@@ -23,6 +24,7 @@ from mlm.base.names import (
     STATIC,
     LearnedName,
     RuleText,
+    check_rules,
     rule_label,
     rule_order,
     rule_texts,
@@ -40,6 +42,7 @@ from mlm.base.schedule import cosine
 from mlm.base.terminal import detail, note, progress_bar, say, stands_out
 
 __all__ = [
+    "BEST",
     "CACHE",
     "EOS",
     "HAND_MADE",
@@ -60,6 +63,7 @@ __all__ = [
     "alone",
     "as_kind",
     "atomic_path",
+    "check_rules",
     "command_of",
     "cosine",
     "detail",

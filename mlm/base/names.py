@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Literal, NamedTuple, get_args
+
+from mlm.base.errors import UserError
 
 EOS = "<eos>"
 """A line end, as a word."""
@@ -35,11 +37,32 @@ LEARNED: tuple[LearnedName, ...] = get_args(LearnedName)
 RULES = (STATIC, *HAND_MADE, *LEARNED)
 
 
+BEST = "best"
+"""Stands for the learned rule of a model that gained most on validation."""
+
+
 CACHE = "+cache"
 """Ending of a rule's name that stands for the rule with a neural cache on top."""
 
 
 PROTOCOLS = ("article", "stream")
+
+
+def check_rules(rules: Iterable[str], hint: str = "") -> None:
+    """Refuse what is no name of a rule that a model can be asked for.
+
+    Args:
+        hint: what the message ends with.
+
+    Raises:
+        UserError: the first name that is neither `BEST` nor a rule's, with or without a cache.
+    """
+    for rule in rules:
+        if rule.removesuffix(CACHE) not in (BEST, *RULES):
+            raise UserError(
+                f"no rule {rule!r}; choose from {', '.join((BEST, *RULES))}, each also with "
+                f"{CACHE}{hint}"
+            )
 
 
 class RuleText(NamedTuple):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlm.base.errors import UserError
+from mlm.base.names import check_rules
 from mlm.cli.flags import options_of
 from mlm.cli.inputs import open_sources
 
@@ -58,6 +59,7 @@ def main() -> None:
     """Parse the command line, check, print the table."""
     options = options_of(HELP, Options(), ("model",))
     if options is not None:
+        check_rules(options.rules)
         audit_model(options)
 
 

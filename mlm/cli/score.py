@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mlm.base.errors import UserError
-from mlm.base.names import CACHE, RULES
+from mlm.base.names import check_rules
 from mlm.cli.flags import options_of
 from mlm.cli.inputs import Source, compiled, open_sources
 
@@ -72,8 +72,8 @@ class Options:
     """Write what has been learned at the end of the text."""
     frozen: bool = False
     """Learn nothing any more; for --memory."""
-    lanes: int = 16
-    """So many documents are read side by side; results do not depend on it."""
+    lanes: int | None = None
+    """So many documents are read side by side; by default 16, or as many as memory holds."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     threads: int = 0
@@ -119,12 +119,7 @@ def _check(options: Options) -> None:
         )
     if options.frozen and options.save_memory:
         raise UserError("--frozen learns nothing, so there is nothing for --save-memory to write")
-    odd = [rule for rule in options.rules if rule.removesuffix(CACHE) not in ("best", *RULES)]
-    if odd:
-        raise UserError(
-            f"--rules: no rule {odd[0]!r}; choose from best, {', '.join(RULES)}. "
-            "Files to read come before --rules"
-        )
+    check_rules(options.rules, ". Files to read come before --rules")
     if options.page is not None and options.rules[0] == "static":
         raise UserError("--page compares the main rule with static; name another rule first")
 
@@ -228,32 +223,6 @@ def _writers(
     return found
 
 
-def lanes_that_fit(model: TrainedModel, rules: Sequence[str], protocol: str, lanes: int) -> int:
-    """As many of `lanes` as there is memory for; a note if these are fewer.
-
-    A lane of a rule has its weights, and what the rule remembers, four times (before, after, spare,
-    reset), and their gradient.
-    """
-    from mlm.base.terminal import note
-    from mlm.stages.machine import SHARE, free_bytes
-
-    each, free = 0.0, None
-    for rule in rules:
-        base, bound, *_ = model.ready(rule, protocol)
-        if bound is not None:
-            start = base.start()
-            each += sum(w.nbytes for w in start.values())
-            each += 4 * sum(w.nbytes for w in bound.start().values())
-            free = free_bytes(next(iter(start.values())).device)
-    found = lanes if free is None else min(lanes, max(1, int(SHARE * free / each)))
-    if found < lanes:
-        note(
-            f"{found} documents side by side instead of {lanes}, which need more than three "
-            "quarters of the free memory; results are the same"
-        )
-    return found
-
-
 class Reading:
     """Documents on their way through a model: one after the other, or side by side.
 
@@ -287,7 +256,7 @@ class Reading:
         self._form: Any = None
         self._readers: dict[str, DocumentReader] = {}
         alone = options.protocol == "stream" or options.memory or options.save_memory
-        self._side_by_side = not alone and options.lanes > 1
+        self._side_by_side = not alone and options.lanes != 1
 
     def read(self, source: Source) -> None:
         """Read a text; short documents may be held back until there are enough of them."""
@@ -327,9 +296,7 @@ class Reading:
         if not self._held:
             return
         texts, self._held = self._held, []
-        rules = [self.how["rule"], *self.how["also"]]
-        most = min(self.options.lanes, len(texts))
-        lanes = lanes_that_fit(self.model, rules, self.options.protocol, most)
+        lanes = self.options.lanes
         self._write(self.model.score_many(texts, lanes=lanes, form=self._form, **self.how))
         self._documents += len(texts)
         self.bar.update(sum(len(text.encode()) for text in texts))

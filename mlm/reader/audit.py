@@ -263,13 +263,13 @@ def check_lanes(model: TrainedModel, rule: str, documents: Sequence[Document]) -
         middle = texts[0].find("\n", len(texts[0]) // 2) + 1 or len(texts[0]) // 2
         texts = [texts[0][:middle], texts[0][middle:]]
 
-    def read(chosen: Sequence[str], lanes: int) -> list[np.ndarray]:
+    def read(chosen: Sequence[str], lanes: int | None) -> list[np.ndarray]:
         table = model.score_many(chosen, rule=rule, lanes=lanes, form=form)
         ids, bits = table["doc_id"].to_numpy(), table["surprisal_plain"].to_numpy()
         return [bits[ids == k] for k in range(len(chosen))]
 
     usual = read(texts, 1)
-    together, turned = read(texts, len(texts)), read(texts[::-1], 2)[::-1]
+    together, turned = read(texts, None), read(texts[::-1], 2)[::-1]
     worst, word = 0.0, 0.0
     for other in (together, turned):
         for a, b in zip(usual, other, strict=True):
@@ -282,7 +282,7 @@ def check_lanes(model: TrainedModel, rule: str, documents: Sequence[Document]) -
         f"lanes and order: {rule_label(rule)}",
         worst <= TOTAL,
         f"{worst:.1e} relative",
-        f"{len(texts)} documents in 1 lane, {len(texts)} lanes, and 2 lanes in reverse order: each "
+        f"{len(texts)} documents read alone, side by side, and two by two in reverse order: each "
         f"document's loss within {TOTAL:.0e} (worst word: {word:.1e} bits)",
     )
 

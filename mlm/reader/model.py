@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -13,14 +13,17 @@ import pyarrow as pa
 import torch
 
 from mlm.base.errors import UserError
-from mlm.base.names import CACHE, LEARNED, PROTOCOLS, RULES, STATIC, rule_order
+from mlm.base.names import BEST, CACHE, LEARNED, PROTOCOLS, STATIC, check_rules, rule_order
+from mlm.base.terminal import note
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.hub import HubModel
 from mlm.reader.reader import DocumentReader, spell
 from mlm.reader.tracks import Track
 from mlm.reader.words import MAIN, STATS, Batch, Prices, column, rows, schema
 from mlm.reading.lanes import Details, lanes_under
+from mlm.reading.needs import reading_bytes
 from mlm.reading.scoring import Scores, Wanted, busy_segments, score_protocol
+from mlm.runs.machine import SHARE, free_bytes
 from mlm.runs.rules import Ready, ready_rule, ready_rules
 from mlm.runs.run import Run, choose_device, threads_of
 from mlm.settings.config import Config
@@ -31,10 +34,12 @@ from mlm.store.tensors import load_about, load_tensors
 from mlm.text.streams import LaneStream, Segment
 from mlm.text.vocabulary import Vocabulary
 
+KEPT = 4
+"""Rules that stay ready, those asked for last: one may take as much memory as some lanes."""
+MOST_LANES = 16
+"""Documents that are read side by side unless more are asked for."""
 Form = Literal["plain", "wrapped", "wikitext", "markdown"]
 Protocol = Literal["article", "stream"]
-BEST = "best"
-"""Stands for the learned rule that gained most on validation."""
 
 
 class _Text(NamedTuple):
@@ -57,7 +62,7 @@ class TrainedModel(HubModel):
         """Called by `load`; `how` to compute, where it is not to be as said above."""
         self.name, self._run, self.folder = name, run, run.folder.path
         self.switches = how or Switches(threads=threads_of(run.config, first=False))
-        self._ready: dict[tuple[str, str], Ready] = {}
+        self._ready = lru_cache(KEPT)(self._make_ready)
 
     @classmethod
     def load_folder(
@@ -135,8 +140,17 @@ class TrainedModel(HubModel):
         return max(gains, key=lambda name: gains[name])
 
     def resolved(self, rules: Sequence[str]) -> list[str]:
-        """The rules of these names, each once; `best` is the best learned one."""
-        return list(dict.fromkeys(self.best if rule == BEST else rule for rule in rules))
+        """The rules of these names, each once; `best` is the best learned one.
+
+        Raises:
+            UserError: no such rule.
+        """
+        check_rules(rules)
+        found = (
+            self.best + rule.removeprefix(BEST) if rule.removesuffix(CACHE) == BEST else rule
+            for rule in rules
+        )
+        return list(dict.fromkeys(found))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -185,24 +199,32 @@ class TrainedModel(HubModel):
         texts: Sequence[str],
         rule: str = BEST,
         also: Sequence[str] = (),
-        lanes: int = 16,
+        lanes: int | None = None,
         protocol: Protocol = "article",
         form: Form = "plain",
         stats: Sequence[str] = (),
     ) -> Any:
         """An Arrow table of all words of these texts, one document each.
 
-        The same as reading them one by one, to rounding, but faster: `lanes` are read side by side
-        in protocol `article`. Arguments as in `reader`.
+        The same as reading them one by one, to rounding, but faster: in protocol `article`
+        documents are read side by side.
+
+        Args:
+            texts: the documents.
+            rule, also, protocol, form, stats: as in `reader`.
+            lanes: so many documents side by side, whatever memory they need; None = 16, or as
+                many as fit three quarters of the memory that is free, which a note then says.
+
+        Raises:
+            UserError: as in `reader`; fewer lanes than one.
         """
         if protocol == "stream":
             reader = self.reader(rule, also, protocol, form, stats=stats)
             return pa.concat_tables(reader.score(text) for text in texts)
         names, about = self._asked(rule, also, protocol, form, stats)
         of = schema(list(names.values()), stats, about)
-        if lanes < 1:
-            raise UserError(f"lanes {lanes}: give at least 1")
         documents = [self._encoded(text, form) for text in texts]
+        lanes = self._lanes(lanes, [*names.values()], [d.tokens for d in documents], full=True)
         with computing(self.switches):
             found = list(self._read_many(documents, names, lanes, bool(stats)))
         tables = []
@@ -227,11 +249,6 @@ class TrainedModel(HubModel):
             if odd:
                 raise UserError(f"{what} {odd[0]!r}: choose from {', '.join(known)}")
         main, *more = self.resolved([rule, *also])
-        for name in (main, *more):
-            if name.removesuffix(CACHE) not in RULES:
-                raise UserError(
-                    f"no rule {name!r}; {self.name} reads with {', '.join(self.rules)}, or best"
-                )
         others = [STATIC, *more] if main != STATIC else more
         names = {MAIN: main, **{column(name): name for name in others if name != main}}
         about = {
@@ -251,32 +268,70 @@ class TrainedModel(HubModel):
             UserError: it is neither, or its file is damaged.
         """
         with computing(self.switches):
-            if (name, protocol) not in self._ready:
-                self._ready[name, protocol] = ready_rule(self._run, name, protocol)
-            return self._ready[name, protocol]
+            return self._ready(name, protocol)
+
+    def _make_ready(self, name: str, protocol: str) -> Ready:
+        plain = name.removesuffix(CACHE)
+        known = self._ready(plain, protocol) if plain != name else None
+        return ready_rule(self._run, name, protocol, known)
+
+    def _lanes(
+        self, lanes: int | None, rules: Sequence[str], articles: Sequence[np.ndarray], full: bool
+    ) -> int:
+        """How many articles these rules read side by side; `full`: with all log-probabilities.
+
+        None = `MOST_LANES`, or as many as three quarters of the free memory hold, with a note.
+        """
+        if lanes is not None:
+            if lanes < 1:
+                raise UserError(f"lanes {lanes}: give at least 1")
+            return lanes
+        ready = [self.ready(rule, "article") for rule in rules]
+        free, lengths = free_bytes(self._run.device), [len(a) for a in articles if len(a)]
+        most = fit = min(MOST_LANES, max(1, len(lengths)))
+        longest = max(lengths, default=0)
+
+        def needed(lanes: int) -> float:
+            return sum(
+                reading_bytes(one.base, one.bound, one.cache, lanes, longest, full) for one in ready
+            )
+
+        with computing(self.switches):
+            while free is not None and fit > 1 and needed(fit) > SHARE * free:
+                fit -= 1
+        if fit < most:
+            note(
+                f"{fit} documents side by side instead of {most}, which need more than three "
+                "quarters of the free memory; results are the same"
+            )
+        return fit
 
     def losses(
         self,
         articles: Sequence[np.ndarray],
         rule: str = BEST,
         protocol: Protocol = "article",
-        lanes: int = 16,
+        lanes: int | None = None,
         title: str | None = None,
         wanted: Wanted | None = None,
     ) -> Scores:
         """Losses of all tokens of these articles: what `evaluate.py` makes its tables of.
 
         Args:
-            articles: tokens of each (`vocabulary.encode`).
+            articles: tokens of each (`vocabulary.encode_article`).
             rule, protocol: as in `reader`. A rule with a cache has its losses in `cached[0]`, and
                 beside them those without.
-            lanes: articles read side by side; results do not depend on it.
+            lanes: articles read side by side, as in `score_many`; results do not depend on it.
             title: of a progress bar, if there is to be one.
             wanted: tokens of which more than the loss is wanted.
         """
         (rule,) = self.resolved([rule])
         base, bound, cache, _ = self.ready(rule, protocol)
-        more = (articles, self.vocabulary.eos_id, protocol, lanes, title, cache, wanted)
+        if protocol == "article":
+            number = self._lanes(lanes, [rule], articles, full=wanted is not None)
+        else:
+            number = 1
+        more = (articles, self.vocabulary.eos_id, protocol, number, title, cache, wanted)
         with computing(self.switches):
             return score_protocol(base, bound, *more)
 

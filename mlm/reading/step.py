@@ -367,6 +367,8 @@ def read_theta_0(
 
 REST, LONGER = 16, 4
 """Segments that a lane rests after it exploded, and how many times longer after each time more."""
+GUARD = 2
+"""Of `exploded_lanes`; another number, another meaning of `--adapt.guard`."""
 
 
 def rested(reader: Reader, begins_B: Tensor, exploded_B: Tensor) -> tuple[Tensor, Tensor]:

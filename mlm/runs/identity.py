@@ -13,7 +13,8 @@ import json
 from typing import Any
 
 from mlm.models.base import has_low_rank
-from mlm.models.extension import Extension
+from mlm.models.extension import Extension, numbers_of
+from mlm.reading import step
 from mlm.runs.run import Run, in_bfloat16
 from mlm.settings.record import to_dict
 from mlm.store.run_folder import RunFolder
@@ -77,12 +78,17 @@ def row_identity(run: Run, rule: str, setting: Any) -> str:
     keys = {
         "base": checkpoint_mark(run.folder, "memory"),
         "rule": [rule, setting],
-        "guard": run.config.adapt.guard,
+        "guard": guard_mark(run),
         "bfloat16": in_bfloat16(run.config.adapt),
         "extensions": _fingerprints(run.config.extensions.enabled()),
         "constants": constants(of_model=False),
     }
     return _hash(keys)
+
+
+def guard_mark(run: Run) -> list[Any]:
+    """What the guard does while lanes read: its setting and its constants."""
+    return [run.config.adapt.guard, numbers_of(step)]
 
 
 def checkpoint_mark(folder: RunFolder, name: str) -> str:

@@ -358,11 +358,14 @@ def cache_window(run: Run) -> int:
     return round(run.config.evaluation.cache_words * text.tokens_per_word)
 
 
-def ready_rule(run: Run, name: str, protocol: str) -> Ready:
-    """The rule of this name, tuned or loaded, with a tuned cache on top if its name ends so."""
-    base = name.removesuffix(CACHE)
-    ready = _ready(run, base, protocol)
-    if base == name:
+def ready_rule(run: Run, name: str, protocol: str, plain: Ready | None = None) -> Ready:
+    """The rule of this name, tuned or loaded, with a tuned cache on top if its name ends so.
+
+    Args:
+        plain: the rule without a cache, if that is ready.
+    """
+    ready = plain or _ready(run, name.removesuffix(CACHE), protocol)
+    if not name.endswith(CACHE):
         return ready
 
     def trials(progress: Progress, on_trial: Callable[[Trial], None]) -> list[Trial]:

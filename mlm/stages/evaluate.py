@@ -32,7 +32,7 @@ from mlm.report.evaluation import (
 )
 from mlm.report.losses import column_name, write_losses
 from mlm.report.tables import Row, format_totals
-from mlm.runs.identity import identity
+from mlm.runs.identity import guard_mark, identity
 from mlm.runs.rules import check_learned, current_identity
 from mlm.runs.run import Run, open_run
 from mlm.runs.split_text import SplitText
@@ -196,7 +196,7 @@ class _Finished:
 def _scoring(run: Run, folder: Path, text: SplitText) -> KeptProgress:
     """Where what has been scored of a text is kept; what the scores depend on is its identity."""
     rules = [run.folder.checkpoint(n.removesuffix(CACHE)) for n in run.config.evaluation.rules]
-    asked = [identity(run), text.split, text.chosen, run.config.evaluation.top_k]
+    asked = [identity(run), guard_mark(run), text.split, text.chosen, run.config.evaluation.top_k]
     digest = hashlib.sha256(json.dumps(asked).encode())
     for tokens in text.articles:
         digest.update(tokens.tobytes())

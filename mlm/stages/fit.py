@@ -9,16 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mlm import kernels
 from mlm.base.errors import UserError
 from mlm.base.names import STATIC
 from mlm.base.terminal import note
 from mlm.models.recurrent import BaseModel
-from mlm.runs.run import Run
-from mlm.settings.config import Config
-from mlm.settings.flags import flag, leaves, replaced
-from mlm.settings.presets import settings
-from mlm.stages.machine import (
+from mlm.reading.needs import fused
+from mlm.runs.machine import (
     EFFICIENCY,
     SEGMENT_SECONDS,
     SHARE,
@@ -26,6 +22,10 @@ from mlm.stages.machine import (
     pace,
     resident_bytes,
 )
+from mlm.runs.run import Run
+from mlm.settings.config import Config
+from mlm.settings.flags import flag, leaves, replaced
+from mlm.settings.presets import settings
 from mlm.stages.needs import MODES, STAGES, Effort, Lengths, Phase, RunSizes
 from mlm.text.corpora import open_corpus
 from mlm.text.streams import Text
@@ -134,10 +134,9 @@ def sizes_of(run: Run, scored: Lengths | None = None) -> RunSizes:
         words = config.evaluation.tune_words
         tokens = round(words * scored.tokens_per_word)
         tune = Lengths(tokens, words, config.evaluation.lanes, min(tokens, scored.longest))
-    cpu = run.device.type == "cpu"
     half = "lm" in stages and resolve_precision(config.lm.precision, run.device) == torch.bfloat16
-    fused = cpu and kernels.usable(torch.zeros(1))
-    return RunSizes(config, shape, fused, half, train, held_out, valid, tune, scored, shares)
+    served = fused(run.device)
+    return RunSizes(config, shape, served, half, train, held_out, valid, tune, scored, shares)
 
 
 # -- one stage ------------------------------------------------------------------------------------

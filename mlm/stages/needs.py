@@ -20,10 +20,19 @@ from mlm.base.names import CACHE, HAND_MADE, LEARNED
 from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.extension import Extension, Extent, Need
 from mlm.models.low_rank import DIRECTIONS, LOW, base_of
-from mlm.models.recurrent import BaseModel, RecurrentLM
-from mlm.models.snail import SnailShape
+from mlm.models.recurrent import BaseModel
 from mlm.page.top_k import TOP_K_WORDS
 from mlm.reading.meta_gradient import snapshot_spacing
+from mlm.reading.needs import (
+    FLOAT,
+    cache_bytes,
+    distribution_bytes,
+    extension_bytes,
+    hidden_bytes,
+    output_bytes,
+    segment_bytes,
+    weights_bytes,
+)
 from mlm.rules.family import HAND_MADE_RULES
 from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import UpdateRule
@@ -31,7 +40,6 @@ from mlm.runs.rules import rule_to_train
 from mlm.settings.config import Config
 from mlm.training.fisher import FISHER_LANES
 
-FLOAT = 4
 MODES = ("reverse", "checkpoint", "forward")
 """First-order meta-gradients, fastest first."""
 
@@ -197,47 +205,19 @@ class RunSizes:
 
     # -- one segment ------------------------------------------------------------------------
 
-    def hidden_bytes(self, lanes: int, steps: int) -> float:
-        """Hidden states of a segment with what their gradient needs."""
-        if isinstance(self.shape, SnailShape):
-            positions = lanes * (self.shape.context + steps)
-            layout = self.shape.layer_layout().values()
-            widths = sum(size[1] + 4 * size[0] for size, _ in layout if len(size) == 2)
-            attention = 4 * lanes * steps * (self.shape.context + steps) * self.shape.layers
-            return FLOAT * (positions * widths + attention)
-        assert isinstance(self.shape, RecurrentLM)
-        widths = sum(20 * hidden + 2 * inputs for inputs, hidden in self.shape.layer_sizes())
-        return FLOAT * lanes * steps * widths
-
-    def output_bytes(self, lanes: int, steps: int, each: float) -> float:
-        """Logits of a segment, `each` copies of 4 bytes, where the fused softmax does not serve."""
-        head, *tails = self.shape.clusters()
-        tokens = lanes * steps
-        rows = head[1] + len(tails)
-        shares = self.tail_shares or (1.0,) * len(tails)
-        rows += sum(share * (hi - lo) for share, (lo, hi, _) in zip(shares, tails, strict=True))
-        return FLOAT * each * tokens * rows
-
     def reading_bytes(self, lanes: int) -> float:
         """A segment read under weights of the lanes' own, beside these and their gradients."""
-        steps = self.config.adapt.update_every
-        total = self.hidden_bytes(lanes, steps)
         extent = self.extent(lanes, self.scored, self.own)
-        if self.fused and not self.shape.cutoffs:
-            total += extent.logits
-        else:
-            total += self.output_bytes(lanes, steps, 5.0)
-        return total
+        return segment_bytes(self.shape, extent, self.fused, self.tail_shares)
 
     def lane_bytes(self, lanes: int, text: Lengths, longest: int) -> float:
         """What extensions hold of lanes that read so many tokens."""
-        extent = self.extent(lanes, text, self.own, longest)
-        return sum(extension.lane_bytes(extent) for extension in self.extensions)
+        return extension_bytes(self.extensions, self.extent(lanes, text, self.own, longest))
 
     def adapting_bytes(self, rule: UpdateRule, lanes: int, text: Lengths, longest: int) -> float:
-        """Lanes that a rule writes: before, after and spare, a reset copy, and the gradient."""
-        numbers = 4 * self.kept(rule) + self.own
-        total = FLOAT * (lanes * numbers + self.factors(rule)) + self.reading_bytes(lanes)
+        """Lanes that a rule writes, and what they share of it."""
+        total = weights_bytes(lanes, self.kept(rule), self.own) + FLOAT * self.factors(rule)
+        total += self.reading_bytes(lanes)
         if isinstance(rule, LinearGates):
             total += self.lane_bytes(lanes, text, longest)
         return total
@@ -275,11 +255,12 @@ def stage_1(sizes: RunSizes) -> list[Phase]:
     """The language model: weights, their gradients, Adam's moments, and one segment."""
     config, lm = sizes.config, sizes.config.lm
     lanes = min(lm.lanes, sizes.train.articles)
-    total = FLOAT * 4.0 * sizes.model_numbers + sizes.hidden_bytes(lanes, lm.segment)
-    if sizes.half and sizes.fused and not sizes.shape.cutoffs:
-        total += sizes.output_bytes(lanes, lm.segment, 0.5) + FLOAT * sizes.model_numbers
+    total = FLOAT * 4.0 * sizes.model_numbers + hidden_bytes(sizes.shape, lanes, lm.segment)
+    shape, shares = sizes.shape, sizes.tail_shares
+    if sizes.half and sizes.fused and not shape.cutoffs:
+        total += output_bytes(shape, lanes, lm.segment, 0.5, shares) + FLOAT * sizes.model_numbers
     else:
-        total += sizes.output_bytes(lanes, lm.segment, 3.0)
+        total += output_bytes(shape, lanes, lm.segment, 3.0, shares)
     extent = sizes.extent(lanes, sizes.train, sizes.own)
     total += sum(e.making(extent, extent).bytes for e in sizes.extensions if e.of_model)
     tokens = lm.epochs * sizes.train.tokens
@@ -432,19 +413,18 @@ def scoring(sizes: RunSizes) -> list[Phase]:
 
 def _top_k_bytes(sizes: RunSizes, columns: int, caches: bool) -> float:
     """Log-probabilities of a segment's tokens with what they come from, and what is kept."""
-    chosen, steps = sizes.config.evaluation, sizes.config.adapt.update_every
-    lanes = min(chosen.lanes, sizes.scored.articles)
-    copies = 7 if caches else 3
+    chosen = sizes.config.evaluation
+    extent = sizes.extent(min(chosen.lanes, sizes.scored.articles), sizes.scored, sizes.own)
     kept = min(TOP_K_WORDS, sizes.scored.words) * columns * (100.0 + 40 * chosen.top_k)
-    return FLOAT * copies * lanes * steps * sizes.shape.vocabulary + kept
+    return distribution_bytes(extent, caches) + kept
 
 
 def _cache_bytes(sizes: RunSizes) -> float:
-    """The rings of all lanes, a copy, and the products with what they hold."""
-    chosen, steps = sizes.config.evaluation, sizes.config.adapt.update_every
-    slots = chosen.cache_words * sizes.tune.tokens_per_word + steps
+    """The neural caches of all lanes."""
+    chosen = sizes.config.evaluation
     lanes = min(chosen.lanes, max(sizes.scored.articles, sizes.tune.articles))
-    return lanes * slots * (2 * (FLOAT * sizes.shape.embedding + 8) + steps * 5 * FLOAT)
+    extent = sizes.extent(lanes, sizes.scored, sizes.own)
+    return cache_bytes(extent, chosen.cache_words * sizes.tune.tokens_per_word)
 
 
 def _rules(sizes: RunSizes, names: set[str]) -> list[UpdateRule]:

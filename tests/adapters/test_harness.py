@@ -55,6 +55,14 @@ def test_texts_are_documents_of_their_own(model: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "lanes"), [(None, None), ("auto", None), ("auto:4", None), (3, 3), ("8", 8)]
+)
+def test_batch_size_is_the_number_of_lanes(harness: Any, said: Any, lanes: int | None) -> None:
+    assert harness.HarnessLM(Model(), batch_size=said).lanes == lanes
+    assert harness.HarnessLM(Model()).lanes is None
+
+
+@pytest.mark.parametrize(
     ("context", "continuation"),
     [
         ("The old mill by the old river", " slept."),

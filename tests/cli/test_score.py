@@ -21,7 +21,7 @@ from conftest import Command, Finished, Outcome
 
 import mlm
 from mlm.cli import inputs
-from mlm.stages import machine
+from mlm.reader import model as reader_model
 from mlm.text.vocabulary import WordVocabulary
 
 LETTER = """Dear Ba,
@@ -174,11 +174,14 @@ def test_documents_are_read_side_by_side_as_far_as_memory_goes(
 ) -> None:
     words = (letter, letter, letter, "--rules", "three_levels", "rms", "--out")
     assert "side by side" not in score(*words, tmp_path / "many.parquet").err
-    monkeypatch.setattr(machine, "free_bytes", lambda device: 1000.0)
+    monkeypatch.setattr(reader_model, "free_bytes", lambda device: 1000.0)
+    set_by_hand = score(*words, tmp_path / "asked.parquet", "--lanes", 3)
+    assert "side by side" not in set_by_hand.err, "what the command line sets is not changed"
     done = score(*words, tmp_path / "few.parquet")
     assert done.code == 0
     assert "note: 1 documents side by side instead of 3" in done.err
-    few, many = (bits_of(tmp_path / f"{name}.parquet") for name in ("few", "many"))
+    few, asked, many = (bits_of(tmp_path / f"{n}.parquet") for n in ("few", "asked", "many"))
+    np.testing.assert_array_equal(asked, many)
     np.testing.assert_allclose(few, many, rtol=1e-5)
 
 
@@ -256,6 +259,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "an unknown form of file": (("letter.txt", "--out", "words.csv"), "must end in .parquet or"),
     "over the input": (("words.tsv", "--out", "words.tsv"), "named twice; choose another name"),
     "two into one": (("letter.txt", "--out", "w.tsv", "--nc", "w.tsv"), "named twice"),
+    "no such rule": (("letter.txt", "--rules", "fastest"), "no rule 'fastest'; choose from best, "),
     "no lane": (("letter.txt", "--lanes", "0"), "--lanes is 0; it must be at least 1"),
     "frozen at nothing": (("letter.txt", "--frozen"), "--frozen learns nothing, so it needs"),
     "two forms in a stream": (

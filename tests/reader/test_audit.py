@@ -325,6 +325,11 @@ def test_the_command_prints_every_check(command: Any, finished: Any) -> None:
     assert "pass         causal: static, article; worst: no difference" in outcome.out
 
 
+def test_an_unknown_rule_is_refused_before_the_model_is_loaded(command: Any) -> None:
+    error = command("mlm.cli.audit", "no/such/model", "--rules", "static", "../rms").error
+    assert "no rule '../rms'; choose from best, static, " in error
+
+
 def test_evaluate_audits_with_its_rules_and_split(
     command: Any, finished: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

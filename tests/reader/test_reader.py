@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,12 @@ import torch
 from mlm.base.errors import UserError
 from mlm.kernels import switches, use
 from mlm.reader import TrainedModel
+from mlm.reader import model as reader_model
 from mlm.reader.reader import spell
+from mlm.reader.tracks import Track
+from mlm.reading.needs import reading_bytes
 from mlm.reading.scoring import score_protocol
+from mlm.runs.machine import SHARE
 from mlm.runs.rules import ready_rule
 from mlm.spelling import Word
 from mlm.store.tensors import load_tensors, save_tensors
@@ -81,6 +87,62 @@ def test_many_texts_at_once_are_read_as_one_by_one(model: TrainedModel) -> None:
         one.select(["doc_id", "word_id", "word", "rank"])
     )
     np.testing.assert_allclose(_surprisals(many), _surprisals(one), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("free", "lanes"), [(None, 5), (1e12, 5), ("three", 3), (0.0, 1)])
+def test_memory_bounds_how_many_texts_are_read_at_once(
+    model: TrainedModel, free: float | str | None, lanes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts, rules, noted, made = ["gi ne " * 20] * 5, ("best", "rms+cache"), [], []
+    one = [model.ready(rule, "article") for rule in model.resolved(["static", *rules])]
+    longest = len(model._encoded(texts[0], "plain").tokens)
+    if free == "three":  # and a little
+        of = (3, longest, True)
+        free = 1.01 / SHARE * sum(reading_bytes(r.base, r.bound, r.cache, *of) for r in one)
+    track = TrainedModel.track
+
+    def told(self: TrainedModel, name: str, protocol: str, lanes: int) -> Track:
+        made.append(lanes)
+        return track(self, name, protocol, lanes)
+
+    monkeypatch.setattr(TrainedModel, "track", told)
+    monkeypatch.setattr(reader_model, "free_bytes", lambda device: free)
+    monkeypatch.setattr(reader_model, "note", noted.append)
+    found = model.score_many(texts, "best", also=rules[1:])
+    assert made == [lanes] * 3
+    assert bool(noted) == (lanes < 5)
+    tokens = [np.arange(9)] * 5
+    assert len(model.losses(tokens, "static").nll) == 5
+    asked = model.score_many(texts, "best", also=rules[1:], lanes=5)
+    assert made[3:] == [5] * 3, "a number that is given is taken as it is"
+    np.testing.assert_allclose(_surprisals(found), _surprisals(asked), rtol=1e-5, atol=1e-5)
+    for wrong in (lambda: model.score_many(texts, lanes=0), lambda: model.losses(tokens, lanes=0)):
+        with pytest.raises(UserError, match="lanes 0: give at least 1"):
+            wrong()
+
+
+def test_few_rules_stay_in_memory(model: TrainedModel) -> None:
+    """A rule is made once for what is read in turn; one that was asked for long ago is let go."""
+    fresh = TrainedModel(model._run, model.name)
+    ready = fresh.ready("rms+cache", "article")
+    assert fresh.ready("rms+cache", "article") is ready
+    assert fresh.ready("rms", "article").bound is ready.bound
+    let_go = weakref.ref(ready.bound)
+    del ready
+    for name, protocol in (("rms", "stream"), ("four_levels", "article"), ("static", "article")):
+        fresh.ready(name, protocol)
+    assert let_go() is not None
+    fresh.ready("four_levels", "stream")
+    gc.collect()
+    assert let_go() is None
+
+
+def test_best_may_have_a_cache(model: TrainedModel) -> None:
+    assert model.resolved(["best+cache", "static", "best"]) == [
+        "four_levels+cache",
+        "static",
+        "four_levels",
+    ]
 
 
 def test_the_words_of_a_text_cost_its_pieces_and_the_last_boundary(model: TrainedModel) -> None:
@@ -220,7 +282,8 @@ def test_a_document_under_way_is_not_overwritten(model: TrainedModel, tmp_path: 
 @pytest.mark.parametrize(
     ("asked", "names"),
     [
-        ({"rule": "rmss"}, "four_levels"),
+        ({"rule": "rmss"}, "no rule 'rmss'; choose from best, .*four_levels"),
+        ({"also": ("rms", "../rms")}, "no rule '../rms'; choose from best"),
         ({"protocol": "articles"}, "stream"),
         ({"form": "html"}, "markdown"),
         ({"stats": ("entropie",)}, "entropy"),

@@ -22,8 +22,10 @@ from conftest import Command, Finished
 from tiny import as_flags, corpus_text, tiny_config, write_corpus
 
 from mlm.reader import load
+from mlm.reading import step
 from mlm.report.evaluation import read_evaluation
-from mlm.runs.rules import current_identity
+from mlm.runs.identity import identity
+from mlm.runs.rules import current_identity, tuned_settings
 from mlm.runs.run import open_run
 from mlm.store.run_folder import RunFolder
 
@@ -67,6 +69,25 @@ def test_every_row_says_what_it_was_made_with(finished: Finished) -> None:
     assert all(row["identity"] for row in RunFolder(finished.folder).rows())
     tuned = json.loads((finished.folder / "tuning.json").read_text(encoding="utf-8"))
     assert all(entry["identity"] for entry in tuned.values())
+
+
+@pytest.mark.parametrize("name", ["REST", "LONGER", "GUARD"])
+def test_a_guard_that_works_otherwise_makes_rows_stale_and_nothing_else(
+    finished: Finished, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tuned settings and learned rules stay: the guard hardly decides which of them is best."""
+
+    def now() -> tuple[str | None, dict[str, Any], str]:
+        run = open_run(dataclasses.replace(finished.config, stages=("evaluate",)), quiet=True)
+        return current_identity(run, "rms", "article"), tuned_settings(run), identity(run)
+
+    row, *rest = now()
+    monkeypatch.setattr(step, name, getattr(step, name) + 1)
+    other, *same = now()
+    assert None not in (row, other)
+    assert other != row
+    assert same == rest
+    assert rest[0]
 
 
 def test_a_rule_of_another_m_is_not_read_and_its_rows_go(

@@ -14,12 +14,12 @@ from conftest import Command, Finished
 from tiny import tiny_config, write_corpus
 
 from mlm.models.extension import Extension, Extent
+from mlm.runs.machine import free_bytes, pace, resident_bytes
 from mlm.runs.run import open_run
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
 from mlm.stages import fit
 from mlm.stages.fit import Limit, choices, fitted, predicted, shown_seconds, with_recorded_choices
-from mlm.stages.machine import free_bytes, pace, resident_bytes
 from mlm.stages.needs import (
     MODES,
     Lengths,
