@@ -119,7 +119,6 @@ CURES = {
     "….initial_state is missing: …": "Give the module the method that the message names.",
     "…: …; …": "Rename the parameter or the file that the message names.",
     "no such setting of a model to load: …": "Leave it out.",
-    "no rule …; … reads with …, or best": "Use one of the rules that the message lists.",
     "… was saved with another model (…)": "Read on with that model.",
     "… is not in …, a released model. …": "Use one of the rules that the message lists.",
     "a scale of perturbations is given for …, but the parameters are …": "Name parameters only.",

@@ -15,6 +15,7 @@ import torch
 from mlm.base.errors import UserError
 from mlm.base.names import BEST, CACHE, LEARNED, PROTOCOLS, STATIC, check_rules, rule_order
 from mlm.base.terminal import note
+from mlm.kernels import buffers
 from mlm.kernels.switches import Switches, computing
 from mlm.reader.hub import HubModel
 from mlm.reader.reader import DocumentReader, spell
@@ -227,6 +228,7 @@ class TrainedModel(HubModel):
         lanes = self._lanes(lanes, [*names.values()], [d.tokens for d in documents], full=True)
         with computing(self.switches):
             found = list(self._read_many(documents, names, lanes, bool(stats)))
+        buffers.clear()
         tables = []
         for number, (text, prices, after, details) in enumerate(found):
             if not text.words:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mlm.base.errors import UserError
-from mlm.kernels import switches, use
+from mlm.kernels import buffers, switches, use
 from mlm.reader import TrainedModel
 from mlm.reader import model as reader_model
 from mlm.reader.reader import spell
@@ -119,6 +119,14 @@ def test_memory_bounds_how_many_texts_are_read_at_once(
     for wrong in (lambda: model.score_many(texts, lanes=0), lambda: model.losses(tokens, lanes=0)):
         with pytest.raises(UserError, match="lanes 0: give at least 1"):
             wrong()
+
+
+def test_what_lanes_needed_is_given_back(
+    model: TrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(buffers, "MIN_BYTES", 0)
+    model.score_many(["gi ne " * 40] * 3)
+    assert not buffers._pool.free
 
 
 def test_few_rules_stay_in_memory(model: TrainedModel) -> None:
