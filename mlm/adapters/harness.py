@@ -57,7 +57,8 @@ class HarnessLM(LM):
         known = not isinstance(pretrained, str)
         self.model = pretrained if known else load(pretrained, device=device)
         self.rule, self.form = rule, form
-        self.lanes = int(batch_size) if str(batch_size).isdigit() else None
+        said = str(batch_size)
+        self.lanes = int(said) if said.isdigit() else None
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False

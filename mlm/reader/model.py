@@ -219,13 +219,16 @@ class TrainedModel(HubModel):
         Raises:
             UserError: as in `reader`; fewer lanes than one.
         """
+        _check_lanes(lanes)
         if protocol == "stream":
             reader = self.reader(rule, also, protocol, form, stats=stats)
             return pa.concat_tables(reader.score(text) for text in texts)
         names, about = self._asked(rule, also, protocol, form, stats)
         of = schema(list(names.values()), stats, about)
         documents = [self._encoded(text, form) for text in texts]
-        lanes = self._lanes(lanes, [*names.values()], [d.tokens for d in documents], full=True)
+        lanes = lanes or self._lanes_that_fit(
+            [*names.values()], [document.tokens for document in documents], full=True
+        )
         with computing(self.switches):
             found = list(self._read_many(documents, names, lanes, bool(stats)))
         buffers.clear()
@@ -277,17 +280,13 @@ class TrainedModel(HubModel):
         known = self._ready(plain, protocol) if plain != name else None
         return ready_rule(self._run, name, protocol, known)
 
-    def _lanes(
-        self, lanes: int | None, rules: Sequence[str], articles: Sequence[np.ndarray], full: bool
+    def _lanes_that_fit(
+        self, rules: Sequence[str], articles: Sequence[np.ndarray], full: bool
     ) -> int:
         """How many articles these rules read side by side; `full`: with all log-probabilities.
 
-        None = `MOST_LANES`, or as many as three quarters of the free memory hold, with a note.
+        `MOST_LANES`, or as many as three quarters of the free memory hold, with a note.
         """
-        if lanes is not None:
-            if lanes < 1:
-                raise UserError(f"lanes {lanes}: give at least 1")
-            return lanes
         ready = [self.ready(rule, "article") for rule in rules]
         free, lengths = free_bytes(self._run.device), [len(a) for a in articles if len(a)]
         most = fit = min(MOST_LANES, max(1, len(lengths)))
@@ -327,13 +326,13 @@ class TrainedModel(HubModel):
             title: of a progress bar, if there is to be one.
             wanted: tokens of which more than the loss is wanted.
         """
+        _check_lanes(lanes)
         (rule,) = self.resolved([rule])
         base, bound, cache, _ = self.ready(rule, protocol)
-        if protocol == "article":
-            number = self._lanes(lanes, [rule], articles, full=wanted is not None)
-        else:
-            number = 1
-        more = (articles, self.vocabulary.eos_id, protocol, number, title, cache, wanted)
+        if protocol == "stream":
+            lanes = 1
+        lanes = lanes or self._lanes_that_fit([rule], articles, full=wanted is not None)
+        more = (articles, self.vocabulary.eos_id, protocol, lanes, title, cache, wanted)
         with computing(self.switches):
             return score_protocol(base, bound, *more)
 
@@ -435,6 +434,11 @@ class TrainedModel(HubModel):
         for text, price, end, parts in zip(documents, prices, after, details, strict=True):
             joined = [np.concatenate(part) for part in zip(*parts, strict=True)]
             yield text, price, end, Details(*joined) if joined else None
+
+
+def _check_lanes(lanes: int | None) -> None:
+    if lanes is not None and lanes < 1:
+        raise UserError(f"lanes {lanes}: give at least 1")
 
 
 def _behind(segment: Segment) -> Segment:
