@@ -164,6 +164,7 @@ def test_every_file_of_a_run_is_on_its_page(finished: Finished) -> None:
 def test_every_page_and_room_is_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     wanted = [page.name for page in PAGES] + [f"api/{room}.md" for room in hooks.rooms()]
+    wanted += [page.relative_to(ROOT).as_posix() for page in ROOT.glob("results/**/README.md")]
     assert [
         name for name in wanted if not re.search(rf"[-:] {re.escape(name)}$", config, re.M)
     ] == []

@@ -65,6 +65,7 @@ def test_a_row_is_a_run_measured_once(
     assert "measured again" in again.error, "other settings are another run"
 
 
+@pytest.mark.slow
 def test_gains_are_over_the_static_model_of_the_table(finished: Finished, tmp_path: Path) -> None:
     """Also those of a run with a language model of its own."""
     folder = finished.copy(tmp_path / "run")

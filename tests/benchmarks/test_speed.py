@@ -184,6 +184,7 @@ def test_another_meta_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 # -- ceiling --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_ceiling_table() -> None:
     options = ceiling.Options(
         rounds=1, lanes=3, segments=(4,), unroll=3, updates=2, threads=1, device="cpu"

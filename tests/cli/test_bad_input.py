@@ -450,9 +450,13 @@ AGAIN: dict[str, Callable[[Path], object]] = {
     "tuned settings of other things": junk("tuning.json", b'{"sgd/article": 5}'),
     "word losses cut short": cut("losses.parquet"),
 }
+USUAL = {"tuned settings cut short", "word losses cut short"}
+"""Cases of `AGAIN` in the default suite."""
 
 
-@pytest.mark.parametrize("case", AGAIN)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=[] if c in USUAL else pytest.mark.slow) for c in AGAIN]
+)
 def test_what_can_be_made_again_is(
     case: str, finished: Finished, command: Command, tmp_path: Path
 ) -> None:
@@ -755,6 +759,7 @@ def disk_full_at(monkeypatch: pytest.MonkeyPatch, write: int) -> None:
     patch(monkeypatch, "os.fsync", write, full)
 
 
+@pytest.mark.slow
 def test_disk_full_at_every_write_of_stage_1(
     finished: Finished, command: Command, tmp_path: Path
 ) -> None:

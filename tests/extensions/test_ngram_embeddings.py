@@ -246,7 +246,7 @@ def _with_ngrams(make: Callable[..., LMTrainer]) -> LMTrainer:
     return trainer
 
 
-@pytest.mark.parametrize("make", [through, as_usual])
+@pytest.mark.parametrize("make", [pytest.param(through, marks=pytest.mark.slow), as_usual])
 def test_the_rows_are_part_of_the_model(make: Callable[..., LMTrainer]) -> None:
     """What training makes is a worse model without them."""
     trainer = _with_ngrams(make)

@@ -96,6 +96,7 @@ def test_what_multiplies_bfloat16_also_trains_in_it() -> None:
     assert processor.trains_bfloat16() or not processor.multiplies_bfloat16()
 
 
+@pytest.mark.slow
 @X86
 def test_no_traceback_where_onednn_has_no_bfloat16_layer(tmp_path: Path) -> None:
     """A real process, in which oneDNN takes the processor for one with AVX2 only."""

@@ -156,7 +156,8 @@ def test_every_rule_has_one_dark_style_of_its_own():
         assert rule_style(f"{rule}+cache")["color"] == rule_style(rule)["color"]
 
 
-@pytest.mark.parametrize("width", ["text", pytest.param("column", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["text", "column"])
 def test_pictures_fit_a_paper(run: Path, tmp_path: Path, width: str):
     """Their width in inches, letters of 7 and 8 points, text as text."""
     look = Look(WIDTHS[width], ("svg", "pdf"))

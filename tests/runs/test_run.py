@@ -528,6 +528,7 @@ def test_stage_2_resumes_bit_for_bit(
     assert sorted(rows, key=key) == sorted(expected, key=key)
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_changes_nothing(
     finished: Finished, command: Command, tmp_path: Path, contents: Contents
 ) -> None:
