@@ -137,7 +137,7 @@ def main() -> None:
     every = [a.text for a in itertools.islice(articles, options.articles or None)]
     texts = {"all lines": every}
     if any(UNK in text.split() for text in every):
-        texts["without lines of <unk>"] = without_unknown(every)
+        texts["lines without unknown words"] = without_unknown(every)
     rows: list[dict[str, Any]] = []
     for name, chosen in texts.items():
         for rule in rules:
