@@ -5,7 +5,7 @@
 Needs the extra `harness` (lm_eval). Every article is read twice from the static weights: as the
 harness's task `wikitext` does, in the natural spelling that it makes of a page, and as
 `mlm evaluate` does, in WikiText's form. Our perplexity is then converted to the harness's count:
-L nats over N strings instead of W words and E line ends. What is left is what the spelling brings.
+L nats over N strings instead of W words and E line ends. The rest is what the spelling brings.
 
 The harness's data set holds no `<unk>`. Where the corpus does, both readings are done again without
 the lines that hold one.
@@ -33,6 +33,7 @@ from mlm.base.errors import UserError, run_cli
 from mlm.base.names import STATIC, rule_label
 from mlm.base.terminal import say
 from mlm.reader.model import BEST, TrainedModel
+from mlm.report.evaluation import perplexity
 from mlm.spelling import canonical_text
 from mlm.text.corpora import count_words, open_corpus
 from mlm.text.tokens import UNK
@@ -69,7 +70,7 @@ class Read(NamedTuple):
 
 
 def ours(model: TrainedModel, texts: Sequence[str], rule: str) -> Read:
-    """Read articles as `mlm evaluate` does in protocol `article`."""
+    """Read articles as `mlm evaluate` does, in protocol `article`."""
     tokens = [model.vocabulary.encode_article(text) for text in texts]
     nll = model.losses(tokens, rule, title=rule_label(rule)).nll
     spelled = [model.vocabulary.unknown(*pair) for pair in zip(texts, tokens, strict=True)]
@@ -84,7 +85,7 @@ def harness(model: TrainedModel, pages: Sequence[str], rule: str) -> tuple[Read,
     Raises:
         UserError: the harness is not installed.
     """
-    adapter = importlib.import_module("mlm.adapters.harness")  # says so if the harness is missing
+    adapter = importlib.import_module("mlm.adapters.harness")
     metrics = importlib.import_module("lm_eval.api.metrics")
     task = importlib.import_module("lm_eval.tasks.wikitext.preprocess_wikitext")
     docs = [{"page": page} for page in pages]
@@ -92,25 +93,22 @@ def harness(model: TrainedModel, pages: Sequence[str], rule: str) -> tuple[Read,
     found = adapter.HarnessLM(model, rule).loglikelihood_rolling(asked)
     results = [task.process_results(doc, [nats]) for doc, nats in zip(docs, found, strict=True)]
     items = {name: [result[name] for result in results] for name in results[0]}
-    values = {
-        "word_perplexity": metrics.weighted_perplexity(items["word_perplexity"]),
-        "byte_perplexity": metrics.weighted_perplexity(items["byte_perplexity"]),
-        "bits_per_byte": metrics.bits_per_byte(items["bits_per_byte"]),
-    }
+    mean = {name: metrics.weighted_perplexity for name in ("word_perplexity", "byte_perplexity")}
+    mean["bits_per_byte"] = metrics.bits_per_byte
+    values = {name: of(items[name]) for name, of in mean.items()}
     words, size = (sum(n for _, n in items[f"{of}_perplexity"]) for of in ("word", "byte"))
     return Read(-sum(found), words, size), values
 
 
-def row(own: Read, other: Read) -> dict[str, float]:
+def row(own: Read, other: Read) -> dict[str, float | None]:
     """Our count, its conversion to the harness's, and what counting and spelling bring.
 
-    `counting` and `spelling` are nats per word, and add up to the logarithm of the harness's word
-    perplexity less that of ours.
+    These two are nats per word; they add up to the difference of the logarithms.
     """
     mine, converted = own.nats / own.words, own.nats / other.words
     return {
-        "perplexity": math.exp(mine),
-        "converted": math.exp(converted),
+        "perplexity": perplexity(own.nats, own.words),
+        "converted": perplexity(own.nats, other.words),
         "counting": converted - mine,
         "spelling": other.nats / other.words - converted,
         "bits per byte": own.nats / math.log(2) / own.bytes,
@@ -119,14 +117,14 @@ def row(own: Read, other: Read) -> dict[str, float]:
 
 def without_unknown(texts: Sequence[str]) -> list[str]:
     """The articles without the lines that hold `<unk>`; those without words are left out."""
-    kept = ["".join(li for li in t.splitlines(True) if UNK not in li.split()) for t in texts]
-    return [text for text in kept if text.strip()]
+    lines = [[line for line in text.split("\n") if UNK not in line.split()] for text in texts]
+    return [text for text in map("\n".join, lines) if text.strip()]
 
 
 def main() -> None:
     """Read everything with every rule, twice, and write."""
     options = tyro.cli(Options, description=__doc__)
-    importlib.import_module("mlm.adapters.harness")  # is the harness installed?
+    importlib.import_module("mlm.adapters.harness")  # says so if the harness is missing
     if options.articles < 0:
         raise UserError(f"--articles {options.articles}: give 0 for all, or a number of articles")
     model = mlm.load(options.model, threads=options.threads)
