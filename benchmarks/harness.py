@@ -93,9 +93,9 @@ def harness(model: TrainedModel, pages: Sequence[str], rule: str) -> tuple[Read,
     found = adapter.HarnessLM(model, rule).loglikelihood_rolling(asked)
     results = [task.process_results(doc, [nats]) for doc, nats in zip(docs, found, strict=True)]
     items = {name: [result[name] for result in results] for name in results[0]}
-    mean = {name: metrics.weighted_perplexity for name in ("word_perplexity", "byte_perplexity")}
-    mean["bits_per_byte"] = metrics.bits_per_byte
-    values = {name: of(items[name]) for name, of in mean.items()}
+    means = dict.fromkeys(("word_perplexity", "byte_perplexity"), metrics.weighted_perplexity)
+    means["bits_per_byte"] = metrics.bits_per_byte
+    values = {name: mean(items[name]) for name, mean in means.items()}
     words, size = (sum(n for _, n in items[f"{of}_perplexity"]) for of in ("word", "byte"))
     return Read(-sum(found), words, size), values
 
