@@ -97,6 +97,8 @@ def test_the_metrics_are_those_of_the_harness_itself(
     assert found["versions"]["lm_eval"]
     first, second = found["rows"]
     assert second["text"] == "lines without unknown words"
+    words = [len(text.split()) for text in articles(finished)[:2]]
+    assert first["harness"]["words"] == sum(words) + 2 * len(words), "as docs/adapters.md says"
     assert second["ours"]["words"] < first["ours"]["words"]
     assert "| all lines | static |" in "\n".join(engine(str(out / "harness.json")))
 
