@@ -13,7 +13,6 @@ the lines that hold one.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import itertools
 import math
@@ -46,13 +45,13 @@ class Options:
     model: Annotated[str, tyro.conf.Positional]
     """A released model's name or a run folder."""
     corpus: str
-    """A text in WikiText form: what `mlm evaluate` takes as --corpus."""
+    """A text in WikiText form."""
     split: Literal["valid", "test"] = "valid"
     """What is read. `test` is for the end."""
     articles: int = 0
     """Articles to read, the first ones; 0 = all."""
     rules: tuple[str, ...] = (STATIC, "rms", BEST)
-    """Rules to read with."""
+    """Rules to read with; none = static."""
     threads: int = 0
     """CPU threads; 0 = the model's choice."""
     out: Path = HOME / "harness"
@@ -93,9 +92,8 @@ def harness(model: TrainedModel, pages: Sequence[str], rule: str) -> tuple[Read,
     found = adapter.HarnessLM(model, rule).loglikelihood_rolling(asked)
     results = [task.process_results(doc, [nats]) for doc, nats in zip(docs, found, strict=True)]
     items = {name: [result[name] for result in results] for name in results[0]}
-    means = dict.fromkeys(("word_perplexity", "byte_perplexity"), metrics.weighted_perplexity)
-    means["bits_per_byte"] = metrics.bits_per_byte
-    values = {name: mean(items[name]) for name, mean in means.items()}
+    values = {n: metrics.weighted_perplexity(items[n]) for n in items if n != "bits_per_byte"}
+    values["bits_per_byte"] = metrics.bits_per_byte(items["bits_per_byte"])
     words, size = (sum(n for _, n in items[f"{of}_perplexity"]) for of in ("word", "byte"))
     return Read(-sum(found), words, size), values
 
@@ -128,14 +126,14 @@ def main() -> None:
     if options.articles < 0:
         raise UserError(f"--articles {options.articles}: give 0 for all, or a number of articles")
     model = mlm.load(options.model, threads=options.threads)
-    rules = model.resolved(options.rules)
+    rules = model.resolved(options.rules or (STATIC,))
     for rule in rules:  # one that has no settings is refused before the work
         model.ready(rule, "article")
     articles = open_corpus(options.corpus, whole=True).articles(options.split)
     every = [a.text for a in itertools.islice(articles, options.articles or None)]
     texts = {"all lines": every}
-    if any(UNK in text.split() for text in every):
-        texts["lines without unknown words"] = without_unknown(every)
+    if (kept := without_unknown(every)) and kept != every:
+        texts["lines without unknown words"] = kept
     rows: list[dict[str, Any]] = []
     for name, chosen in texts.items():
         for rule in rules:
