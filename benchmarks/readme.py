@@ -172,6 +172,18 @@ ENGINE: dict[str, dict[str, str]] = {
         "over the mixture": "over static + Kneser-Ney",
         "times RMS": "times RMS",
     },
+    "harness": {
+        "text": "text",
+        "rule": "rule",
+        "perplexity": "word perplexity, ours",
+        "converted": "ours, by the harness's count",
+        "word_perplexity": "word perplexity, harness",
+        "counting": "nats per word: counting",
+        "spelling": "spelling",
+        "bits per byte": "bits per byte, ours",
+        "bits_per_byte": "harness",
+        "byte_perplexity": "byte perplexity, harness",
+    },
     "names": {
         "words": "words",
         "by": "by",
