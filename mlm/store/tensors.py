@@ -240,7 +240,7 @@ def entry(path: Path, about: Mapping[str, Any], name: str, kind: Any) -> Any:
 
 @contextmanager
 def going_on_from(path: Path) -> Iterator[None]:
-    """Take over what a file holds: whatever does not fit means that it is damaged.
+    """Take over what a file holds; what does not fit is damaged, or of another version.
 
     Raises:
         UserError: instead of the errors of what cannot be taken over.
@@ -248,7 +248,7 @@ def going_on_from(path: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise damaged(path, f"it cannot be gone on from: {e}") from None
+        raise damaged(path, f"or another version of mlm wrote it: {e}") from None
 
 
 def fitting(
