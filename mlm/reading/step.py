@@ -84,8 +84,16 @@ class Reader(NamedTuple):
         return found.select(torch.arange(own.start, own.stop, device=self.age.device))
 
     def of(self, tensors: Mapping[str, Tensor]) -> Reader:
-        """The reader made of such `tensors`, where this one lies."""
-        here = {n: tensors[n].to(self.age.device) for n in self.tensors()}
+        """The reader made of such `tensors`, where this one lies.
+
+        Raises:
+            KeyError, ValueError: one is missing, or of another kind.
+        """
+        own = self.tensors()
+        here = {n: tensors[n].to(self.age.device) for n in own}
+        odd = [n for n, tensor in own.items() if here[n].dtype != tensor.dtype]
+        if odd:
+            raise ValueError(f"{odd[0]} is of another kind")
 
         def some(name: str, like: Any) -> list[Tensor]:
             return [here[f"{name}/{k}"] for k in range(len(like.tensors()))]

@@ -252,16 +252,23 @@ def going_on_from(path: Path) -> Iterator[None]:
 
 
 def fitting(
-    tensors: Mapping[str, Tensor], like: Mapping[str, Tensor], prefix: str = ""
+    tensors: Mapping[str, Tensor],
+    like: Mapping[str, Tensor],
+    prefix: str = "",
+    lanes: int | None = None,
 ) -> dict[str, Tensor]:
     """The tensors `prefix` + name for all names of `like`, each of its shape and kind.
+
+    Args:
+        lanes: so many lanes have the tensors, whatever `like` has; None = as many.
 
     Raises:
         KeyError, ValueError: one is missing or does not fit.
     """
     found = {name: tensors[prefix + name] for name in like}
     for name, tensor in like.items():
-        if (found[name].shape, found[name].dtype) != (tensor.shape, tensor.dtype):
+        shape = tensor.shape if lanes is None else (lanes, *tensor.shape[1:])
+        if (found[name].shape, found[name].dtype) != (shape, tensor.dtype):
             raise ValueError(f"{prefix}{name} has another shape or kind")
     return found
 

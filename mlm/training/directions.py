@@ -18,6 +18,7 @@ from mlm.base.progress import NOTHING_KEPT, Progress
 from mlm.models.language_model import LanguageModel, Weights
 from mlm.models.low_rank import DIRECTIONS, LOW
 from mlm.models.recurrent import RecurrentLM, RecurrentState, embed
+from mlm.store.tensors import fitting
 from mlm.text.streams import LaneStream, Segment, Text
 
 SMALLEST = 1e-6
@@ -75,10 +76,12 @@ class _Moments:
         return tensors, {"tokens": self.tokens, "cursor": self.stream.state_dict()}
 
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        here = {n: t.to(self.device) for n, t in tensors.items()}
-        self.sums = {n: here[f"sums/{n}"] * ranks().first for n in self.names}
-        parts, own = range(len(self.carried.tensors())), ranks().share(self.stream.lanes)
-        self.carried = self.carried.of([here[f"state/{k}"][own.start : own.stop] for k in parts])
+        sums = fitting(tensors, self.sums, "sums/")
+        self.sums = {n: total.to(self.device) * ranks().first for n, total in sums.items()}
+        lanes, like = self.stream.lanes, {f"{k}": t for k, t in enumerate(self.carried.tensors())}
+        own = ranks().share(lanes)
+        state = fitting(tensors, like, "state/", lanes).values()
+        self.carried = self.carried.of([t[own.start : own.stop].to(self.device) for t in state])
         self.tokens = about["tokens"]
         self.stream.load_state_dict(about["cursor"])
 

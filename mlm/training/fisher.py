@@ -22,6 +22,7 @@ from mlm.models.base import AdaptationBase
 from mlm.models.extension import Outcome
 from mlm.models.language_model import Weights
 from mlm.reading.step import begin, carry_extras, open_articles, score_segment
+from mlm.store.tensors import fitting
 from mlm.text.streams import LaneStream, Segment, Text
 
 FISHER_LANES = 16
@@ -74,8 +75,8 @@ class _Estimate:
         kept = {n: tensors[f"reader/{n}"] for n in plain.tensors()}
         found = plain.of_share(kept, self.stream.lanes)
         self.reader = found._replace(weights=self.reader.weights)
-        for name, squares in self.squares.items():
-            squares.copy_(tensors[f"squares/{name}"] * first)
+        for name, squares in fitting(tensors, self.squares, "squares/").items():
+            self.squares[name].copy_(squares * first)
         self.segments, self.tokens = about["segments"], about["tokens"]
         self.total = about["total"] * first
         self.stream.load_state_dict(about["cursor"])

@@ -31,7 +31,14 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import damaged, entry, going_on_from, load_latest, save_tensors
+from mlm.store.tensors import (
+    damaged,
+    entry,
+    fitting,
+    going_on_from,
+    load_latest,
+    save_tensors,
+)
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
 from mlm.training.half_precision import half_precision_loss, serves
 
@@ -362,11 +369,13 @@ class LMTrainer:
 
     def _go_on(self, tensors: dict[str, Tensor], carried: Sequence[str]) -> None:
         """Take over the tensors that `save` wrote; `carried` names those of the state."""
-        for name, weight in self.weights.items():
-            weight.data.copy_(tensors[f"weights/{name}"])
+        for name, weight in fitting(tensors, self.weights, "weights/").items():
+            self.weights[name].data.copy_(weight)
         load_adam(self.optimizer, self.weights, tensors)
         own = slice(self.own[0], self.own[-1] + 1)
-        self.state = self.state.of([tensors[name][own].to(self.device) for name in carried])
+        like = dict(zip(carried, self.state.tensors(), strict=True))
+        state = fitting(tensors, like, lanes=self.stream.lanes)
+        self.state = self.state.of([state[name][own].to(self.device) for name in carried])
         self.dropout_generator.set_state(tensors["dropout"])
         self.load_more(tensors)
 

@@ -207,3 +207,18 @@ def test_resuming_from_a_damaged_state_goes_on_from_the_one_before(
             load_tensors(RunFolder(f).checkpoint(name), "")[0] for f in (folder, finished.folder)
         )
         assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
+
+
+@pytest.mark.parametrize("start", ["weights/", "state/"])
+def test_a_training_state_of_another_kind_is_refused(
+    start: str, finished: Finished, command: Command, tmp_path: Path
+) -> None:
+    folder = finished.copy(tmp_path / "run")
+    last = RunFolder(folder).checkpoint("lm_last")
+    tensors, about = load_tensors(last, "")
+    name = next(name for name in tensors if name.startswith(start))
+    tensors[name] = tensors[name].to(torch.int32)
+    save_tensors(last, tensors, about)
+    error = command("train", "--out", folder, "--resume", "--stages", "lm").error
+    assert f"{last} is damaged (" in error
+    assert f"{name} has another shape or kind" in error
