@@ -54,8 +54,6 @@ class Options:
     """A CSV file with the columns series, model, weights, claims, claim and static."""
     texts: tuple[str, ...] = ()
     """Texts to draw; none = the first. The table has all of them."""
-    threads: int = 0
-    """Not used: nothing is computed."""
     out: Path = HOME / "claim_models"
     """Where claim_models.json and the picture go."""
 
