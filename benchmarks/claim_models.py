@@ -32,7 +32,7 @@ from mlm.base.names import PROTOCOLS, STATIC
 from mlm.report.drawing import new_figure, project_style, rule_style, save_figure
 from mlm.report.evaluation import read_evaluation
 
-REMEMBERING = "with n-gram memory"
+WITH_MEMORY = "with n-gram memory"
 """Ending of the rival's name where it has the learned rule's."""
 COLUMNS = ("series", "model", "weights", "claims", "claim", "static")
 ASKED = (1.2, 1.25)
@@ -109,7 +109,7 @@ def _against(what: str, claim: str, form: str) -> str | None:
         for ending, against in {
             "": "RMS",
             " on that LM, over its own static loss": "RMS",
-            f" {REMEMBERING}": f"RMS {REMEMBERING}",
+            f" {WITH_MEMORY}": f"RMS {WITH_MEMORY}",
         }.items()
     }
     return known.get(what)
@@ -189,7 +189,7 @@ def _panel(panel: Axes, rows: Sequence[Row]) -> None:
     for (which, text, against), line in _lines(rows):
         colour = rule_style(COLOURS[texts.index(text) % len(COLOURS)])["color"]
         x, y = [row["static"] for row in line], [row["ratio"] for row in line]
-        fill = "white" if REMEMBERING in against else colour
+        fill = "white" if WITH_MEMORY in against else colour
         sign, dash = SIGNS[series.index(which) % len(SIGNS)]
         label = f"over {against}, {which}" + f", {text}" * (len(texts) > 1)
         panel.plot(x, y, marker=sign, mfc=fill, color=colour, linestyle=dash, label=label)

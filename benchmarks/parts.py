@@ -40,6 +40,8 @@ from mlm.runs.rules import ready_rule
 from mlm.runs.run import Run, in_bfloat16, open_run
 from mlm.store.run_folder import RunFolder
 
+REMEMBERING = "all_with_n-gram_memory"
+"""Folder in RUN/claim of RMS on all weights that was tuned with n-gram memory."""
 LEFT_OUT: dict[str, type[Extension]] = {
     "n-gram memory": NGramMemory,
     "intra-segment adaptation": IntraSegment,
@@ -92,8 +94,8 @@ def _variants(
     if in_bfloat16(run.config.adapt):
         yield f"RMS (all){EXACT}", run, ready.base, ready.bound
     learned = _opened(options, "seed_0")
-    if learned.config.extensions.ngram_memory.enabled:
-        run = _opened(options, "all_with_n-gram_memory")
+    if (options.run / "claim" / REMEMBERING).exists():  # RMS on all weights is the rival
+        run = _opened(options, REMEMBERING)
         ready = ready_rule(run, "rms", protocol)
         yield "RMS (all), with n-gram memory", run, ready.base, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)

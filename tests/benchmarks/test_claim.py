@@ -379,7 +379,9 @@ def test_every_reading_is_a_run_made_once(
     assert kept == ("4 levels, without n-gram read-out" in found)
     lower = "4 levels, float32 products" in found
     assert lower == multiplies_bfloat16()
-    for rule, number in (("RMS (all)", 1 + lower), ("4 levels", 3 + kept + lower)):
+    remembers = (folder / "claim" / "all_with_n-gram_memory").exists()
+    assert remembers == ("RMS (all), with n-gram memory" in found)
+    for rule, number in (("RMS (all)", remembers + lower), ("4 levels", 3 + kept + lower)):
         other = [f for r, f in found.items() if r.startswith(rule + ",") and "boundary" not in r]
         assert len(other) == number
         assert found[rule] not in other, "a part that changes nothing"
