@@ -31,6 +31,9 @@ Seeds = dict[str, list[str]]
 FORM = "rms, "
 """Beginning of the names of the forms of RMS dynamic evaluation."""
 RIVAL, LEARNED_RULE, THREE, TWO = "rms", "four_levels", "three_levels", "two_levels"
+MEMORY = ", with n-gram memory"
+"""Ending of the names of the rival's columns where it reads with the learned rule's n-gram memory,
+before that of the cache."""
 OTHERS = {
     "through": "through: ",
     "ngrams": "through with n-grams: ",
@@ -47,6 +50,8 @@ CLAIMED = {
 """Learned rules: how they are called, and how many times the rival's gain is asked of them."""
 CONTROLS = {rule for rule, (_, asked) in CLAIMED.items() if not asked}
 """Those of which nothing is asked: left out of pictures and corpora of another kind."""
+OVER_MEMORY = "1.2"
+"""How many times the gain of the rival with n-gram memory is asked of learned rules."""
 LONG = 10_000
 """Words beyond which a gain should still grow."""
 START = 200
@@ -128,6 +133,20 @@ class Gains:
         return {**found, "note": f"{int(long_A.sum())} articles"}
 
 
+def _over_memory(
+    gains: Gains, rule: str, seeds: Seeds, form: str
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """How many times as much a rule gains as the rival with n-gram memory, and with caches on
+    both: what is compared, and what is found."""
+    title = CLAIMED[rule][0]
+    for ending, cache in (("", ""), (CACHE, " + cache")):
+        mine, rival = rule + ending, RIVAL + MEMORY + ending
+        known = mine in seeds and rival in gains.table.rules(gains.protocol)
+        if known and gains.sums(rival).sum() > 0:
+            found = gains.ratio(mine, rival) | _by_seed(gains.ratio, seeds[mine], rival)
+            yield f"{title}{cache}: times the gain of RMS ({form}) with n-gram memory{cache}", found
+
+
 def _by_seed(
     compare: Callable[[str, str], dict[str, Any]], names: Sequence[str], against: str
 ) -> dict[str, str]:
@@ -155,7 +174,7 @@ def claims(
         gains = Gains(table, protocol, resamples)
         rival = f"RMS ({chosen[protocol]})"
         forms = [name for name in table.rules(protocol) if name.startswith(FORM)]
-        others = {f"{FORM}{chosen[protocol]}", *(n for n in forms if n.endswith(CACHE))}
+        others = {f"{FORM}{chosen[protocol]}", *(n for n in forms if n.endswith((CACHE, MEMORY)))}
         forms = [name for name in forms if name not in others]
         for rule, (title, asked) in CLAIMED.items():
             if rule not in seeds:
@@ -178,6 +197,8 @@ def claims(
             else:
                 more = gains.more(rule, RIVAL) | _by_seed(gains.more, each, RIVAL)
                 add(f"{title}: more than {rival}, which loses", protocol, "> 0", more)
+            for what, times in _over_memory(gains, rule, seeds, chosen[protocol]):
+                add(what, protocol, OVER_MEMORY if rule in (LEARNED_RULE, THREE) else "", times)
             if rule + CACHE in seeds:
                 cached = gains.more(rule + CACHE, RIVAL + CACHE) | _by_seed(
                     gains.more, seeds[rule + CACHE], RIVAL + CACHE
@@ -283,12 +304,15 @@ def _only(table: LossTable, rules: Sequence[str]) -> LossTable:
     return dataclasses.replace(table, losses={n: table.losses[n] for n in names})
 
 
-def _pairs(seeds: Seeds) -> Iterator[tuple[str, str]]:
-    """Which rules' gains are compared."""
+def _pairs(seeds: Seeds, rules: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Which of the table's rules are compared in their gains."""
     for name, every in seeds.items():
-        rival = RIVAL + CACHE if name.endswith(CACHE) else RIVAL
+        ending = CACHE if name.endswith(CACHE) else ""
+        rival, remembering = RIVAL + ending, RIVAL + MEMORY + ending
         yield name, rival
         yield from ((one, rival) for one in every)
+        if remembering in rules:
+            yield name, remembering
     yield from (pair for pair in ((LEARNED_RULE, THREE), (THREE, TWO)) if {*pair} <= {*seeds})
 
 
@@ -332,7 +356,7 @@ def write_tables(
             corpus=corpus,
             words_per_second={},
             settings={},
-            comparisons=[*_pairs(seeds)],
+            comparisons=[*_pairs(seeds, table.rules(PROTOCOLS[0]))],
             resamples=options.resamples,
         )
         write_evaluation(folder, [row for row in totals if not _detail_of_a_seed(row)])

@@ -31,6 +31,7 @@ import mlm
 from benchmarks.claim_tables import RIVAL, Gains
 from benchmarks.output import HOME
 from benchmarks.timing import record
+from benchmarks.unread import tuned_articles
 from mlm.base.errors import UserError, run_cli
 from mlm.base.names import CACHE, LEARNED, PROTOCOLS, STATIC, rule_label
 from mlm.base.terminal import say
@@ -214,11 +215,6 @@ class Texts(NamedTuple):
     scored: SplitText
 
 
-def _first_articles(file: TokenFile, words: int) -> int:
-    """How many articles hold the first `words` words, the last one whole."""
-    return min(len(file), int(np.searchsorted(np.cumsum(file.words), words)) + 1)
-
-
 def open_texts(model: TrainedModel, options: Options) -> Texts:
     """The texts as tokens; the small ones first, so that what is amiss shows at once.
 
@@ -242,7 +238,7 @@ def open_texts(model: TrainedModel, options: Options) -> Texts:
         return SplitText(split, file, model.vocabulary, some, file.source_hash)
 
     valid, file = encoded("valid"), encoded(options.split)
-    kept = _first_articles(valid, config.evaluation.tune_words)
+    kept = tuned_articles(valid.words.tolist(), config.evaluation.tune_words)
     begin = kept if options.split == "valid" else 0
     end = min(len(file), begin + options.articles) if options.articles else len(file)
     tuned, scored = part("valid", valid, range(kept)), part(options.split, file, range(begin, end))

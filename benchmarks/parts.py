@@ -4,13 +4,12 @@
 
 Reads the tuning words of validation with the rule that `benchmarks.claim` left in RUN/claim/seed_0,
 whole and without one part at a time (steps and weights as they were trained with it), and with RMS
-on all weights, tuned, as published and with n-gram memory; both with float32 products, too, where
-the claim's are bfloat16.
+on all weights, tuned, without and with n-gram memory, as the claim left it; rule and rival with
+float32 products, too, where the claim's are bfloat16.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +40,8 @@ from mlm.runs.rules import ready_rule
 from mlm.runs.run import Run, in_bfloat16, open_run
 from mlm.store.run_folder import RunFolder
 
+REMEMBERING = "all_with_n-gram_memory"
+"""Folder in RUN/claim of RMS on all weights that was tuned with n-gram memory."""
 LEFT_OUT: dict[str, type[Extension]] = {
     "n-gram memory": NGramMemory,
     "intra-segment adaptation": IntraSegment,
@@ -93,10 +94,10 @@ def _variants(
     if in_bfloat16(run.config.adapt):
         yield f"RMS (all){EXACT}", run, ready.base, ready.bound
     learned = _opened(options, "seed_0")
-    memory = learned.config.extensions.ngram_memory
-    own = (memory, *ready.base.extensions) if memory.enabled else ready.base.extensions
-    base = dataclasses.replace(ready.base, extensions=own).derived()
-    yield "RMS (all), with n-gram memory", run, base, ready.bound
+    if (options.run / "claim" / REMEMBERING).exists():  # RMS on all weights is the rival
+        run = _opened(options, REMEMBERING)
+        ready = ready_rule(run, "rms", protocol)
+        yield "RMS (all), with n-gram memory", run, ready.base, ready.bound
     ready = ready_rule(learned, LEARNED_RULE, protocol)
     yield "4 levels", learned, ready.base, ready.bound
     if in_bfloat16(learned.config.adapt):

@@ -94,6 +94,16 @@ ENGINE: dict[str, dict[str, str]] = {
         "seeds": "seed by seed",
         "note": "",
     },
+    "claim": {
+        "series": "rule",
+        "model": "language model",
+        "weights": "weights",
+        "text": "text",
+        "protocol": "protocol",
+        "static": "static perplexity",
+        "against": "rival",
+        "ratio": "times its gain",
+    },
     "rivals": {
         "form": "form",
         "weights": "weights that adapt",

@@ -11,7 +11,7 @@ longer can that was read again and again. Writes OUT/test.txt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -48,6 +48,36 @@ def unread(corpus: str, skip: int, longer: int = 0) -> Iterator[Article]:
     for place, article in enumerate(every):
         if place >= read and count_words(article.text) >= longer:
             yield article
+
+
+def tuned_articles(words_A: Iterable[int], words: int) -> int:
+    """How many articles hold the first `words` words, the last one whole: those that a run of
+    `--evaluation.tune-words` reads; 0 words = all."""
+    read, number = 0, 0
+    for count in words_A:
+        if words and read >= words:
+            break
+        read, number = read + count, number + 1
+    return number
+
+
+def write_untuned(corpus: str, words: int, path: Path) -> None:
+    """Write the validation articles behind the first `words` words to a file, if it is not there
+    with just these.
+
+    Raises:
+        UserError: there are none.
+    """
+    every = list(open_corpus(corpus).articles("valid"))
+    begin = tuned_articles((count_words(article.text) for article in every), words)
+    if begin == len(every):
+        raise UserError(
+            f"{corpus}: no validation article is left behind the {words:,} words that are "
+            "tuned on; tune on fewer (--evaluation.tune-words), or leave --valid out"
+        )
+    text = "".join(article.text for article in every[begin:])
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def main() -> None:

@@ -166,6 +166,8 @@ class NGramMemory(Extension):
     n-gram embeddings learns what followed them; 0 = none. 8192 holds most articles."""
     steps: tuple[float, ...] = STEPS
     """eta_k, one for every number of tokens, 1 to 9."""
+    hand_made: bool = False
+    """Whether hand-made rules read with it, too; as published they do not."""
     name: ClassVar[str] = "ngram_memory"
 
     @property
@@ -173,9 +175,16 @@ class NGramMemory(Extension):
         """Whether the settings ask for it."""
         return self.tokens > 0
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Settings and constants; whether hand-made rules read with it only where they do."""
+        found = super().fingerprint()
+        if not self.hand_made:
+            found.pop("hand_made")
+        return found
+
     def applies_to(self, rule: Any) -> bool:
-        """Learned rules; hand-made ones read as they were published."""
-        return isinstance(rule, LinearGates)
+        """Learned rules; hand-made ones read as they were published, unless the settings say."""
+        return self.hand_made or isinstance(rule, LinearGates)
 
     def problems(self, plan: Plan) -> Sequence[str]:
         """Every number of tokens needs its step."""

@@ -12,9 +12,11 @@ import hashlib
 import json
 from typing import Any
 
+from mlm.extensions import Extensions
 from mlm.models.base import has_low_rank
 from mlm.models.extension import Extension, numbers_of
 from mlm.reading import step
+from mlm.rules.family import HAND_MADE_RULES
 from mlm.runs.run import Run, in_bfloat16
 from mlm.settings.record import to_dict
 from mlm.store.run_folder import RunFolder
@@ -63,8 +65,9 @@ def identity(run: Run, learned: bool = True) -> str:
     if not learned:
         for name in ("meta", "seed"):
             keys.pop(name)
-    enabled = run.config.extensions.enabled()
-    keys["extensions"] = _fingerprints(enabled if learned else run.config.extensions.of_base())
+    extensions = run.config.extensions
+    seen = extensions.enabled() if learned else _of_hand_made(extensions)
+    keys["extensions"] = _fingerprints(seen)
     keys |= {"base": base_identity(run), "guard": run.config.adapt.guard}
     return _hash({**keys, "valid": run.text_marks["valid"]})
 
@@ -110,6 +113,14 @@ def base_settings(run: Run) -> dict[str, Any]:
     if adapt["precision"] == "float32":
         adapt.pop("precision")
     return adapt | _fingerprints(run.config.extensions.of_base())
+
+
+def _of_hand_made(extensions: Extensions) -> tuple[Extension, ...]:
+    """Those that the base depends on, and others that hand-made rules read with."""
+    base = extensions.of_base()
+    rules = HAND_MADE_RULES.values()
+    others = (e for e in extensions.enabled() if e not in base)
+    return (*base, *(e for e in others if any(e.applies_to(rule) for rule in rules)))
 
 
 def _fingerprints(extensions: tuple[Extension, ...]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def results_folder(run: Run, corpus: str) -> Path:
     return folder / results_name(corpus) if _is_another(run, corpus) else folder
 
 
-def _split_text(run: Run, corpus: str) -> SplitText:
+def text_to_score(run: Run, corpus: str) -> SplitText:
     """The split to score; all articles of another text that is not divided into splits.
 
     Raises:
@@ -295,7 +295,7 @@ def _evaluate(run: Run, corpus: str | None) -> tuple[Path, list[Row]]:
     given, corpus = corpus, corpus or run.config.corpus
     folder = results_folder(run, corpus)
     existing = read_evaluation(folder)
-    text = _split_text(run, corpus)
+    text = text_to_score(run, corpus)
     if not run.folder.released and not _is_another(run, corpus):
         tell_shared(run, text.split, text.file)
     if given and folder == (run.results or run.folder.path):
@@ -429,7 +429,7 @@ def evaluate_run(
 ) -> None:
     """What `evaluate.py` does: score, draw, print; `results` None = in the run folder."""
     run = dataclasses.replace(open_run(config), results=results)
-    text = _split_text(run, corpus or config.corpus)
+    text = text_to_score(run, corpus or config.corpus)
     run, takes = fitted(run, lengths_of_file(text.file, config.evaluation.max_articles))
     stages = ("evaluate", "draw")
     plan = StagePlan(stages, stages[: 1 + pictures], takes, "--no-draw")

@@ -13,7 +13,8 @@ from conftest import Command, Finished
 
 import benchmarks.claim
 import benchmarks.claim_tables
-from benchmarks.claim import Options, merge, readings
+from benchmarks.claim import merge
+from benchmarks.claim_readings import Options, articles_of, forms, readings, with_own_settings
 from benchmarks.claim_tables import (
     LONG,
     Gains,
@@ -28,9 +29,12 @@ from mlm.base.errors import UserError
 from mlm.base.names import PROTOCOLS
 from mlm.extensions import NGramReadOut
 from mlm.kernels.processor import multiplies_bfloat16
+from mlm.reader import TrainedModel
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
 from mlm.runs.rules import parted
+from mlm.settings.config import Config
+from mlm.stages.order import run_stages
 from mlm.store.run_folder import RunFolder
 from mlm.store.tensors import load_tensors
 
@@ -114,6 +118,21 @@ def test_a_rival_that_loses_has_no_ratio() -> None:
     more = next(r for r in rows if "which loses" in r["what"])
     assert more["found"] == pytest.approx(0.5)
     assert more["seeds"] == "0.400 0.600"
+
+
+def test_the_rival_with_the_same_memory() -> None:
+    """A row of its own, with caches on both, too; no row as a form of the rival."""
+    own = {"rms, all": 0.2, "rms, all, with n-gram memory": 0.25, "rms, with n-gram memory": 0.25}
+    cached = {f"{name}+cache": gain + 0.1 for name, gain in own.items()}
+    rows = claims(_table([300, 500], _rules(**own, **cached)), SEEDS, CHOSEN, 9)
+    found = {r["what"]: r for r in rows if r["protocol"] == "article" and "memory" in r["what"]}
+    alone = found.pop("4 levels: times the gain of RMS (all) with n-gram memory")
+    assert alone["found"] == pytest.approx(0.3 / 0.25)
+    assert alone["found interval"] == pytest.approx([1.2, 1.2])
+    assert (alone["seeds"], alone["asked"]) == ("0.800 1.600", "1.2")
+    both = found.pop("4 levels + cache: times the gain of RMS (all) with n-gram memory + cache")
+    assert both["found"] == pytest.approx(0.4 / 0.35)
+    assert [*found] == ["3 levels: times the gain of RMS (all) with n-gram memory"]
 
 
 def test_starts_of_articles_apart() -> None:
@@ -212,6 +231,83 @@ def test_seeds_are_seeds_and_their_mean_is_shown(tmp_path: Path) -> None:
     np.testing.assert_allclose(table.loss("rms", "article"), table.loss("rms, all", "article"))
 
 
+def test_the_rival_reads_with_the_rules_memory(finished: Finished) -> None:
+    """In the forms that are the rival, with nothing else of the learned rule."""
+    options = Options(finished.folder, seeds=1)
+    found = {r.name: r for r in readings(options, {"article": "all", "stream": "lstm"})}
+    assert {n for n in found if "memory" in n} == {
+        "ordinary/all with n-gram memory",
+        "ordinary/lstm with n-gram memory",
+    }
+    mine = found["ordinary/all with n-gram memory"]
+    assert mine.travels
+    assert mine.budget == options.rival_budget
+    config, plain = mine.config(options), forms(options)["all"].config(options)
+    (extension,) = config.extensions.enabled()
+    expected = dataclasses.replace(options.extensions.ngram_memory, hand_made=True)
+    assert extension == expected
+    assert plain.extensions.enabled() == ()
+    assert config.adapt == plain.adapt
+    alone = dataclasses.replace(options, memory=False)
+    assert not [r for r in readings(alone, CHOSEN) if "memory" in r.name]
+
+
+def test_a_run_lends_the_settings_of_its_own_rule(finished: Finished, tmp_path: Path) -> None:
+    folder = finished.copy(tmp_path / "run")
+    options = Options(folder)
+    assert with_own_settings(options) == options, "it has trained none"
+    RunFolder(folder).checkpoint("four_levels").touch()
+    config = RunFolder(folder).load_config()
+    found = with_own_settings(options)
+    assert found.extensions == config.extensions != options.extensions
+    assert (found.steps, found.segment, found.lanes) == (
+        config.meta.steps,
+        config.adapt.update_every,
+        config.meta.lanes,
+    )
+
+
+def test_articles_of_each_text() -> None:
+    assert articles_of(Options(Path("run")), 2) == [0, 0]
+    assert articles_of(Options(Path("run"), articles=(5, 0)), 2) == [5, 0]
+    with pytest.raises(UserError, match="names 2 numbers for 3 texts"):
+        articles_of(Options(Path("run"), articles=(5, 0)), 3)
+
+
+@pytest.mark.slow
+def test_a_rule_that_the_run_has_trained_is_that_of_seed_0(
+    model: TrainedModel, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are those of all seeds; the validation articles behind the tuning words are a
+    text, and every text has its own number of articles."""
+    folder = Path(shutil.copytree(model.folder, tmp_path / "run"))
+    few = ("--seeds", 1, "--resamples", 9, "--rival-budget", 2, "--forms", "all", "--no-fewer",
+           "--no-ablate", "--cached-seeds", 0, "--valid", "--split", "test",
+           "--out", tmp_path / "out")  # fmt: skip
+    trained: list[str] = []
+
+    def counted(config: Config, quiet: bool) -> object:
+        trained.append(str(config.out and config.out.name))
+        return run_stages(config, quiet)
+
+    monkeypatch.setattr(benchmarks.claim, "run_stages", counted)
+    done = command("benchmarks.claim", folder, *few, "--articles", 2, 1)
+    assert done.code == 0, done.err
+    assert trained == ["all", "all_with_n-gram_memory"]
+    files = [RunFolder(f).checkpoint("four_levels") for f in (folder, folder / "claim" / "seed_0")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
+    assert {r["corpus"] for r in made} == {"toy", "valid_untuned"}
+    for corpus, number in {"toy": 2, "valid_untuned": 1}.items():
+        rows = [r for r in read_evaluation(tmp_path / "out" / corpus) if r["kind"] == "total"]
+        assert {r["articles"] for r in rows} == {number}
+    done = command("benchmarks.claim", folder, *few, "--articles", 1, "--only", "ordinary/seed")
+    assert done.code == 0, done.err
+    assert trained == ["all", "all_with_n-gram_memory"], "only read again"
+    rows = [r for r in read_evaluation(folder / "claim" / "seed_0") if r["kind"] == "total"]
+    assert {r["articles"] for r in rows} == {1}
+
+
 @pytest.mark.slow
 def test_every_reading_is_a_run_made_once(
     finished: Finished, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -234,12 +330,17 @@ def test_every_reading_is_a_run_made_once(
         if r["kind"] == "total"
     }
     tuned = json.loads((tmp_path / "out" / "rivals.json").read_text(encoding="utf-8"))["rows"]
-    assert {r["form"] for r in tuned} == {"lstm", "published", "all", "same"}
+    alone = [r for r in tuned if "memory" not in r["form"]]
+    assert {r["form"] for r in alone} == {"lstm", "published", "all", "same"}
     for protocol in PROTOCOLS:
-        mine = [r for r in tuned if r["protocol"] == protocol]
+        mine = [r for r in alone if r["protocol"] == protocol]
         best = min(mine, key=lambda r: r["nll"])
         assert [r["form"] for r in mine if r["rival"]] == [best["form"]]
         assert totals[protocol, "rms"] == totals[protocol, f"rms, {best['form']}"]
+        remembering = f"rms, {best['form']}, with n-gram memory"
+        assert totals[protocol, "rms, with n-gram memory"] == totals[protocol, remembering]
+        assert totals[protocol, remembering] != totals[protocol, "rms"]
+        assert (protocol, "rms, with n-gram memory+cache") in totals
         assert totals[protocol, "four_levels"] == totals[protocol, "four_levels, seed 0"]
         # two equal language models, equally read
         assert totals[protocol, "through: four_levels"] == totals[protocol, "four_levels"]
@@ -278,7 +379,9 @@ def test_every_reading_is_a_run_made_once(
     assert kept == ("4 levels, without n-gram read-out" in found)
     lower = "4 levels, float32 products" in found
     assert lower == multiplies_bfloat16()
-    for rule, number in (("RMS (all)", 1 + lower), ("4 levels", 3 + kept + lower)):
+    remembers = (folder / "claim" / "all_with_n-gram_memory").exists()
+    assert remembers == ("RMS (all), with n-gram memory" in found)
+    for rule, number in (("RMS (all)", remembers + lower), ("4 levels", 3 + kept + lower)):
         other = [f for r, f in found.items() if r.startswith(rule + ",") and "boundary" not in r]
         assert len(other) == number
         assert found[rule] not in other, "a part that changes nothing"

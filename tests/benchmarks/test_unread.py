@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from conftest import Command
 
-from benchmarks.unread import unread
+from benchmarks.unread import tuned_articles, unread, write_untuned
+from mlm.base.errors import UserError
 from mlm.text.corpora import count_words, open_corpus
 from mlm.text.tokens import limited
 
@@ -38,4 +40,20 @@ def test_unread_articles_are_a_corpus(tmp_path: Path, command: Command) -> None:
     done = command("benchmarks.unread", corpus, tmp_path / "none", "--skip", 60, "--longer", 99)
     assert done.code != 0
     assert "lower --longer or --skip" in done.error
+    assert not (tmp_path / "none").exists()
+
+
+def test_articles_that_tuning_does_not_read(tmp_path: Path) -> None:
+    """What tuning reads (`as_text`) and the rest make the whole."""
+    assert [tuned_articles([30, 5, 40], words) for words in (1, 30, 31, 35, 36, 99, 0)] == [
+        1, 1, 2, 2, 3, 3, 3,
+    ]  # fmt: skip
+    corpus = _corpus(tmp_path / "text", [30, 5, 40, 20])
+    (corpus / "train.txt").rename(corpus / "valid.txt")
+    every = list(open_corpus(str(corpus)).articles("valid"))
+    words = count_words(every[0].text) + 1
+    write_untuned(str(corpus), words, tmp_path / "rest" / "test.txt")
+    assert list(open_corpus(str(tmp_path / "rest")).articles("test")) == every[2:]
+    with pytest.raises(UserError, match="no validation article is left behind the 9,999 words"):
+        write_untuned(str(corpus), 9_999, tmp_path / "none" / "test.txt")
     assert not (tmp_path / "none").exists()

@@ -28,6 +28,10 @@ from mlm.reading.step import Reader, begin, read, step
 from mlm.rules.family import start_at
 from mlm.rules.gates import LinearGates
 from mlm.rules.hand_made import RMS
+from mlm.runs.identity import identity
+from mlm.runs.run import open_run
+from mlm.settings.config import Config
+from mlm.store.run_folder import RunFolder
 from mlm.text.streams import LaneStream, Segment
 
 LENGTHS = (31, 53, 3, 1, 37)
@@ -299,6 +303,31 @@ def test_only_learned_rules_remember_n_grams() -> None:
     base = _world()
     assert base.for_rule(RMS()).extensions == ()
     assert base.for_rule(LinearGates("three")).extensions == (NGramMemory(tokens=1000),)
+
+
+def test_hand_made_rules_remember_n_grams_where_asked(finished: Finished) -> None:
+    """Settings that were tuned without it are not taken for those with it."""
+    own = NGramMemory(tokens=1000, hand_made=True)
+    base = dataclasses.replace(_world(), extensions=(own,)).derived()
+    assert base.for_rule(RMS()).extensions == (own,)
+    assert base.for_rule(LinearGates("three")).extensions == (own,)
+
+    run = open_run(RunFolder(finished.folder).load_config(), quiet=True)
+    marks = [
+        [
+            identity(run.with_config(_remembering(run.config, memory)), learned)
+            for learned in (False, True)
+        ]
+        for memory in (NGramMemory(), NGramMemory(tokens=1000), own)
+    ]
+    hand_made, learned = zip(*marks, strict=True)
+    assert hand_made[0] == hand_made[1] != hand_made[2]
+    assert len(set(learned)) == 3
+
+
+def _remembering(config: Config, memory: NGramMemory) -> Config:
+    extensions = dataclasses.replace(config.extensions, ngram_memory=memory)
+    return dataclasses.replace(config, extensions=extensions)
 
 
 def test_other_models_remember_none() -> None:
