@@ -36,6 +36,7 @@ from mlm.base.progress import (
     Work,
     adam_tensors,
     load_adam,
+    reuse_memory,
     saved_by_the_clock,
 )
 from mlm.base.schedule import cosine
@@ -80,6 +81,7 @@ __all__ = [
     "progress_bar",
     "ranks",
     "readable",
+    "reuse_memory",
     "rule_label",
     "rule_order",
     "rule_texts",

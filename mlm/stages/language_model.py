@@ -8,6 +8,7 @@ import torch
 
 from mlm.base.errors import UserError
 from mlm.base.processes import ranks
+from mlm.base.progress import reuse_memory
 from mlm.base.terminal import detail
 from mlm.experimental.through import ThroughLearned, ThroughRMS, ThroughTrainer
 from mlm.models.recurrent import BaseModel
@@ -23,6 +24,7 @@ from mlm.training.language_model import LMTrainer, shape_of, train_lm
 
 def stage_lm(run: Run) -> None:
     """Stage 1: the static language model."""
+    reuse_memory()
     seed = run.folder.seed_of("lm") if run.config.resume else None
     if seed not in (None, run.config.seed):  # later stages may have had another
         run = dataclasses.replace(run, config=dataclasses.replace(run.config, seed=seed))

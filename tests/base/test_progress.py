@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import resource
 from pathlib import Path
 
 import pytest
 
 from mlm.base import progress
-from mlm.base.progress import saved_by_the_clock
+from mlm.base.progress import reuse_memory, saved_by_the_clock
 
 
 def resident() -> int:
@@ -40,7 +41,23 @@ def test_an_error_saves_nothing() -> None:
     assert saved == []
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+GLIBC = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+
+
+@GLIBC
+def test_large_blocks_take_memory_that_others_left() -> None:
+    """And not 24,000 new pages each."""
+    reuse_memory()
+    first = b"x" * 100_000_000
+    del first
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        block = b"x" * 100_000_000
+        del block
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 5000
+
+
+@GLIBC
 def test_saving_by_the_clock_gives_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gaps between blocks that are in use, which the C library keeps otherwise."""
     now = [0.0]
