@@ -210,13 +210,13 @@ def forms(options: Options) -> dict[str, Reading]:
 
 def with_memory(options: Options, form: str) -> Reading:
     """A form of RMS dynamic evaluation with the learned rule's n-gram memory, tuned with it."""
+    plain, own = forms(options)[form], f"rms, {form}{MEMORY}"
     memory = dataclasses.replace(options.extensions.ngram_memory, hand_made=True)
-    own = f"rms, {form}{MEMORY}"
     return dataclasses.replace(
-        forms(options)[form],
+        plain,
         name=f"ordinary/{form} with n-gram memory",
         columns={"rms": own, "rms" + CACHE: own + CACHE},
-        extensions=dataclasses.replace(forms(options)[form].extensions, ngram_memory=memory),
+        extensions=dataclasses.replace(plain.extensions, ngram_memory=memory),
         travels=True,
     )
 

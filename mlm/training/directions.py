@@ -78,7 +78,7 @@ class _Moments:
     def load(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         sums = fitting(tensors, self.sums, "sums/")
         self.sums = {n: total.to(self.device) * ranks().first for n, total in sums.items()}
-        lanes, like = self.stream.lanes, {f"{k}": t for k, t in enumerate(self.carried.tensors())}
+        lanes, like = self.stream.lanes, {str(k): t for k, t in enumerate(self.carried.tensors())}
         own = ranks().share(lanes)
         state = fitting(tensors, like, "state/", lanes).values()
         self.carried = self.carried.of([t[own.start : own.stop].to(self.device) for t in state])

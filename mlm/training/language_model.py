@@ -31,14 +31,7 @@ from mlm.settings.config import Config
 from mlm.settings.sections import LMTrainingConfig
 from mlm.store.models import load_lm, save_lm
 from mlm.store.run_folder import RunFolder
-from mlm.store.tensors import (
-    damaged,
-    entry,
-    fitting,
-    going_on_from,
-    load_latest,
-    save_tensors,
-)
+from mlm.store.tensors import damaged, entry, fitting, going_on_from, load_latest, save_tensors
 from mlm.text.streams import LaneStream, Segment, Text, with_noise
 from mlm.training.half_precision import half_precision_loss, serves
 
