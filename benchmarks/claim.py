@@ -56,7 +56,7 @@ from mlm.base.terminal import say
 from mlm.report.evaluation import read_evaluation
 from mlm.report.losses import LossTable, column_name
 from mlm.runs.identity import identity
-from mlm.runs.rules import tuned_rule
+from mlm.runs.rules import tuned_rule, tuned_settings
 from mlm.runs.run import Run, open_run
 from mlm.stages.evaluate import (
     forget_scores,
@@ -199,13 +199,21 @@ def _chosen(tuned: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {row["protocol"]: row["form"] for row in tuned if row["rival"]}
 
 
+def _is_tuned(form: Reading, options: Options) -> bool:
+    """Whether a form of the rival is tuned in each protocol; another process may be at it."""
+    if not (form.path / "made.json").exists():
+        return False
+    known = tuned_settings(open_run(form.config(options), quiet=True))
+    return {f"rms/{protocol}" for protocol in PROTOCOLS} <= known.keys()
+
+
 def _some(options: Options) -> list[Reading]:
     """The readings that --only names; the rival's with its caches once every form is tuned.
 
     Raises:
         UserError: it names none.
     """
-    ready = all((form.path / "made.json").exists() for form in forms(options).values())
+    ready = all(_is_tuned(form, options) for form in forms(options).values())
     every = readings(options, _chosen(rivals(options)) if ready else {})
     found = [r for r in every if r.name.startswith(options.only)]
     if not found:
