@@ -92,14 +92,22 @@ class _Unroll:
         self.weights = {n: torch.zeros_like(base.weights[n]) for n in learn}
 
     def read(
-        self, t: int, segment: Segment, reader: Reader, again: bool = False
+        self,
+        t: int,
+        segment: Segment,
+        reader: Reader,
+        again: bool = False,
+        walked: bool = True,
     ) -> tuple[_Past, Reader]:
-        """Segment `t`: one update and the reader after it; `again` counts nothing."""
+        """Segment `t`: one update and the reader after it; `again` counts nothing.
+
+        What is not `walked` back has no `objective` of its own: nobody asks for it.
+        """
         learn = () if again or not t else self.learn
         out = {n: buffers.acquire(tuple(w.shape), w) for n, w in reader.weights.items()}
         now = step(self.base, self.rule, reader, segment, out, learn)
         objective = now.scored
-        if self.base.reweights:
+        if self.base.reweights and (walked or learn):
             objective = score_segment(self.base, now.before, segment, learn, now.taught, plain=True)
         if not again:
             self._count(t, now, objective)
@@ -229,11 +237,12 @@ def _reverse(unroll: _Unroll, reader: Reader, found: Parameters, spacing: int) -
     """
     snapshots: list[Reader] = []
     past: list[_Past] = []
+    last = (len(unroll.segments) - 1) // spacing * spacing
     for t, segment in enumerate(unroll.segments):
         if t % spacing == 0:
             snapshots.append(reader)
             _forget(past)
-        now, reader = unroll.read(t, segment, reader)
+        now, reader = unroll.read(t, segment, reader, walked=t >= last)
         past.append(now)
         del now
     lam: Weights | None = None

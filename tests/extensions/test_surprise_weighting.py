@@ -12,6 +12,7 @@ from conftest import Command, Finished
 from tiny import perplexities
 from worlds import bigram_base, segments, tiny_base, with_extensions
 
+import mlm.reading.meta_gradient
 from mlm.extensions import SurpriseWeighting
 from mlm.models.base import AdaptationBase
 from mlm.models.language_model import own_weights
@@ -119,12 +120,33 @@ def test_the_meta_gradient_is_of_the_losses_themselves(mode: Any, engine: str) -
         torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_theta_0_is_trained_by_the_losses_themselves() -> None:
+@pytest.mark.parametrize(("mode", "learn", "times"), [
+    ("reverse", (), 7), ("checkpoint", (), 7), ("checkpoint", ("softmax.bias",), 7 + 5),
+])  # fmt: skip
+def test_a_segment_is_scored_twice_only_where_it_is_walked_back(
+    mode: Any, learn: tuple[str, ...], times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first pass of `checkpoint` needs the objective's gradient only for weights to learn."""
+    base, plain = _surprised(tiny_base(layers=1)), []
+    rule, phi, pieces = _unroll(base)
+    bound = rule.bind(phi, base)
+
+    def counted(*words: Any, **named: Any) -> Any:
+        plain.append(named.get("plain", False))
+        return score_segment(*words, **named)
+
+    monkeypatch.setattr(mlm.reading.meta_gradient, "score_segment", counted)
+    meta_gradient(base, bound, phi, begin(base, 3, bound), pieces, mode, learn)
+    assert plain == [True] * times
+
+
+@pytest.mark.parametrize("mode", ["reverse", "checkpoint"])
+def test_theta_0_is_trained_by_the_losses_themselves(mode: Any) -> None:
     base = _surprised(tiny_base(("softmax.bias", "lstm.0.bias"), layers=1))
     rule, phi, pieces = _unroll(base)
     bound = rule.bind(phi, base)
     learn = ("softmax.bias", "embedding")
-    found = meta_gradient(base, bound, phi, begin(base, 3, bound), pieces, "reverse", learn)
+    found = meta_gradient(base, bound, phi, begin(base, 3, bound), pieces, mode, learn)
     reader, want = begin(base, 3, bound), {n: torch.zeros_like(base.weights[n]) for n in learn}
     for t, piece in enumerate(pieces):
         now = step(base, bound, reader, piece)
