@@ -71,13 +71,15 @@ if hasattr(os, "register_at_fork"):
 def _array(tensor: Tensor) -> np.ndarray:
     if not tensor.is_contiguous():
         raise ValueError("a kernel was given a tensor that is not contiguous")
-    return tensor.detach().numpy()
+    bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+    return bits.detach().numpy()
 
 
 def share_out(kernel: Callable[..., None], number: int, work: int, *arguments: Any) -> None:
     """kernel(lo, hi, *arguments) over 0..number in as many parts as PyTorch has threads.
 
-    Tensors among the arguments must be contiguous: kernels write into them. `work` is the number
+    Tensors among the arguments must be contiguous: kernels write into them; of bfloat16 they get
+    the bits. `work` is the number
     of multiply-adds behind the call: small calls stay in this thread.
     """
     arguments = tuple(_array(a) if isinstance(a, Tensor) else a for a in arguments)
@@ -131,7 +133,8 @@ def compiled_in(function: Any) -> str:
     it take from their modules, and how it is compiled."""
     found: dict[str, str] = {}
     _add_code(function, found)
-    _add_code(_exp32, found)  # what `fast_exp` stands for
+    for stands in (_exp32, widened):  # for `fast_exp` and `as_float`
+        _add_code(stands, found)
     settings = {**_SETTINGS, "fastmath": sorted(_FLAGS), "parts": "inlined"}
     return hashlib.sha256(repr((settings, sorted(found.items()))).encode()).hexdigest()
 
@@ -195,7 +198,16 @@ def narrowed(x):
     return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
 
 
+def as_float(x):
+    """A number to compute with: of a bfloat16, given as its 16 bits, the float32."""
+    return x
+
+
 if numba is not None:
+
+    @overload(as_float, jit_options={"fastmath": _FLAGS, "forceinline": True})  # type: ignore[call-arg]
+    def _as_float(x):
+        return (lambda x: widened(x)) if x == numba.types.uint16 else (lambda x: x)
 
     @overload(fast_exp, jit_options={"fastmath": _FLAGS, "forceinline": True})  # type: ignore[call-arg]
     def _fast_exp(x):

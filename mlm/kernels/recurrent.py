@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlm.kernels.compile import fast_exp, inlined, jit, narrowed, widened
+from mlm.kernels.compile import as_float, fast_exp, inlined, jit, narrowed, widened
 
 
 @inlined
 def _add_product(weights, x, out):
-    """out += W x for W (G, H), G a multiple of 4: eight rows at a time share every load of x."""
+    """out += W x for W (G, H), in bfloat16 its bits: eight rows at a time share every load of x."""
     rows = weights.shape[0]
     for r in range(0, rows - 7, 8):
-        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = weights.dtype.type(0)
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = out.dtype.type(0)
         for k in range(x.shape[0]):
             v = x[k]
-            s0 += weights[r, k] * v
-            s1 += weights[r + 1, k] * v
-            s2 += weights[r + 2, k] * v
-            s3 += weights[r + 3, k] * v
-            s4 += weights[r + 4, k] * v
-            s5 += weights[r + 5, k] * v
-            s6 += weights[r + 6, k] * v
-            s7 += weights[r + 7, k] * v
+            s0 += as_float(weights[r, k]) * v
+            s1 += as_float(weights[r + 1, k]) * v
+            s2 += as_float(weights[r + 2, k]) * v
+            s3 += as_float(weights[r + 3, k]) * v
+            s4 += as_float(weights[r + 4, k]) * v
+            s5 += as_float(weights[r + 5, k]) * v
+            s6 += as_float(weights[r + 6, k]) * v
+            s7 += as_float(weights[r + 7, k]) * v
         out[r] += s0
         out[r + 1] += s1
         out[r + 2] += s2
@@ -32,33 +32,33 @@ def _add_product(weights, x, out):
         out[r + 6] += s6
         out[r + 7] += s7
     for r in range(rows - rows % 8, rows):
-        s0 = weights.dtype.type(0)
+        s0 = out.dtype.type(0)
         for k in range(x.shape[0]):
-            s0 += weights[r, k] * x[k]
+            s0 += as_float(weights[r, k]) * x[k]
         out[r] += s0
 
 
 @inlined
 def _add_transposed(weights, d, out):
-    """out += W^T d for W (G, H): eight rows at a time share every load and store of out."""
+    """out += W^T d for W (G, H), in bfloat16 its bits: eight rows share every load and store."""
     rows = weights.shape[0]
     for r in range(0, rows - 7, 8):
         d0, d1, d2, d3 = d[r], d[r + 1], d[r + 2], d[r + 3]
         d4, d5, d6, d7 = d[r + 4], d[r + 5], d[r + 6], d[r + 7]
         for k in range(out.shape[0]):
             out[k] += (
-                d0 * weights[r, k]
-                + d1 * weights[r + 1, k]
-                + d2 * weights[r + 2, k]
-                + d3 * weights[r + 3, k]
-                + d4 * weights[r + 4, k]
-                + d5 * weights[r + 5, k]
-                + d6 * weights[r + 6, k]
-                + d7 * weights[r + 7, k]
+                d0 * as_float(weights[r, k])
+                + d1 * as_float(weights[r + 1, k])
+                + d2 * as_float(weights[r + 2, k])
+                + d3 * as_float(weights[r + 3, k])
+                + d4 * as_float(weights[r + 4, k])
+                + d5 * as_float(weights[r + 5, k])
+                + d6 * as_float(weights[r + 6, k])
+                + d7 * as_float(weights[r + 7, k])
             )
     for r in range(rows - rows % 8, rows):
         for k in range(out.shape[0]):
-            out[k] += d[r] * weights[r, k]
+            out[k] += d[r] * as_float(weights[r, k])
 
 
 @jit
@@ -79,9 +79,9 @@ def lstm_forward(lo, hi, recurrent, low, directions, gates_BTG, h_BTH, c_BTH, ta
     """Lanes lo..hi of the LSTM time loop, in place.
 
     `gates_BTG` holds the input projection and receives the activated gates; `recurrent` is
-    (B, G, H), or (1, G, H) for all lanes; `low` (B, G, R) times `directions` (R, H), which may be
-    empty, is added to it; `h_BTH` and `c_BTH` (B, T + 1, H) hold the state before
-    the first step at index 0 and receive the others; `tanh_c_BTH` (B, T, H).
+    (B, G, H), or (1, G, H) for all lanes, float or bfloat16; `low` (B, G, R) times `directions`
+    (R, H), which may be empty, is added to it; `h_BTH` and `c_BTH` (B, T + 1, H) hold the state
+    before the first step at index 0 and receive the others; `tanh_c_BTH` (B, T, H).
     """
     steps, hidden = tanh_c_BTH.shape[1], tanh_c_BTH.shape[2]
     one, two = gates_BTG.dtype.type(1), gates_BTG.dtype.type(2)

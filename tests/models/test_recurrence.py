@@ -9,10 +9,11 @@ import reference
 import torch
 from worlds import tiny_base
 
+from mlm.kernels.bfloat16 import bfloat16_products
 from mlm.models import recurrence
 from mlm.models.base import lanes_of
 from mlm.models.output_layer import token_nll
-from mlm.models.recurrence import lane_lstm
+from mlm.models.recurrence import LaneRecurrence, lane_lstm
 from mlm.models.recurrent import (
     Dropout,
     RecurrentLM,
@@ -29,6 +30,29 @@ EXACT: dict[str, Any] = {"rtol": 0.0, "atol": 1e-12}
 
 def _random(*size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_weights_that_leave_the_cache_are_read_in_bfloat16(engine: str, monkeypatch: Any) -> None:
+    """Where products are made so; then outputs and gradients are those of the rounded weights."""
+    monkeypatch.setattr(recurrence, "OWN_CACHE_BYTES", 4 * 48 * 12 - 1)
+    lanes, steps, hidden = 3, 7, 12
+    shapes = ((lanes, steps, 48), (lanes, 48, hidden), (lanes, hidden), (lanes, hidden))
+    gates, own, h, c = (_random(*shape, seed=k).float() * 0.5 for k, shape in enumerate(shapes))
+
+    def read(recurrent: torch.Tensor, lower: bool) -> list[torch.Tensor]:
+        inputs = [t.clone().requires_grad_() for t in (gates, h, c)]
+        with bfloat16_products(lower):
+            out = LaneRecurrence.apply(inputs[0], recurrent, *inputs[1:])
+            total = torch.stack([(a.sin() * (k + 1)).sum() for k, a in enumerate(out)]).sum()
+            return [*out, *torch.autograd.grad(total, inputs)]
+
+    found, exact = read(own, True), read(own, False)
+    for got, want, plain in zip(found, read(own.bfloat16().float(), False), exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(got, plain, rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(recurrence, "OWN_CACHE_BYTES", 4 * 48 * 12)
+    for got, want in zip(read(own, True), exact, strict=True):
+        assert torch.equal(got, want), "these stay in the cache"
 
 
 @pytest.mark.parametrize("steps", [1, 7])
