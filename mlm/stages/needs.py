@@ -20,6 +20,7 @@ from mlm.base.names import CACHE, HAND_MADE, LEARNED
 from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.extension import Extension, Extent, Need
 from mlm.models.low_rank import DIRECTIONS, LOW, base_of
+from mlm.models.recurrence import OWN_CACHE_BYTES
 from mlm.models.recurrent import BaseModel
 from mlm.page.top_k import TOP_K_WORDS
 from mlm.reading.meta_gradient import snapshot_spacing
@@ -37,6 +38,7 @@ from mlm.rules.family import HAND_MADE_RULES
 from mlm.rules.gates import LinearGates
 from mlm.rules.protocol import UpdateRule
 from mlm.runs.rules import rule_to_train
+from mlm.runs.run import in_bfloat16
 from mlm.settings.config import Config
 from mlm.training.fisher import FISHER_LANES
 
@@ -241,11 +243,21 @@ class RunSizes:
         """Reading under shared weights."""
         return Effort(passes * self.products * tokens, 0.0, tokens / (lanes * steps))
 
-    def adapting_work(self, tokens: float, lanes: int, copies: float) -> Effort:
-        """Reading under the lanes' own weights, of which so many copies are moved per update."""
+    @cached_property
+    def streamed(self) -> float:
+        """Bytes of recurrent weights that leave the cache, read for one token, there and back."""
+        size = 2.0 if in_bfloat16(self.config.adapt) else FLOAT
+        own = (self.meta_weights[n].numel() for n in self.dynamic if n.endswith(".recurrent"))
+        return 2 * size * sum(n for n in own if FLOAT * n > OWN_CACHE_BYTES)
+
+    def adapting_work(
+        self, tokens: float, lanes: int, copies: float, scored: float = 1.0
+    ) -> Effort:
+        """Reading under the lanes' own weights, of which so many copies are moved per update;
+        every segment is scored `scored` times."""
         steps = self.config.adapt.update_every
-        moved = FLOAT * copies * self.own * tokens / steps
-        return Effort(3 * self.products * tokens, moved, tokens / (lanes * steps))
+        moved = FLOAT * copies * self.own * tokens / steps + scored * self.streamed * tokens
+        return Effort(scored * 3 * self.products * tokens, moved, tokens / (lanes * steps))
 
 
 # -- the stages -----------------------------------------------------------------------------------
@@ -349,8 +361,10 @@ def meta_part(sizes: RunSizes, rule: LinearGates) -> Phase:
     total += sizes.reading_bytes(meta.lanes) + sizes.lane_bytes(meta.lanes, sizes.held_out, longest)
     tokens = float(held * meta.lanes)
     times = {"checkpoint": 1.8, "forward": 1.3, "pes": 2.0 * meta.pes_pairs, "second": 6.0}
+    read = times.get(mode, 1.0)
+    again = mode in MODES and any(extension.reweights for extension in sizes.extensions)
     moved = {"reverse": 10.0, "checkpoint": 9.0, "forward": 24.0}.get(mode, 10.0)
-    work = sizes.adapting_work(times.get(mode, 1.0) * tokens, meta.lanes, moved)
+    work = sizes.adapting_work(read * tokens, meta.lanes, moved, (read + again) / read)
     label = rule.name.replace("_", " ")
     name = f"stage 2 (meta-training {label}, {mode}, {meta.lanes} lanes)"
     return Phase(name, total, work, "meta.lanes")

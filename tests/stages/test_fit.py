@@ -14,11 +14,12 @@ from conftest import Command, Finished
 from tiny import tiny_config, write_corpus
 
 from mlm.models.extension import Extension, Extent
+from mlm.rules.gates import LinearGates
 from mlm.runs.machine import resident_bytes
 from mlm.runs.run import open_run
 from mlm.settings.flags import replaced
 from mlm.settings.presets import settings
-from mlm.stages import fit
+from mlm.stages import fit, needs
 from mlm.stages.fit import Limit, choices, fitted, predicted, shown_seconds, with_recorded_choices
 from mlm.stages.needs import (
     MODES,
@@ -126,6 +127,29 @@ def test_the_fisher_needs_its_own_lanes_whatever_the_settings() -> None:
     assert needed(FISHER_LANES - 1) < needed(FISHER_LANES) == usual
     for name in ("lm__lanes", "meta__lanes", "evaluation__lanes"):
         assert needed(**{name: 1}) == usual
+
+
+def test_recurrent_weights_that_leave_the_cache_are_read_for_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In bfloat16 where products are made so; and once more where segments are scored twice."""
+    assert _sizes("small").streamed == 0, "1 MB a lane"
+
+    def large(**changes: Any) -> RunSizes:
+        return _sizes("small", model__hidden=640, model__embedding=640, **changes)
+
+    assert large().streamed == 2 * 4 * (4 * 640 * 640)
+    assert large(adapt__dynamic="softmax.bias").streamed == 0
+    monkeypatch.setattr(needs, "in_bfloat16", lambda adapt: adapt.precision == "bfloat16")
+    assert large(adapt__precision="bfloat16").streamed == large().streamed / 2
+    mode: dict[str, Any] = {"meta__gradient": "checkpoint"}
+    once, twice = (
+        meta_part(large(extensions__surprise_weighting__share=share, **mode), LinearGates()).work
+        for share in (0.0, 0.25)
+    )
+    tokens = (twice.products - once.products) / (3 * large().products)
+    assert twice.moved - once.moved == pytest.approx(tokens * large().streamed)
+    assert tokens > 0
 
 
 def test_more_of_anything_needs_more() -> None:
