@@ -81,7 +81,7 @@ def make(reading: Reading, options: Options) -> Run:
     run = open_run(config, quiet=True)
     source, tuned = language_model(reading.where), path.parent / "seed_0"
     prepare(path, source, tuned if tuned != path and tuned.exists() else source.path)
-    mark, made = identity(run), path / "made.json"
+    mark, made = identity(run, learned=bool(config.meta.rules)), path / "made.json"
     if _mark(made) != mark:
         for stale in (made, *path.glob("**/evaluation.*"), *path.glob("**/losses.parquet")):
             stale.unlink(missing_ok=True)

@@ -294,6 +294,11 @@ def test_a_rule_that_the_run_has_trained_is_that_of_seed_0(
     done = command("benchmarks.claim", folder, *few, "--articles", 2, 1)
     assert done.code == 0, done.err
     assert trained == ["all", "all_with_n-gram_memory"]
+    read = folder / "claim" / "all" / "losses.parquet"
+    since = read.stat().st_mtime_ns
+    of_all = (*few, "--articles", 2, 1, "--only", "ordinary/all", "--steps", 3)
+    assert command("benchmarks.claim", folder, *of_all).code == 0
+    assert read.stat().st_mtime_ns == since, "hand-made rules know nothing of training"
     files = [RunFolder(f).checkpoint("four_levels") for f in (folder, folder / "claim" / "seed_0")]
     assert files[0].read_bytes() == files[1].read_bytes()
     made = json.loads((tmp_path / "out" / "claims.json").read_text(encoding="utf-8"))["rows"]
