@@ -59,6 +59,8 @@ class Options:
     """Run folder of a language model, for the tables that train rules on it."""
     split: str = "test"
     """Split of the texts that is read."""
+    articles: int = 12
+    """Articles of each text that a trained model reads; 0 = all."""
     threads: int = 0
     """CPU threads; 0 = PyTorch's choice."""
     again: bool = False
@@ -89,12 +91,15 @@ class Table:
 
 
 TRAINS, SPEED = "trains rules", "measures this machine"
-EVALUATE = "mlm evaluate {model} --split {split} --threads {threads} --no-draw --out {to} --corpus "
+EVALUATE = (
+    "mlm evaluate {model} --split {split} --max-articles {articles} --threads {threads} --no-draw "
+    "--out {to} --corpus "
+)
 TABLES: dict[str, Table] = {
     "kneser_ney": Table(
         "every rule on Wikipedia, both protocols, beside and mixed with Kneser-Ney n-grams",
-        "benchmarks.kneser_ney {model} --corpus {wikipedia} --split {split} --threads {threads} "
-        "--out {to}",
+        "benchmarks.kneser_ney {model} --corpus {wikipedia} --split {split} --articles {articles} "
+        "--threads {threads} --out {to}",
         minutes=30,
         gb=5,
         page="results/kneser_ney",

@@ -311,6 +311,10 @@ def test_a_rule_that_the_run_has_trained_is_that_of_seed_0(
     assert trained == ["all", "all_with_n-gram_memory"], "only read again"
     rows = [r for r in read_evaluation(folder / "claim" / "seed_0") if r["kind"] == "total"]
     assert {r["articles"] for r in rows} == {1}
+    tuning = folder / "claim" / "all" / "tuning.json"
+    tuning.unlink()  # as while another process tunes the rival
+    assert command("benchmarks.claim", folder, *few, "--only", "ordinary/seed").code == 0
+    assert not tuning.exists(), "tuned by two processes"
 
 
 @pytest.mark.slow
