@@ -79,8 +79,8 @@ def share_out(kernel: Callable[..., None], number: int, work: int, *arguments: A
     """kernel(lo, hi, *arguments) over 0..number in as many parts as PyTorch has threads.
 
     Tensors among the arguments must be contiguous: kernels write into them; of bfloat16 they get
-    the bits. `work` is the number
-    of multiply-adds behind the call: small calls stay in this thread.
+    the bits. `work` is the number of multiply-adds behind the call: small calls stay in this
+    thread.
     """
     arguments = tuple(_array(a) if isinstance(a, Tensor) else a for a in arguments)
     threads = min(torch.get_num_threads(), number)

@@ -205,6 +205,11 @@ class RunSizes:
             text.tokens_per_word,
         )
 
+    @property
+    def reweights(self) -> bool:
+        """Whether an extension weighs tokens: meta-training then scores segments twice."""
+        return any(extension.reweights for extension in self.extensions)
+
     # -- one segment ------------------------------------------------------------------------
 
     def reading_bytes(self, lanes: int) -> float:
@@ -362,7 +367,7 @@ def meta_part(sizes: RunSizes, rule: LinearGates) -> Phase:
     tokens = float(held * meta.lanes)
     times = {"checkpoint": 1.8, "forward": 1.3, "pes": 2.0 * meta.pes_pairs, "second": 6.0}
     read = times.get(mode, 1.0)
-    again = mode in MODES and any(extension.reweights for extension in sizes.extensions)
+    again = mode in MODES and sizes.reweights
     moved = {"reverse": 10.0, "checkpoint": 9.0, "forward": 24.0}.get(mode, 10.0)
     work = sizes.adapting_work(read * tokens, meta.lanes, moved, (read + again) / read)
     label = rule.name.replace("_", " ")
@@ -373,8 +378,7 @@ def meta_part(sizes: RunSizes, rule: LinearGates) -> Phase:
 def meta_copies(sizes: RunSizes, rule: LinearGates, mode: str) -> float:
     """Numbers a lane that one meta-gradient holds (`mlm.reading.meta_gradient`)."""
     kept, own, updates = sizes.kept(rule), sizes.own, sizes.config.meta.unroll
-    reweights = any(extension.reweights for extension in sizes.extensions)
-    update = kept + own * (1 + reweights)
+    update = kept + own * (1 + sizes.reweights)
     if mode == "reverse":
         return updates * update + 2 * kept + own
     if mode == "checkpoint":
