@@ -1,6 +1,6 @@
 """Compiled loops, each beside its eager twin; threads, the buffer pool, bfloat16 products."""
 
-from mlm.kernels.compile import eager, numba, share_out, usable
+from mlm.kernels.compile import as_array, eager, numba, share_out, usable
 from mlm.kernels.ngram import recall_phrases
 from mlm.kernels.recurrent import (
     half_lstm_backward,
@@ -18,6 +18,7 @@ from mlm.kernels.update import TILE, pull_back, push_forward, relax, relax_both,
 __all__ = [
     "TILE",
     "Switches",
+    "as_array",
     "computing",
     "eager",
     "half_lstm_backward",

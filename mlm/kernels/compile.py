@@ -68,7 +68,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # its threads stayed in the parent
 
 
-def _array(tensor: Tensor) -> np.ndarray:
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor as a kernel gets it; of a bfloat16 one the bits.
+
+    Raises:
+        ValueError: the tensor is not contiguous.
+    """
     if not tensor.is_contiguous():
         raise ValueError("a kernel was given a tensor that is not contiguous")
     bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
@@ -82,7 +87,7 @@ def share_out(kernel: Callable[..., None], number: int, work: int, *arguments: A
     the bits. `work` is the number of multiply-adds behind the call: small calls stay in this
     thread.
     """
-    arguments = tuple(_array(a) if isinstance(a, Tensor) else a for a in arguments)
+    arguments = tuple(as_array(a) if isinstance(a, Tensor) else a for a in arguments)
     threads = min(torch.get_num_threads(), number)
     if threads <= 1 or work < _ALONE:
         kernel(0, number, *arguments)

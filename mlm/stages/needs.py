@@ -20,7 +20,7 @@ from mlm.base.names import CACHE, HAND_MADE, LEARNED
 from mlm.models.base import AdaptationBase, choose_dynamic
 from mlm.models.extension import Extension, Extent, Need
 from mlm.models.low_rank import DIRECTIONS, LOW, base_of
-from mlm.models.recurrence import OWN_CACHE_BYTES
+from mlm.models.recurrence import leaves_cache
 from mlm.models.recurrent import BaseModel
 from mlm.page.top_k import TOP_K_WORDS
 from mlm.reading.meta_gradient import snapshot_spacing
@@ -252,8 +252,8 @@ class RunSizes:
     def streamed(self) -> float:
         """Bytes of recurrent weights that leave the cache, read for one token, there and back."""
         size = 2.0 if in_bfloat16(self.config.adapt) else FLOAT
-        own = (self.meta_weights[n].numel() for n in self.dynamic if n.endswith(".recurrent"))
-        return 2 * size * sum(n for n in own if FLOAT * n > OWN_CACHE_BYTES)
+        own = (self.meta_weights[n] for n in self.dynamic if n.endswith(".recurrent"))
+        return 2 * size * sum(w.numel() for w in own if leaves_cache(w))
 
     def adapting_work(
         self, tokens: float, lanes: int, copies: float, scored: float = 1.0

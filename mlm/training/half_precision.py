@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,11 +20,6 @@ from mlm import kernels
 from mlm.models.language_model import Weights
 from mlm.models.recurrent import RecurrentLM, RecurrentState
 from mlm.text.streams import Segment
-
-
-def _array(x: Tensor) -> np.ndarray:
-    """The memory of a tensor, a bfloat16 one's as its bits."""
-    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).detach().numpy()
 
 
 class _Layer(torch.autograd.Function):
@@ -44,8 +38,8 @@ class _Layer(torch.autograd.Function):
         tanh_c = torch.empty_like(h_TBH[1:])
         c_TBH = c.new_empty(steps + 1, lanes, hidden)
         h_TBH[0], c_TBH[0] = h, c
-        every = [_array(part) for part in (gates, c_TBH, c_TBH[1:], tanh_c, h_TBH[1:])]
-        from_input, from_h, from_bias = _array(projected), _array(again), _array(bias)
+        every = [kernels.as_array(part) for part in (gates, c_TBH, c_TBH[1:], tanh_c, h_TBH[1:])]
+        from_input, from_h, from_bias = map(kernels.as_array, (projected, again, bias))
         for t in range(steps):
             torch.mm(h_TBH[t], recurrent.t(), out=again)
             own = (from_input[t], from_h, from_bias, *(part[t] for part in every))
@@ -60,8 +54,8 @@ class _Layer(torch.autograd.Function):
         steps, lanes, width = gates.shape
         dgates, dy = torch.empty_like(gates), grads[0].contiguous()
         dc, dh = torch.zeros_like(c_TBH[0]), torch.zeros_like(h_TBH[0])
-        every = [_array(part) for part in (gates, c_TBH, tanh_c, dy)]
-        from_h, from_c, found = _array(dh), _array(dc), _array(dgates)
+        every = [kernels.as_array(part) for part in (gates, c_TBH, tanh_c, dy)]
+        from_h, from_c, found = kernels.as_array(dh), kernels.as_array(dc), kernels.as_array(dgates)
         for t in range(steps - 1, -1, -1):
             own = (*(part[t] for part in every), from_h, from_c, found[t])
             kernels.share_out(kernels.half_lstm_backward, lanes, dgates[t].numel() * 4, *own)
@@ -89,7 +83,7 @@ class _Softmax(torch.autograd.Function):
         flat, low = output.reshape(-1, width), table.bfloat16()
         logits = flat @ low.t()  # then their gradient
         nll, dbias = bias.new_empty(steps, lanes), bias.new_zeros(steps, len(bias))
-        own = (_array(logits.view(steps, lanes, -1)), targets, weights, bias, nll, dbias)
+        own = (kernels.as_array(logits.view(steps, lanes, -1)), targets, weights, bias, nll, dbias)
         kernels.share_out(kernels.half_softmax_rows, steps, 8 * logits.numel(), *own)
         doutput = (logits @ low).view_as(output)
         ctx.save_for_backward(doutput, (logits.t() @ flat).float(), dbias.sum(0))

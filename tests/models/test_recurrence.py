@@ -34,7 +34,7 @@ def _random(*size: int, seed: int = 0) -> torch.Tensor:
 
 def test_weights_that_leave_the_cache_are_read_in_bfloat16(engine: str, monkeypatch: Any) -> None:
     """Where products are made so; then outputs and gradients are those of the rounded weights."""
-    monkeypatch.setattr(recurrence, "OWN_CACHE_BYTES", 4 * 48 * 12 - 1)
+    monkeypatch.setattr(recurrence, "_OWN_CACHE_BYTES", 4 * 48 * 12 - 1)
     lanes, steps, hidden = 3, 7, 12
     shapes = ((lanes, steps, 48), (lanes, 48, hidden), (lanes, hidden), (lanes, hidden))
     gates, own, h, c = (_random(*shape, seed=k).float() * 0.5 for k, shape in enumerate(shapes))
@@ -50,7 +50,7 @@ def test_weights_that_leave_the_cache_are_read_in_bfloat16(engine: str, monkeypa
     for got, want, plain in zip(found, read(own.bfloat16().float(), False), exact, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
         assert not torch.allclose(got, plain, rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(recurrence, "OWN_CACHE_BYTES", 4 * 48 * 12)
+    monkeypatch.setattr(recurrence, "_OWN_CACHE_BYTES", 4 * 48 * 12)
     for got, want in zip(read(own, True), exact, strict=True):
         assert torch.equal(got, want), "these stay in the cache"
 
