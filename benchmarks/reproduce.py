@@ -118,8 +118,8 @@ TABLES: dict[str, Table] = {
         "surprisal against reading times, every rule, both protocols",
         "examples.reading_times --times {stories} --model {model} --frequencies {wikipedia} "
         "--json {to}/reading_times.json",
-        minutes=3,
-        gb=2,
+        minutes=5,
+        gb=3,
         page="results/reading_times",
         needs=("stories", "wikipedia"),
     ),
