@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,18 @@ from mlm import kernels
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("case", list(gpu_losses.cases()), ids=lambda case: case.name)
+QUICK = ("static", "rms", "mlp", "four_levels, everything", "rms, adaptive softmax")
+
+
+def _cases() -> list[Any]:
+    """Each with its name; a few of them by default."""
+    return [
+        pytest.param(case, id=case.name, marks=[] if case.name in QUICK else [pytest.mark.slow])
+        for case in gpu_losses.cases()
+    ]
+
+
+@pytest.mark.parametrize("case", _cases())
 def test_every_rule_and_extension_reads_on_cuda_as_on_the_cpu(case: gpu_losses.Case) -> None:
     with fake_cuda() as device, kernels.eager():
         row = gpu_losses.compare(case, device, gpu_losses.SMALL, [torch.float64])

@@ -54,7 +54,10 @@ def unroll_rows() -> list[dict[str, Any]]:
 # -- axes of time ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", list(SIZES))
+@pytest.mark.parametrize(
+    "axis",
+    ["lanes", *(pytest.param(axis, marks=pytest.mark.slow) for axis in SIZES if axis != "lanes")],
+)
 def test_an_axis_of_time_has_a_row_for_every_size(axis: AxisName, tmp_path: Path) -> None:
     sizes = SIZES[axis]
     rows = growth.time_axis(axis, TINY, sizes, QUICK)
