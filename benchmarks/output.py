@@ -9,3 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 HOME = Path("runs/benchmarks")
+
+MADE = "made.json"
+"""In a folder of results: what they were made with, of use to who makes them again only."""

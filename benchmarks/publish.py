@@ -19,6 +19,7 @@ from typing import Annotated
 
 import tyro
 
+from benchmarks.output import MADE
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import atomic_path
 
@@ -64,7 +65,8 @@ def published(source: Path) -> list[Path]:
             f"{source} holds run folders; publish one of them, such as {runs[0].parent}"
         )
     patterns = RUN if is_run else BENCHMARK
-    found = sorted({path for pattern in patterns for path in source.glob(pattern)})
+    every = {path for pattern in patterns for path in source.glob(pattern)}
+    found = sorted(path for path in every if path.name != MADE)
     if not found:
         raise UserError(f"{source} holds neither a run nor what a benchmark wrote")
     return found

@@ -29,7 +29,7 @@ from typing import Annotated
 
 import tyro
 
-from benchmarks.output import HOME
+from benchmarks.output import HOME, MADE
 from mlm.base.errors import UserError, run_cli
 from mlm.base.files import write_text
 from mlm.base.terminal import say
@@ -37,8 +37,6 @@ from mlm.store.released import find_model
 from mlm.text.corpora import open_corpus
 
 ALL = "all"
-MADE = "made.json"
-"""In a table's folder: what it was made with."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,9 @@ class Options:
     """A text of another kind, in WikiText form: a folder with test."""
     stories: str = "data/natural_stories.tsv"
     """Reading times in the layout of Natural Stories: a file."""
-    run: str = "runs/ordinary"
-    """Run folder of a language model, for the tables that train rules on it."""
+    run: str = "runs/released"
+    """Run folder of a language model, for the tables that train or tune rules on it; of a released
+    model `benchmarks.unpack` makes one."""
     split: str = "test"
     """Split of the texts that is read."""
     articles: int = 12
@@ -257,9 +256,7 @@ def check(names: Sequence[str], options: Options) -> None:
         users = ", ".join(name for name in names if need in TABLES[name].needs)
         try:
             if need in ("stories", "run"):
-                found = Path(value, *(["config.json"] if need == "run" else [])).is_file()
-                if not found:
-                    raise UserError(f"no {'run folder' if need == 'run' else 'file'} {value}")
+                _check_there(need, Path(value))
             else:
                 open_corpus(value).fingerprint(options.split)
         except UserError as error:
@@ -268,6 +265,20 @@ def check(names: Sequence[str], options: Options) -> None:
                 f"needs it: {users}"
             ) from None
     find_model(options.model)
+
+
+def _check_there(need: str, path: Path) -> None:
+    """What is no corpus is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if need == "run" and not (path / "config.json").is_file():
+        raise UserError(
+            f"no run folder {path} (`python -m benchmarks.unpack` makes one of a released model)"
+        )
+    if need != "run" and not path.is_file():
+        raise UserError(f"no file {path}")
 
 
 def listing(names: Sequence[str], options: Options | None = None) -> list[str]:

@@ -84,7 +84,8 @@ def test_a_benchmark_leaves_the_repository_as_it_was(
 def test_what_a_benchmark_wrote_is_published(command: Command, tmp_path: Path) -> None:
     source, to = tmp_path / "claim", tmp_path / "results"
     shown = ("claims.json", "growth.png", "wiki/positions.json", "wiki/figures/figure2.svg")
-    kept = ("weights.safetensors", "wiki/losses.parquet", "wiki/figures/words.png", "words.html")
+    kept = ("weights.safetensors", "wiki/losses.parquet", "wiki/figures/words.png", "words.html",
+            "made.json", "wiki/made.json")  # fmt: skip
     for file in (*shown, *kept):
         (source / file).parent.mkdir(parents=True, exist_ok=True)
         (source / file).write_text(file, encoding="utf-8")
