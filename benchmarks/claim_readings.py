@@ -209,7 +209,8 @@ def forms(options: Options) -> dict[str, Reading]:
 
 
 def with_memory(options: Options, form: str) -> Reading:
-    """A form of RMS dynamic evaluation with the learned rule's n-gram memory, tuned with it."""
+    """A form of RMS dynamic evaluation with the learned rule's n-gram memory, tuned with it; it
+    reads the model's own text only."""
     plain, own = forms(options)[form], f"rms, {form}{MEMORY}"
     memory = dataclasses.replace(options.extensions.ngram_memory, hand_made=True)
     return dataclasses.replace(
@@ -217,7 +218,6 @@ def with_memory(options: Options, form: str) -> Reading:
         name=f"ordinary/{form} with n-gram memory",
         columns={"rms": own, "rms" + CACHE: own + CACHE},
         extensions=dataclasses.replace(plain.extensions, ngram_memory=memory),
-        travels=True,
     )
 
 

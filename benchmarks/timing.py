@@ -296,6 +296,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _named(setting: Any) -> Any:
+    """A setting with names in the place of paths that only this machine has."""
+    if isinstance(setting, (list, tuple)):
+        return [_named(one) for one in setting]
+    is_path = isinstance(setting, (str, Path)) and Path(setting).is_absolute()
+    return Path(setting).name if is_path else setting
+
+
 def record(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -306,12 +314,13 @@ def record(
     """Print the table and write it, with machine and versions, to `<options.out>/<name>.json`.
 
     Args:
-        options: a dataclass of settings with the folder `out`.
+        options: a dataclass of settings with the folder `out`; of an absolute path its name is
+            written.
         show: columns to print; the file has all of them.
         more: further entries of the file.
     """
     print(table(rows if show is None else [{k: row.get(k) for k in show} for row in rows]))
-    settings = {k: v for k, v in dataclasses.asdict(options).items() if k != "out"}
+    settings = {k: _named(v) for k, v in dataclasses.asdict(options).items() if k != "out"}
     plain = [
         {k: v._asdict() if isinstance(v, Ratio) else v for k, v in row.items()} for row in rows
     ]

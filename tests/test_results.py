@@ -18,7 +18,10 @@ def test_tables_come_from_run_files(page: str) -> None:
     assert not left, f"{page}: a marker that fills nothing"
 
 
-@pytest.mark.parametrize("folder", ["claim", "claim/wikipedia", "engine", "rules"])
+@pytest.mark.parametrize(
+    "folder",
+    ["claim", "claim/wikipedia", "claim_256_units", "claim_256_units/wikipedia", "engine", "rules"],
+)
 def test_every_published_table_is_on_a_page(folder: str) -> None:
     every = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages())
     files = set((ROOT / "results" / folder).glob("*.json"))

@@ -19,8 +19,8 @@ from mlm.models.recurrent import RecurrentLM
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
-#: The benchmarks that write nothing of their own accord: both ask for a folder.
-ASKING = {"publish": "to", "unread": "out"}
+#: The benchmarks that write nothing of their own accord: they ask for a folder.
+ASKING = {"publish": "to", "unread": "out", "unpack": "folder"}
 TINY = RecurrentLM(vocabulary=11, embedding=8, hidden=8, layers=1)
 
 
