@@ -88,7 +88,7 @@ def test_a_world_has_full_lanes_and_one_border() -> None:
 def test_a_record_tells_machine_versions_and_settings(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = dataclasses.replace(SMALL, out=tmp_path / "new")
+    options = dataclasses.replace(SMALL, out=tmp_path / "new", device=str(tmp_path / "cpu"))
     rows = [
         {"contestant": "a", "tokens/s": 12345.6, "ratio": timing.Ratio(2.0, 1.5, 2.5)},
         {"contestant": "b", "note": "not installed"},
@@ -103,6 +103,7 @@ def test_a_record_tells_machine_versions_and_settings(
     assert found["machine"]["cores"]
     assert found["settings"]["lanes"] == 3
     assert "out" not in found["settings"]  # a path of the machine it was measured on
+    assert found["settings"]["device"] == "cpu", "of any other absolute path the name"
     assert found["more"] == 1
 
 
