@@ -46,6 +46,7 @@ from benchmarks.claim_readings import (
     with_own_settings,
 )
 from benchmarks.claim_tables import FORM, LEARNED_RULE, MEMORY, OTHERS, Seeds, write_tables
+from benchmarks.output import MADE
 from benchmarks.rows import language_model, prepare, take_rules
 from benchmarks.timing import record
 from benchmarks.unread import write_untuned
@@ -81,7 +82,7 @@ def make(reading: Reading, options: Options) -> Run:
     run = open_run(config, quiet=True)
     source, tuned = language_model(reading.where), path.parent / "seed_0"
     prepare(path, source, tuned if tuned != path and tuned.exists() else source.path)
-    mark, made = identity(run, learned=bool(config.meta.rules)), path / "made.json"
+    mark, made = identity(run, learned=bool(config.meta.rules)), path / MADE
     if _mark(made) != mark:
         for stale in (made, *path.glob("**/evaluation.*"), *path.glob("**/losses.parquet")):
             stale.unlink(missing_ok=True)
@@ -201,7 +202,7 @@ def _chosen(tuned: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 def _is_tuned(form: Reading, options: Options) -> bool:
     """Whether a form of the rival is tuned in each protocol; another process may be at it."""
-    if not (form.path / "made.json").exists():
+    if not (form.path / MADE).exists():
         return False
     known = tuned_settings(open_run(form.config(options), quiet=True))
     return {f"rms/{protocol}" for protocol in PROTOCOLS} <= known.keys()
