@@ -25,7 +25,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import tyro
 
 import mlm
-from benchmarks.kneser_ney import without_paths
 from benchmarks.output import HOME
 from benchmarks.timing import record, versions
 from mlm.base.errors import UserError, run_cli
@@ -143,7 +142,7 @@ def main() -> None:
             rows.append(about | {"ours": own._asdict(), "harness": other._asdict()})
     used = versions() | {"lm_eval": importlib.metadata.version("lm_eval")}
     shown = [key for key in rows[0] if key not in ("ours", "harness")]
-    record("harness", rows, without_paths(options), shown, versions=used, articles=len(every))
+    record("harness", rows, options, shown, versions=used, articles=len(every))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ Letters: N tokens, V vocabulary, n order; an n-gram is one number, its tokens' d
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -352,12 +351,6 @@ def _as(name: str, found: dict[str, Any]) -> dict[str, Any]:
     return {name: found["found"], f"{name} interval": found["found interval"]}
 
 
-def without_paths(options: Any) -> Any:
-    """The options with names in the place of the paths of what is read."""
-    read = [name for name in ("model", "corpus", "folder") if hasattr(options, name)]
-    return dataclasses.replace(options, **{n: Path(getattr(options, n)).name for n in read})
-
-
 def main() -> None:
     """Count, tune, read, write."""
     options = tyro.cli(Options, description=__doc__)
@@ -378,7 +371,7 @@ def main() -> None:
         "words": len(table.word_N),
     }
     rows = rows_of(table, weights, sum(scored.bytes_A), options.resamples)
-    record("kneser_ney", rows, without_paths(options), **about)
+    record("kneser_ney", rows, options, **about)
 
 
 if __name__ == "__main__":

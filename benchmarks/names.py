@@ -28,7 +28,7 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 
-from benchmarks.kneser_ney import MIXED, NAME, title, without_paths
+from benchmarks.kneser_ney import MIXED, NAME, title
 from benchmarks.output import HOME
 from benchmarks.timing import record
 from mlm.base.errors import UserError, run_cli
@@ -248,7 +248,7 @@ def main() -> None:
         "titles": {rule: title(rule) for rule in rules},
     }
     drawn = [rule for rule in rules if rule != NAME]
-    record("names", rows, without_paths(options), show=_shown(rows, drawn), **about)
+    record("names", rows, options, show=_shown(rows, drawn), **about)
     for path in figure(rows, drawn, options.out / "names"):
         print(path)
 

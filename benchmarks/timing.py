@@ -300,8 +300,10 @@ def _named(setting: Any) -> Any:
     """A setting with names in the place of paths that only this machine has."""
     if isinstance(setting, (list, tuple)):
         return [_named(one) for one in setting]
-    is_path = isinstance(setting, (str, Path)) and Path(setting).is_absolute()
-    return Path(setting).name if is_path else setting
+    if not isinstance(setting, (str, Path)):
+        return setting
+    path = Path(setting)
+    return path.name if path.is_absolute() or ".." in path.parts else setting
 
 
 def record(
@@ -314,8 +316,8 @@ def record(
     """Print the table and write it, with machine and versions, to `<options.out>/<name>.json`.
 
     Args:
-        options: a dataclass of settings with the folder `out`; of an absolute path its name is
-            written.
+        options: a dataclass of settings with the folder `out`; of a path outside the working folder
+            its name is written.
         show: columns to print; the file has all of them.
         more: further entries of the file.
     """
