@@ -166,7 +166,8 @@ TABLES: dict[str, Table] = {
     "recall": Table(
         "associative recall: rules trained on its own texts, by pairs and by distance",
         "benchmarks.recall --threads {threads} --out {to}",
-        gb=2,
+        minutes=12,
+        gb=3,
         page="results/recall",
         apart=TRAINS,
     ),
