@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 from benchmarks.output import HOME
 from benchmarks.timing import record
@@ -161,7 +161,7 @@ def draw(rows: Sequence[Row], stem: Path) -> list[Path]:
     """Draw `stem`.png and .svg beside `stem`.csv: ratio against static perplexity by protocol."""
     with project_style():
         figure = new_figure(6.9, 3.2)
-        panels = figure.subplots(1, len(PROTOCOLS), sharex=True, sharey=True)
+        panels = figure.subplots(1, len(PROTOCOLS), sharey=True)
         for panel, protocol in zip(panels, PROTOCOLS, strict=True):
             _panel(panel, [row for row in rows if row["protocol"] == protocol])
             panel.set_title(protocol)
@@ -199,7 +199,7 @@ def _panel(panel: Axes, rows: Sequence[Row]) -> None:
         panel.axhline(asked, color="#777777", linewidth=0.8, linestyle=(0, (4, 3)))
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.minorticks_off()
     panel.set_xticks(sorted({round(row["static"]) for row in rows}))
 
 
