@@ -150,6 +150,7 @@ TABLES: dict[str, Table] = {
     "parts": Table(
         "what each part of the rule brings",
         "benchmarks.parts {run} --threads {threads} --out {to}",
+        minutes=18,
         page="results/claim",
         needs=("run",),
         after=("claim",),
