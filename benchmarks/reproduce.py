@@ -154,7 +154,7 @@ TABLES: dict[str, Table] = {
         page="results/claim",
         needs=("run",),
         after=("claim",),
-        apart=TUNES,
+        apart="reads what `claim` made",
     ),
     "claim_speed": Table(
         "the time of each rule over static scoring",
